@@ -1,0 +1,15 @@
+"""Packages: ``unit_fast`` and its kernels. The folder ``kernels/`` is installed as ``unit_fast_kernels``.
+
+A package called ``kernels`` would hide the Hugging Face package of that name, which transformers imports.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=find_packages(include=["unit_fast", "unit_fast.*"]) + ["unit_fast_kernels"],
+    package_dir={"unit_fast_kernels": "kernels"},
+    package_data={
+        "unit_fast": ["report/templates/*", "data/files/*"],
+        "unit_fast_kernels": ["tuned/*.json"],
+    },
+)

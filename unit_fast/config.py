@@ -1,0 +1,377 @@
+"""Every setting of a run: one frozen, keyword-only dataclass per component, a docstring under each field.
+
+``to_dict``/``from_dict`` are the JSON form; a key that is not a field is an error with the nearest name.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from unit_fast.errors import UserError, nearest
+from unit_fast.tasks import get_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Convolutional backbone (SPEC 1.3). The defaults are ResNet-50-DC5 with frozen batch norm."""
+
+    depth: Literal[14, 18, 26, 34, 50, 101] = 50
+    """Layers of the residual net: 18 and 34 use basic blocks, 14, 26, 50 and 101 bottlenecks."""
+    width: int = 64
+    """Channels of the stem; the last stage has 32 times as many (bottleneck) or 8 times (basic)."""
+    norm: Literal["frozen", "group"] = "frozen"
+    """``frozen``: batch norm with constant statistics, for pretrained weights. ``group``: for training from scratch."""
+    norm_eps: float = 1e-5
+    """Epsilon of the normalisation; 0 imitates the authors' release stack (SPEC quirk 26)."""
+    stride: Literal[8, 16, 32] = 16
+    """Pixels per feature cell. 16 is DC5: stage 4 dilated instead of strided."""
+    first_trained_stage: int = 2
+    """Stages below stay at their initial weights; 0 trains the stem too."""
+
+    @property
+    def out_channels(self) -> int:
+        return self.width * (8 if self.depth in (18, 34) else 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Image encoder (SPEC 1.5)."""
+
+    width: int = 256
+    """Model width C."""
+    layers: int = 6
+    """Number of layers."""
+    heads: int = 8
+    """Attention heads."""
+    ffn_width: int = 2048
+    """Hidden width of the feed-forward net."""
+    dropout: float = 0.1
+    """Probability at every dropout place."""
+    residual: bool = True
+    """Add the projected input to the encoder's output (``residual_in_encoder``)."""
+    task_embedding: bool = True
+    """Prepend a learned task token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """BERT text encoder (SPEC 1.6). The defaults are bert-base-uncased."""
+
+    width: int = 768
+    """Hidden size."""
+    layers: int = 12
+    """Number of layers."""
+    heads: int = 12
+    """Attention heads."""
+    ffn_width: int = 3072
+    """Hidden width of the feed-forward net."""
+    vocab_size: int = 30522
+    """Word pieces in the vocabulary."""
+    max_positions: int = 512
+    """Rows of the position table."""
+    dropout: float = 0.1
+    """Probability at every dropout place."""
+    task_embedding: bool = True
+    """Prepend a learned task token after the embedding block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Decoder (SPEC 1.8) and the classifier behind it (SPEC 1.9)."""
+
+    width: int = 768
+    """Model width D."""
+    layers: int = 6
+    """Number of layers L."""
+    heads: int = 8
+    """Attention heads."""
+    ffn_width: int = 2048
+    """Hidden width of the feed-forward net."""
+    dropout: float = 0.1
+    """Probability at every dropout place of the decoder layers."""
+    classifier_dropout: float = 0.1
+    """Probability on the pooled query of the classification heads."""
+    share: bool = True
+    """One decoder for all data sets; otherwise one each."""
+    separate_init: Literal["reference", "xavier"] = "reference"
+    """Initialisation of separate decoders: the authors' (all layers start equal) or xavier as for a shared one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Matching costs and loss weights (SPEC 2)."""
+
+    cost_class: float = 1.0
+    """Weight of the class probability in the matching cost."""
+    cost_bbox: float = 5.0
+    """Weight of the L1 distance in the matching cost."""
+    cost_giou: float = 2.0
+    """Weight of the generalised IoU in the matching cost."""
+    weight_bbox: float = 5.0
+    """Weight of loss_bbox."""
+    weight_giou: float = 2.0
+    """Weight of loss_giou."""
+    weight_attr: float = 1.0
+    """Weight of loss_attr (Visual Genome)."""
+    no_object_weight: float = 0.1
+    """Class weight of the no-object class."""
+    detection_loss_weight: float = 1.0
+    """Factor on all detection terms."""
+    auxiliary: bool = True
+    """Losses on every decoder layer, not only the last."""
+    ce_normalisation: Literal["per_image", "per_process"] = "per_image"
+    """Whether loss_ce and loss_attr are means per image, then over images (the published runs had one image a
+    process), or one mean over the process's batch."""
+    balanced_class_loss: bool = False
+    """The authors' ``use_bcl``: positives and negatives weighted apart; not defined together with attributes."""
+    on_all_hidden_states: bool = False
+    """Classification losses on every decoder layer (``loss_on_all_hs``)."""
+    attribute_relu: bool = True
+    """ReLU on attribute logits, as the authors have it (SPEC quirk 3)."""
+    attribute_outputs: int = 401
+    """Attribute logits."""
+    max_attributes: int = 16
+    """Attributes of one object that count."""
+    attribute_embedding: int = 256
+    """Width of the attribute head's class table."""
+    attribute_hidden: int = 512
+    """Hidden width of the attribute head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What a model has for one data set."""
+
+    queries: int
+    """Rows of the query table."""
+    outputs: int
+    """Logits; for detection the last is no-object."""
+    text_length: int = 0
+    """Longest text in word pieces, special tokens included; 0 without text."""
+    cls_only: bool = False
+    """Only ``[CLS]`` reaches the decoder."""
+
+
+def default_tasks(*names: str, **changes) -> dict[str, TaskConfig]:
+    """``TaskConfig`` of each named task with the published numbers (SPEC 1.1), ``changes`` applied to all."""
+    out = {}
+    for task in map(get_task, names):
+        settings = {k: getattr(task, k) for k in ("queries", "outputs", "text_length", "cls_only")}
+        out[task.name] = TaskConfig(**{**settings, **changes})
+    return out
+
+
+ALL_TASKS = ("coco", "vg", "vqa2", "snli_ve", "qnli", "mnli", "qqp", "sst2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The whole UniT model. The defaults are the published 8-dataset model with a shared decoder."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    tasks: dict[str, TaskConfig] = field(default_factory=lambda: default_tasks(*ALL_TASKS))
+    """Data set key -> what the model has for it; the order is the authors' registration order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, clipping and schedule (SPEC 3)."""
+
+    lr: float = 5e-5
+    """Base learning rate."""
+    lr_backbone: float = 1e-5
+    """Base learning rate of the backbone; 0 freezes it."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the two moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 1e-4
+    """On every parameter."""
+    rule: Literal["hf", "torch"] = "hf"
+    """Where eps and decay stand: as in Hugging Face's AdamW (the authors') or torch's."""
+    unused: Literal["skip", "graph", "update_all"] = "skip"
+    """What happens to parameters that take no part in a step (SPEC 3.5)."""
+    max_norm: float | None = 0.1
+    """Clip the gradient norm here; None does not clip."""
+    warmup_steps: int = 2000
+    """Linear warm-up from 0; step 0 runs with learning rate 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the data sets are and how samples are made (SPEC 4)."""
+
+    root: str | None = None
+    """Data root in the canonical layout; see ``unit-fast data check``."""
+    paths: dict[str, str] = field(default_factory=dict)
+    """Overrides of single paths, e.g. ``coco.train_images=/other/train2017``; keys as ``unit-fast data check`` prints."""
+    vocab: str | None = None
+    """WordPiece vocabulary; default ROOT/bert/vocab.txt."""
+    short_side: int = 800
+    """Short side of validation, VQA and SNLI-VE images, pixels."""
+    max_side: int = 1333
+    """Longest side, pixels."""
+    train_short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    """Random short sides of detection training images, pixels."""
+    crop_short_sides: tuple[int, ...] = (400, 500, 600)
+    """Random short sides before the random crop, pixels."""
+    crop_min: int = 384
+    """Smallest crop side, pixels."""
+    crop_max: int = 600
+    """Largest crop side, pixels."""
+    flip: bool = True
+    """Random horizontal flip of detection training images."""
+    augment: bool = True
+    """Detection training transforms; without it validation's resize is used."""
+    pad_text: bool = False
+    """Pad text to the full length, as the authors do, instead of to the longest of the batch."""
+    workers: int = 0
+    """Loader processes; 0 loads in the training process."""
+    prefetch: int = 2
+    """Batches ready ahead per worker."""
+    max_pixels: int = 50_000_000
+    """Images with more pixels are refused before decoding."""
+    max_bad_share: float = 0.01
+    """The run fails when a larger share of the images read was unreadable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run: what ``config.json`` of a run folder holds."""
+
+    recipe: str = ""
+    """Name of the recipe this came from."""
+    steps: int = 500_000
+    """Optimiser updates."""
+    batch_per_process: int = 1
+    """Samples per forward pass."""
+    task_batch: dict[str, int] = field(default_factory=dict)
+    """Other batch sizes for single tasks (data set key -> samples)."""
+    accumulate: int = 1
+    """Forward passes per update."""
+    seed: int = 0
+    """Initial weights, task order, data order, augmentation and dropout follow from it."""
+    ratios: dict[str, float] = field(default_factory=dict)
+    """Sampling probability by data set key, renormalised over the tasks trained."""
+    eval_every: int = 10_000
+    """Steps between evaluations; 0 evaluates only at the end, -1 never."""
+    eval_batch: int = 1
+    """Samples per evaluation batch."""
+    eval_limit: int = 0
+    """Evaluate at most this many samples per task; 0 takes all."""
+    eval_split: Literal["val", "train"] = "val"
+    """Split to evaluate on."""
+    save_every: int = 10_000
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_checkpoints: int = 5
+    """Numbered checkpoints kept beside best and last."""
+    log_every: int = 20
+    """Steps between log lines; losses are read from the device only then."""
+    criterion: str = "vqa2"
+    """Task whose metric chooses the best checkpoint; ``mean`` takes the mean over tasks."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on CUDA, fp32 on a CPU."""
+    device: str = "auto"
+    """auto takes CUDA where there is one."""
+    threads: int = 0
+    """CPU threads; 0 keeps the default. The number used is recorded: results depend on it."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the weights; 0 keeps none."""
+    freeze: tuple[str, ...] = ()
+    """``image`` and/or ``text``: encoders that are not trained (Table C.1 rows 10 to 12)."""
+    skip_load: tuple[str, ...] = ()
+    """Name prefixes that ``init_from`` leaves at their initial values."""
+    weights: str | None = None
+    """Folder of pretrained weights; default ROOT/pretrained."""
+    require_weights: bool = False
+    """A missing pretrained file is an error instead of a warning."""
+    init_from: str | None = None
+    """Run folder or checkpoint whose matching weights are loaded (weights only)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    @property
+    def effective_batch(self) -> int:
+        return self.batch_per_process * self.accumulate
+
+    def batch_of(self, task: str) -> int:
+        """Samples per forward pass of the data set ``task``."""
+        return self.task_batch.get(task, self.batch_per_process)
+
+
+# ---------------------------------------------------------------------------------------------- JSON and back
+
+
+def to_dict(config) -> dict:
+    """Plain dict of a config dataclass, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def to_json(config) -> str:
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def from_dict(cls, values: dict, where: str = ""):
+    """Config of class ``cls`` from ``values``; ``UserError`` on unknown keys (nearest names) and wrong types."""
+    where = where or cls.__name__
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected an object with keys, found {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise UserError(f"{where}: unknown key {key!r}; {nearest(key, hints)}")
+    try:
+        return cls(**{key: _value(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+    except TypeError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _value(hint, value, where):
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _value(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected an object with keys, found {value!r}")
+        return {str(k): _value(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where}: expected a list, found {value!r}")
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) != len(value):
+            raise UserError(f"{where}: expected {len(kinds)} values, found {len(value)}")
+        return tuple(_value(kind, v, f"{where}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value)))
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(f"{where}: expected {hint.__name__}, found {value!r}")
+    return value
+
+
+def load_config(path: str | Path, cls=RunConfig):
+    """Config of class ``cls`` from a JSON file. ``UserError`` names the file and the key."""
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give a run folder's config.json") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    return from_dict(cls, values, str(path))
