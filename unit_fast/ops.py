@@ -16,7 +16,7 @@ from unit_fast_kernels.assignment import assignment_reference
 from unit_fast_kernels.attention import attention_reference
 from unit_fast_kernels.bias_act_dropout import ACTIVATIONS, bias_act_dropout_reference
 from unit_fast_kernels.dropout import dropout_reference
-from unit_fast_kernels.match_cost import match_cost_reference
+from unit_fast_kernels.match_cost import match_cost_reference, pairwise_giou
 from unit_fast_kernels.residual_norm import residual_norm_reference
 
 MODES = ("auto", "reference")
@@ -86,6 +86,11 @@ def bias_act_dropout(x, bias, act, dropout_p=0.0, seed=None) -> Tensor:
 def match_cost(logits, boxes, labels, target_boxes, counts, **weights) -> Tensor:
     """Matching cost [L,B,Q,N] of DETR (class + L1 + GIoU) for all layers and images; see ``kernels/match_cost.py``."""
     return match_cost_reference(logits, boxes, labels, target_boxes, counts, **weights)
+
+
+def giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU of boxes (cx, cy, w, h) ``a`` and ``b``, broadcast against each other: [...,4] -> [...]."""
+    return pairwise_giou(a, b)
 
 
 def assignment(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
