@@ -1,0 +1,112 @@
+"""Residual backbone (SPEC 1.3). The default is torchvision's ResNet-50 with a dilated last stage and frozen batch norm.
+
+Blocks are torchvision's; only their forward is ours: a frozen batch norm is an affine map with constants, so it is
+folded into the convolution before it, w' = w s, b' = beta - mu s with s = gamma / sqrt(var + eps), which saves a pass
+over every activation in both directions. State-dict names are torchvision's.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
+
+from unit_fast.config import BackboneConfig
+from unit_fast.errors import UserError
+
+LAYERS = {14: (1, 1, 1, 1), 18: (2, 2, 2, 2), 26: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+
+
+def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(conv(x)), a frozen batch norm folded into the convolution."""
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, norm.bias - norm.running_mean * scale, conv.stride, conv.padding, conv.dilation)
+
+
+def _shortcut(block: nn.Module, x: Tensor) -> Tensor:
+    return x if block.downsample is None else conv_norm(block.downsample[0], block.downsample[1], x)
+
+
+class FoldedBottleneck(Bottleneck):
+    """torchvision's bottleneck (stride on the 3x3 convolution)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
+        y = F.relu(conv_norm(self.conv2, self.bn2, y), inplace=True)
+        y = conv_norm(self.conv3, self.bn3, y)
+        return F.relu(y.add_(_shortcut(self, x)), inplace=True)
+
+
+class FoldedBasicBlock(BasicBlock):
+    """torchvision's basic block (ResNet-18 and -34)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
+        y = conv_norm(self.conv2, self.bn2, y)
+        return F.relu(y.add_(_shortcut(self, x)), inplace=True)
+
+
+def _norm_layer(config: BackboneConfig):
+    if config.norm == "frozen":
+        return functools.partial(FrozenBatchNorm2d, eps=config.norm_eps)
+    # At most 32 groups of at least 4 channels.
+    return lambda channels: nn.GroupNorm(math.gcd(32, max(1, channels // 4)), channels, eps=config.norm_eps)
+
+
+class Backbone(nn.Module):
+    """image [B,3,H,W] -> feature map [B,out_channels,ceil(H/stride),ceil(W/stride)]."""
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        basic = config.depth in (18, 34)
+        if basic and config.stride != 32:
+            raise UserError(
+                f"backbone.depth {config.depth} has basic blocks, which cannot be dilated: set backbone.stride to 32 "
+                f"or choose a depth of {sorted(set(LAYERS) - {18, 34})}"
+            )
+        block = FoldedBasicBlock if basic else FoldedBottleneck
+        norm = _norm_layer(config)
+        self.config = config
+        self.conv1 = nn.Conv2d(3, config.width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = norm(config.width)
+        channels, dilation, stride = config.width, 1, 4
+        for stage, count in enumerate(LAYERS[config.depth], start=1):
+            planes = config.width * 2 ** (stage - 1)
+            step, inner = (1 if stage == 1 else 2), dilation
+            if stride * step > config.stride:  # dilate instead of striding, as DC5 does
+                dilation, step = dilation * step, 1
+            stride *= step
+            blocks = []
+            for i in range(count):
+                shortcut = None
+                if i == 0 and (step != 1 or channels != planes * block.expansion):
+                    out = planes * block.expansion
+                    shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride=step, bias=False), norm(out))
+                # The first block of a dilated stage keeps the dilation of the stage before it.
+                settings = {"stride": step, "dilation": inner} if i == 0 else {"dilation": dilation}
+                blocks.append(block(channels, planes, downsample=shortcut, norm_layer=norm, **settings))
+                channels = planes * block.expansion
+            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Stages before ``first_trained_stage`` never get gradients; stage 0 is the stem."""
+        stages = [[self.conv1, self.bn1], *([getattr(self, f"layer{i}")] for i in range(1, 5))]
+        for modules in stages[: self.config.first_trained_stage]:
+            for module in modules:
+                module.requires_grad_(False)
+
+    def forward(self, image_B3HW: Tensor) -> Tensor:
+        x = image_B3HW.contiguous(memory_format=torch.channels_last)
+        x = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
