@@ -1,0 +1,111 @@
+"""Reading weights files of any origin without executing code from them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from unit_fast.errors import UserError, printable
+
+MAX_HEADER = 4 * 2**20
+"""Bytes of a safetensors header that we read; the full model's is 0.2 MB."""
+MAX_TENSORS = 10_000
+MAX_JSON = 64 * 2**20
+
+
+def read_json(path: Path):
+    """The JSON value in ``path``; ``UserError`` names the file."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise UserError(f"{path}: {path.stat().st_size} bytes; a checkpoint's are below {MAX_JSON}")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give a whole checkpoint folder") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); take another checkpoint") from None
+
+
+def load_weights(path: str | Path, expected: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of a weights file by name: safetensors, or a PyTorch file read with ``weights_only=True``.
+
+    A PyTorch file that holds anything but tensors and plain containers is refused; there is no other way to read it
+    here. A state dict inside ``{"model": ...}`` or ``{"state_dict": ...}`` is unwrapped. ``expected``: names, shapes
+    and dtypes that must match, compared before any data is read (safetensors).
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        weights = _load_torch(path)
+        if expected is not None:
+            _compare(path, {k: (list(v.shape), v.dtype) for k, v in weights.items()}, expected)
+        return weights
+    header = _header(path, start)
+    if expected is not None:
+        _compare(path, {k: (v.get("shape"), _DTYPES.get(v.get("dtype"))) for k, v in header.items()}, expected)
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({printable(error)})") from None
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def _header(path: Path, start: bytes) -> dict[str, dict]:
+    size = int.from_bytes(start, "little")
+    if len(start) < 8 or size > min(MAX_HEADER, path.stat().st_size - 8):
+        raise UserError(f"{path}: neither a safetensors nor a PyTorch file, or cut short")
+    try:
+        with path.open("rb") as file:
+            file.seek(8)
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        if len(header) > MAX_TENSORS or not all(isinstance(v, dict) for v in header.values()):
+            raise ValueError(f"{len(header)} entries")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not a safetensors file (header: {printable(error)})") from None
+    return header
+
+
+def _compare(path: Path, found: dict[str, tuple], expected: Mapping[str, Tensor]) -> None:
+    for kind, names in (("missing", expected.keys() - found), ("not the model's", found.keys() - expected)):
+        if names:
+            first = ", ".join(printable(n, 80) for n in sorted(names)[:3])
+            raise UserError(f"{path}: {len(names)} tensors {kind} (first: {first}); it belongs to another config")
+    for name, (shape, dtype) in found.items():
+        wanted = expected[name]
+        if list(shape) != list(wanted.shape) or dtype != wanted.dtype:
+            raise UserError(
+                f"{path}: {name} is {dtype} {list(shape)}, the model's is {wanted.dtype} {list(wanted.shape)}; "
+                "it belongs to another config"
+            )
+
+
+def _load_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the file makes the unpickler raise
+        first = printable(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        raise UserError(
+            f"{path}: refused: it is damaged, or holds more than tensors and would have to execute code to be read "
+            f"({first}). Ask for a safetensors file or one that holds only tensors"
+        ) from None
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{path}: holds no state dict but {type(content).__name__}")
+    other = [name for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
+    if other:
+        raise UserError(f"{path}: {printable(other[0], 80)} is not a tensor; expected a state dict of tensors")
+    return dict(content)
