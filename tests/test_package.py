@@ -1,0 +1,72 @@
+"""What is installed and what an import costs; style and layers; the same checks that a reviewer would run."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONAL = ("tyro", "pycocotools", "nvidia.dali", "xformers", "apex", "faster_coco_eval", "pyarrow")
+
+
+def _run(code: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("where", ["root", "elsewhere"])
+def test_imports_beside_hugging_faces_kernels(where, tmp_path):
+    """From any folder: our kernels are not called ``kernels``, which transformers imports."""
+    code = "import unit_fast_kernels.attention, transformers, unit_fast.model; print(unit_fast.UniT.__name__)"
+    result = _run(code, ROOT if where == "root" else tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "UniT"
+
+
+def test_importing_the_package_is_cheap():
+    result = _run("import sys, unit_fast; print('torch' in sys.modules)", ROOT)
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def test_package_works_without_the_optional_libraries():
+    blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in OPTIONAL)
+    modules = sorted(
+        ".".join(p.relative_to(ROOT).with_suffix("").parts)
+        for p in (ROOT / "unit_fast").rglob("*.py")
+        if p.name not in ("cli.py", "__main__.py", "__init__.py")
+    )
+    kernels = [f"unit_fast_kernels.{p.stem}" for p in (ROOT / "kernels").glob("*.py")]
+    code = "import sys\n" + blocked + "\n".join(f"import {m}" for m in modules + kernels)
+    result = _run(code, ROOT)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_ruff_and_layers():
+    bin_folder = Path(sys.executable).parent
+    for command in ([bin_folder / "ruff", "check", "."], [bin_folder / "ruff", "format", "--check", "."]):
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stdout + result.stderr
+    result = subprocess.run([bin_folder / "lint-imports"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_kernels_have_a_test_of_the_same_name():
+    stems = {p.stem for p in (ROOT / "kernels").glob("*.py") if not p.stem.startswith("_")}
+    tests = {p.stem.removeprefix("test_") for p in (ROOT / "tests" / "kernels").glob("test_*.py")}
+    assert stems <= tests, f"no test file for {sorted(stems - tests)}"
+
+
+def test_no_machine_path_and_no_unsafe_load_is_committed():
+    """No path of a developer's machine; no pickle that runs code: torch.load and np.load only in their safe forms."""
+    files = subprocess.run(["git", "ls-files", "*.py", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for name in files:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert "/" + "work/" not in text, name
+        if not name.startswith("unit_fast/"):
+            continue
+        for node in ast.walk(ast.parse(text)) if name.endswith(".py") else ():
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
+                settings = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                safe = settings.get("weights_only") == "True" or settings.get("allow_pickle") == "False"
+                assert safe, f"{name}:{node.lineno}: {ast.unparse(node)}"
