@@ -173,10 +173,15 @@ class ModelConfig:
     """The whole UniT model. The defaults are the published 8-dataset model with a shared decoder."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """Convolutional backbone."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """Image encoder."""
     text: TextConfig = field(default_factory=TextConfig)
+    """Text encoder."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """Decoder and classifier."""
     loss: LossConfig = field(default_factory=LossConfig)
+    """Matching costs and loss weights."""
     tasks: dict[str, TaskConfig] = field(default_factory=lambda: default_tasks(*ALL_TASKS))
     """Data set key -> what the model has for it; the order is the authors' registration order."""
 
@@ -296,8 +301,11 @@ class RunConfig:
     init_from: str | None = None
     """Run folder or checkpoint whose matching weights are loaded (weights only)."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and schedule."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Data sets and transforms."""
 
     @property
     def effective_batch(self) -> int:
