@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from unit_fast_kernels._random import generator, keep_mask, keep_scale
+from unit_fast_kernels._random import keep_mask, keep_scale
 
 
 def dropout_reference(x: Tensor, dropout_p: float, seed: Tensor | None, keep: Tensor | None = None) -> Tensor:
@@ -10,5 +10,5 @@ def dropout_reference(x: Tensor, dropout_p: float, seed: Tensor | None, keep: Te
     if dropout_p == 0.0:
         return x
     if keep is None:
-        keep = keep_mask(x.shape, dropout_p, generator(seed)).to(x.device)
+        keep = keep_mask(x.shape, dropout_p, seed)
     return x * keep * keep_scale(dropout_p)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unit_fast.errors import UserError, nearest
 from unit_fast_kernels.assignment import assignment_reference
-from unit_fast_kernels.attention import attention_reference
+from unit_fast_kernels.attention import attention_cpu, attention_reference
 from unit_fast_kernels.bias_act_dropout import ACTIVATIONS, bias_act_dropout_reference
 from unit_fast_kernels.dropout import dropout_reference
 from unit_fast_kernels.match_cost import match_cost_reference, pairwise_giou
@@ -58,7 +58,8 @@ def attention(
     q [B,Sq,H,D], k v [B,Sk,H,D], key_padding_mask [B,Sk] bool (True = ignore), seed int64[2] where dropout_p > 0.
     Returns [B,Sq,H,D]; rows whose keys are all masked are zero. ``ValueError`` on shapes that do not fit.
     """
-    return attention_reference(q, k, v, key_padding_mask, dropout_p, seed)
+    run = attention_cpu if mode() == "auto" and q.device.type == "cpu" else attention_reference
+    return run(q, k, v, key_padding_mask, dropout_p, seed)
 
 
 def cross_attention(q, k, v, key_padding_mask=None, dropout_p=0.0, seed=None) -> Tensor:
