@@ -1,0 +1,293 @@
+"""Detection data in COCO's JSON format (SPEC 4.1, 4.2): COCO itself, and what Visual Genome shares with it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from unit_fast.data import files
+from unit_fast.data.dataset import Dataset
+from unit_fast.data.errors import BadImage
+from unit_fast.data.images import TrainTransform, load_image, to_tensor
+from unit_fast.errors import UserError, printable
+
+ATTRIBUTES = 16
+"""Attribute slots of an object (``attribute_ids_max16``)."""
+
+
+class Objects:
+    """Images and boxes of one split in flat arrays: image i has the rows ``starts[i] : starts[i + 1]``."""
+
+    def __init__(self, images: list[tuple[int, str, int, int]], rows: dict[int, list[tuple]], names: dict[int, str]):
+        """
+        Args:
+            images: (id, file name, height, width) of each image.
+            rows: image id -> (class, x, y, w, h, area, iscrowd, attributes) of its objects.
+            names: class -> name.
+        """
+        self.ids = np.array([i for i, *_ in images], dtype=np.int64)
+        self.file_names = [name for _, name, *_ in images]
+        self.sizes = np.array([(h, w) for *_, h, w in images], dtype=np.int32).reshape(-1, 2)
+        flat = [row for i in self.ids.tolist() for row in rows.get(i, ())]
+        self.starts = np.concatenate([[0], np.cumsum([len(rows.get(i, ())) for i in self.ids.tolist()])]).astype(int)
+        self.labels = np.array([row[0] for row in flat], dtype=np.int32)
+        self.xywh = np.array([row[1:5] for row in flat], dtype=np.float64).reshape(-1, 4)
+        self.area = np.array([row[5] for row in flat], dtype=np.float64)
+        self.crowd = np.array([row[6] for row in flat], dtype=bool)
+        self.attributes = np.full((len(flat), ATTRIBUTES), -1, dtype=np.int16)
+        for i, row in enumerate(flat):
+            self.attributes[i, : len(row[7])] = row[7]
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, index: int) -> slice:
+        """The objects of image ``index``."""
+        return slice(int(self.starts[index]), int(self.starts[index + 1]))
+
+
+def corners(xywh: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """[n,4] x1 y1 x2 y2 clamped to the image, and [n] bool: which have any area left (SPEC 4.2)."""
+    boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    boxes = np.clip(boxes, 0, [width, height, width, height])
+    return boxes, (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+
+
+class Detection(Dataset):
+    """A detection data set. Subclasses say in ``_read`` where ``objects`` and the images come from."""
+
+    objects: Objects
+    has_targets = True
+    """False for images that were published without annotations."""
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    def sample_id(self, index: int) -> int:
+        return int(self.objects.ids[index])
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Class -> name."""
+        return self.objects.names
+
+    def image_path(self, index: int) -> Path:
+        """The file of image ``index``; ``BadImage`` when its name leads out of the data root."""
+        raise NotImplementedError
+
+    def image_paths(self) -> Iterator[tuple[Path, tuple[int, int]]]:
+        for index in range(len(self)):
+            try:
+                yield self.image_path(index), tuple(self.objects.sizes[index].tolist())
+            except BadImage as error:
+                self.findings.error("file name outside the data root", str(error))
+
+    def get(self, index: int, key: int | None = None) -> dict:
+        """``image`` [3,H,W] float32, ``labels`` int64 [n], ``boxes`` float32 [n,4] cx cy w h of the image as given,
+        ``attributes`` int64 [n,16] (Visual Genome), ids and the stored size. See ``Dataset.get``."""
+        path = self.image_path(index)
+        image = load_image(path, self.data.max_pixels)
+        stated = tuple(self.objects.sizes[index].tolist())
+        if (image.height, image.width) != stated:
+            raise BadImage(
+                path, f"is {image.width} x {image.height} pixels, its annotation says {stated[1]} x {stated[0]}"
+            )
+        geometry = self.transform.geometry(*stated, key if self.augment else None)
+        sample = {
+            "image": to_tensor(geometry.apply_image(image)),
+            "image_id": self.sample_id(index),
+            "sample_id": self.sample_id(index),
+            "orig_size": stated,
+            "image_path": str(path),
+        }
+        if self.has_targets:
+            rows = self.objects.rows(index)
+            boxes, keep = corners(self.objects.xywh[rows], *stated)
+            keep &= ~self.objects.crowd[rows]
+            chosen = np.flatnonzero(keep)
+            boxes, inside = geometry.apply_boxes(boxes[chosen])
+            chosen = chosen[inside] + rows.start
+            sample["boxes"] = torch.from_numpy(boxes)
+            sample["labels"] = torch.from_numpy(self.objects.labels[chosen].astype(np.int64))
+            if self.task.attributes:
+                sample["attributes"] = torch.from_numpy(self.objects.attributes[chosen].astype(np.int64))
+        return sample
+
+    def coco_ground_truth(self) -> dict:
+        """The split in COCO's JSON format for ``pycocotools.coco.COCO``: all images, crowd regions included.
+
+        Annotation ids are numbered anew from 1: COCOeval takes an id of 0 for "not matched", and ids must be unique.
+        """
+        o = self.objects
+        if not self.has_targets:
+            raise UserError(f"{self.task.short} {self.split}: has no annotations to evaluate against")
+        image_of = np.repeat(o.ids, np.diff(o.starts)).tolist()
+        rows = zip(image_of, o.labels.tolist(), o.xywh.tolist(), o.area.tolist(), o.crowd.tolist())
+        return {
+            "info": {"description": f"{self.task.title} {self.split}"},
+            "images": [
+                {"id": i, "file_name": name, "height": h, "width": w}
+                for i, name, (h, w) in zip(o.ids.tolist(), o.file_names, o.sizes.tolist())
+            ],
+            "annotations": [
+                {"id": n, "image_id": i, "category_id": label, "bbox": box, "area": area, "iscrowd": int(crowd)}
+                for n, (i, label, box, area, crowd) in enumerate(rows, 1)
+            ],
+            "categories": [{"id": i, "name": name} for i, name in sorted(o.names.items())],
+        }
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    def _set_up(self, objects: Objects) -> None:
+        """Keep ``objects``; choose the transform; count what the training targets leave out."""
+        self.objects = objects
+        if self.augment:
+            self.transform = TrainTransform(self.data)
+        self.facts.update(images=len(objects), boxes=len(objects.labels), crowd=int(objects.crowd.sum()))
+        self.facts["images without objects"] = int((np.diff(objects.starts) == 0).sum())
+        if objects.attributes.size and self.task.attributes:
+            self.facts["attributes"] = int((objects.attributes >= 0).sum())
+
+    def _class_limit(self) -> int:
+        """Largest class id: the last output is the no-object class."""
+        return self.config.outputs - 2
+
+    def _check_class(self, label: int, where: str) -> bool:
+        if 1 <= label <= self._class_limit():
+            return True
+        self.findings.error(
+            "class id out of range",
+            f"{where}: category_id {label} is outside 1..{self._class_limit()} ({self.task.short} has "
+            f"{self.config.outputs} outputs, the last is no-object); correct the file or set the task's outputs",
+        )
+        return False
+
+    def _check_box(self, box, height: int, width: int, where: str) -> bool:
+        """True for a box that is a target or a crowd region; boxes without area inside are noted and left out."""
+        x, y, w, h = box
+        if w < 0 or h < 0:
+            self.findings.error(
+                "negative box", f"{where}: bbox {list(box)} has a negative width or height; boxes are x, y, w, h"
+            )
+            return False
+        if not corners(np.array([box], dtype=np.float64), height, width)[1][0]:
+            self.findings.note("box without area inside the image", f"{where}: bbox {list(box)} in {width} x {height}")
+            return False
+        if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
+            self.findings.note("box beyond the border, clipped", f"{where}: bbox {list(box)} in {width} x {height}")
+        return True
+
+
+def read_instances(dataset: Detection, path: Path, wanted=None) -> Objects:
+    """``Objects`` from a file in COCO's format, checked record by record.
+
+    Args:
+        wanted: (image record, image id) -> bool: whether an image belongs to the split; None takes all.
+    """
+    error, note = dataset.findings.error, dataset.findings.note
+    content = files.read_json(path, drop=("segmentation",))
+    name = printable(path, 400)
+    if not isinstance(content, dict):
+        raise UserError(f"{name}: not a COCO file (expected an object with images, annotations and categories)")
+
+    images: dict[int, tuple[int, str, int, int]] = {}
+    elsewhere = set()
+    for n, record in enumerate(files.sequence(content, "images", name)):
+        where = f"{name}: images[{n}]"
+        try:
+            image_id = files.integer(record, "id", where)
+            file_name = files.string(record, "file_name", where)
+            height, width = files.integer(record, "height", where), files.integer(record, "width", where)
+            if height < 1 or width < 1:
+                raise UserError(f"{where}: size {width} x {height} must be positive")
+        except UserError as problem:
+            error("malformed image record", str(problem))
+            continue
+        if image_id in images or image_id in elsewhere:
+            error("image id twice", f"{where}: id {image_id} was used before; ids must be unique")
+        elif wanted is None or wanted(record, image_id):
+            images[image_id] = (image_id, file_name, height, width)
+        else:
+            elsewhere.add(image_id)
+
+    names = {}
+    for n, record in enumerate(content.get("categories") or []):
+        where = f"{name}: categories[{n}]"
+        try:
+            names[files.integer(record, "id", where)] = files.string(record, "name", where)
+        except UserError as problem:
+            error("malformed category", str(problem))
+            continue
+        dataset._check_class(files.integer(record, "id", where), where)
+
+    rows: dict[int, list[tuple]] = {}
+    seen = set()
+    for n, record in enumerate(content.get("annotations") or []):
+        where = f"{name}: annotations[{n}]"
+        try:
+            annotation = files.integer(record, "id", where)
+            image_id = files.integer(record, "image_id", where)
+            label = files.integer(record, "category_id", where)
+            box = files.sequence(record, "bbox", where)
+            if len(box) != 4:
+                raise UserError(f"{where}: bbox must have 4 numbers (x, y, w, h), found {len(box)}")
+            box = tuple(files.number({"bbox": value}, "bbox", where) for value in box)
+            area = files.number(record, "area", where) if "area" in record else box[2] * box[3]
+            crowd = files.integer(record, "iscrowd", where) if "iscrowd" in record else 0
+            attributes = _attributes(dataset, record, where) if dataset.task.attributes else ()
+        except UserError as problem:
+            error("malformed annotation", str(problem))
+            continue
+        if annotation in seen:
+            note("annotation id twice", f"{where}: id {annotation} was used before")
+        seen.add(annotation)
+        if image_id in elsewhere:
+            continue
+        if image_id not in images:
+            error("annotation of an unknown image", f"{where}: image_id {image_id} is not in images; remove the row")
+            continue
+        if names and label not in names:
+            note("category without a name", f"{where}: category_id {label} is not in categories")
+        _, _, height, width = images[image_id]
+        if dataset._check_class(label, where) and dataset._check_box(box, height, width, where):
+            rows.setdefault(image_id, []).append((label, *box, area, crowd != 0, attributes))
+    return Objects(list(images.values()), rows, names)
+
+
+def _attributes(dataset, record, where) -> tuple[int, ...]:
+    """Valid entries of ``attribute_ids_max16``: the rest of the 16 slots is -1."""
+    if "attribute_ids_max16" not in record:
+        return ()
+    values = files.sequence(record, "attribute_ids_max16", where)
+    if len(values) != ATTRIBUTES:
+        raise UserError(f"{where}: attribute_ids_max16 must have {ATTRIBUTES} numbers, found {len(values)}")
+    kept = []
+    for value in values:
+        value = files.integer({"attribute_ids_max16": value}, "attribute_ids_max16", where)
+        if 0 <= value <= dataset.attribute_limit:
+            kept.append(value)
+        elif value != -1:
+            dataset.findings.error(
+                "attribute id out of range",
+                f"{where}: attribute_ids_max16 has {value}, outside 0..{dataset.attribute_limit} (-1 = empty)",
+            )
+    return tuple(kept)
+
+
+class Coco(Detection):
+    """COCO 2017."""
+
+    def _read(self) -> None:
+        path = self.layout.find(f"coco.{self.split}_annotations")
+        if path is None:
+            raise self._missing(f"coco.{self.split}_annotations")
+        self.has_targets = self.split != "test"
+        self.facts["file"] = str(path)
+        objects = read_instances(self, path)
+        self.folder = self._folder(f"coco.{self.split}_images")
+        self._set_up(objects)
+
+    def image_path(self, index: int) -> Path:
+        return self._inside(self.folder, self.objects.file_names[index])
