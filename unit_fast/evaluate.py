@@ -49,11 +49,11 @@ def evaluate(
     """Metrics of ``model`` on a split of each task: short task name -> figures.
 
     tasks: names to evaluate, default all of the model. split: default ``config.eval_split``. device: default where the
-    model is. limit: samples a task, evenly spread over the split; 0 takes all, None ``config.eval_limit``. out: a folder
-    (of a run) that receives ``predictions/``, ``examples/`` and ``examples.json``. coco_scorer: one of
+    model is. limit: samples a task, evenly spread over the split; 0 takes all, None ``config.eval_limit``. out: a
+    folder (of a run) that receives ``predictions/``, ``examples/`` and ``examples.json``. coco_scorer: one of
     ``metrics.SCORERS``. attributes: write the attribute of each Visual Genome box (``attr_label``, ``attr_score``) into
-    the prediction file. datasets: open data sets by (data set key, split); those opened here are added, so that a caller
-    can keep them for the next time.
+    the prediction file. datasets: open data sets by (data set key, split); those opened here are added, so that a
+    caller can keep them for the next time.
 
     Figures: the task's metric under its key and, for detection, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl`` where
     defined; ``chance``, what the best constant prediction reaches; ``count``, the samples with labels (detection: the

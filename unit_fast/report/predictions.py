@@ -1,0 +1,199 @@
+"""Drawn predictions: boxes on images, answers beside them (Figure E.1)."""
+
+import functools
+import json
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from unit_fast.errors import UserError, printable
+
+TRUTH, RIGHT, WRONG = "#2f6fde", "#1f9d63", "#e0641a"
+"""Colours of true boxes, of predictions that meet one, and of the others."""
+
+THRESHOLD = 0.5
+"""Predictions below this score are not drawn, unless no prediction of the image reaches it."""
+
+FALLBACK = 3
+"""Most likely predictions that are drawn where none reaches the threshold."""
+
+_PAPER, _INK = "#ffffff", "#1c2430"
+
+
+@functools.cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The font of all drawn text; matplotlib's DejaVu covers most scripts."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+
+
+def chosen(predictions: list[dict], threshold: float = THRESHOLD) -> list[dict]:
+    """The predictions to draw, most likely first: those of at least ``threshold``, else the ``FALLBACK`` likeliest."""
+    ranked = sorted(predictions, key=lambda p: -p.get("score", 1.0))
+    return [p for p in ranked if p.get("score", 1.0) >= threshold] or ranked[:FALLBACK]
+
+
+def matched(truth: list[dict], predictions: list[dict], iou: float = 0.5) -> tuple[list[bool], list[bool]]:
+    """(found, right): for every true box whether a prediction met it, for every prediction whether it met one.
+
+    Greedy in the order of ``predictions``, as COCOeval matches: the same class and an overlap of at least ``iou``; a
+    true box is met once. Boxes are xywh.
+    """
+    found, right = [False] * len(truth), []
+    for prediction in predictions:
+        overlaps = [
+            (_iou(t["bbox"], prediction["bbox"]), i)
+            for i, t in enumerate(truth)
+            if not found[i] and t["label"] == prediction["label"]
+        ]
+        best, index = max(overlaps, default=(0.0, -1))
+        right.append(best >= iou)
+        if best >= iou:
+            found[index] = True
+    return found, right
+
+
+def _iou(a, b) -> float:
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    inside = max(width, 0.0) * max(height, 0.0)
+    union = a[2] * a[3] + b[2] * b[3] - inside
+    return inside / union if union > 0 else 0.0
+
+
+def scaled(image: Image.Image, side: int) -> Image.Image:
+    """``image`` with a longer side of ``side`` pixels."""
+    factor = side / max(image.size)
+    size = tuple(max(1, round(x * factor)) for x in image.size)
+    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS)
+
+
+def draw_boxes(image: Image.Image, objects: list[dict], size, colours=TRUTH) -> Image.Image:
+    """A copy of ``image`` with boxes and their names.
+
+    objects: {"label", "bbox" xywh in pixels of an image of ``size`` (height, width), optional "score"}. colours: one
+    for all or one an object.
+    """
+    image = image.convert("RGB").copy()
+    draw = ImageDraw.Draw(image)
+    across, down = image.width / max(size[1], 1), image.height / max(size[0], 1)
+    colours = [colours] * len(objects) if isinstance(colours, str) else colours
+    line = max(2, round(max(image.size) / 220))
+    letters = font(max(11, round(max(image.size) / 36)))
+    for item, colour in reversed(list(zip(objects, colours))):
+        x, y, width, height = (float(v) for v in item["bbox"])
+        box = [x * across, y * down, (x + width) * across, (y + height) * down]
+        # a predicted box may leave the image
+        box = [min(max(v, 0), limit - 1) for v, limit in zip(box, (image.width, image.height) * 2)]
+        draw.rectangle(box, outline=colour, width=line)
+        score = f" {item['score']:.2f}" if item.get("score") is not None else ""
+        _label(draw, image.size, box, printable(item["label"], 40) + score, colour, letters)
+    return image
+
+
+def _label(draw, size, box, text: str, colour: str, letters) -> None:
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=letters)
+    width, height = right - left + 6, bottom - top + 5
+    x = min(box[0], max(0, size[0] - width))
+    y = box[1] - height if box[1] >= height else box[1]
+    draw.rectangle([x, y, x + width, y + height], fill=colour)
+    draw.text((x + 3 - left, y + 2 - top), text, fill="#ffffff", font=letters)
+
+
+def draw_example(image: Image.Image, example: dict, side: int = 460) -> tuple[Image.Image, Image.Image, str]:
+    """(truth, prediction, caption) of a detection example of ``examples.json``."""
+    image = scaled(image, side)
+    shown = chosen(example["prediction"])
+    found, right = matched(example["truth"], shown)
+    truth = draw_boxes(image, example["truth"], example["size"])
+    colours = [RIGHT if r else WRONG for r in right]
+    prediction = draw_boxes(image, shown, example["size"], colours)
+    caption = f"{sum(found)} of {len(found)} objects found, {right.count(False)} wrong boxes"
+    if shown and shown[0].get("score", 1.0) < THRESHOLD:
+        caption += f"; no box reaches {THRESHOLD}, the {len(shown)} likeliest are drawn"
+    return truth, prediction, caption
+
+
+def draw_answers(image: Image.Image | None, text, answers: list[dict], width: int = 640) -> Image.Image:
+    """A picture of an image and/or a text with its answers ({"label", "score"}) as bars."""
+    texts = [text] if isinstance(text, str) else list(text or [])
+    letters, small = font(18), font(15)
+    lines = [line for t in texts for line in _wrapped(printable(t, 600), letters, width - 32)]
+    picture = scaled(image, width) if image is not None else None
+    top = picture.height if picture else 0
+    sheet = Image.new("RGB", (width, top + 24 + 26 * len(lines) + 30 * len(answers) + 12), _PAPER)
+    if picture:
+        sheet.paste(picture, ((width - picture.width) // 2, 0))
+    draw, y = ImageDraw.Draw(sheet), top + 12
+    for line in lines:
+        draw.text((16, y), line, fill=_INK, font=letters)
+        y += 26
+    y += 6
+    for rank, answer in enumerate(answers):
+        bar = round((width - 290) * min(max(answer["score"], 0.0), 1.0))
+        draw.text((16, y + 3), printable(answer["label"], 22), fill=_INK, font=small)
+        draw.rectangle([210, y + 4, 210 + max(1, bar), y + 20], fill=TRUTH if rank == 0 else "#b9c3d3")
+        draw.text((width - 64, y + 3), f"{answer['score']:.3f}", fill=_INK, font=small)
+        y += 30
+    return sheet
+
+
+def _wrapped(text: str, letters, width: int) -> list[str]:
+    lines, line = [], ""
+    for word in text.split(" "):
+        longer = f"{line} {word}".strip()
+        if line and letters.getlength(longer) > width:
+            lines.append(line)
+            longer = word
+        line = longer
+    return [*lines, line]
+
+
+def example_image(folder: Path, example: dict) -> Image.Image | None:
+    """The copy of an example's image in the run folder; None where it is absent or unreadable."""
+    name = example.get("image")
+    if not isinstance(name, str):
+        return None
+    path = (Path(folder) / name).resolve()
+    if not path.is_relative_to(Path(folder).resolve()):
+        return None
+    try:
+        with Image.open(path, formats=("JPEG", "PNG")) as image:
+            return image.convert("RGB") if image.width * image.height <= 4_000_000 else None
+    except (OSError, ValueError, SyntaxError):
+        return None
+
+
+def write_samples(run_dir: str | Path, step: int, rows: int = 4) -> Path | None:
+    """Draw ``samples/step_XXXXXX.jpg`` from ``examples.json``: detection images, truth | prediction.
+
+    Up to ``rows`` images a detection task. None where there is no detection example.
+    """
+    folder = Path(run_dir)
+    try:
+        examples = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'examples.json'}: cannot be read ({error}); evaluate the run first") from None
+    pairs = []
+    for task in ("coco", "vg"):
+        for example in examples.get(task, {}).get("samples", [])[:rows]:
+            image = example_image(folder, example)
+            if image is not None:
+                pairs.append(draw_example(image, example, side=320)[:2])
+    if not pairs:
+        return None
+    # two pairs a line
+    gap, cell = 8, 320
+    lines = [pairs[i : i + 2] for i in range(0, len(pairs), 2)]
+    heights = [max(image.height for pair in line for image in pair) for line in lines]
+    sheet = Image.new("RGB", (4 * cell + 5 * gap, sum(heights) + gap * (len(lines) + 1)), _PAPER)
+    y = gap
+    for line, height in zip(lines, heights):
+        for column, image in enumerate(image for pair in line for image in pair):
+            sheet.paste(image, (gap + column * (cell + gap) + (cell - image.width) // 2, y))
+        y += height + gap
+    path = folder / "samples" / f"step_{step:06d}.jpg"
+    path.parent.mkdir(exist_ok=True)
+    sheet.save(path, "JPEG", quality=85)
+    return path
