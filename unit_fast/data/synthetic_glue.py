@@ -1,0 +1,173 @@
+"""The generated world's four GLUE tasks: sentences from templates.
+
+What has to be learned: SST-2, the polarity of an adjective or verb and its negation; QNLI, whether the sentence holds
+the kind of information that the question asks for; QQP, whether two questions have the same intent, verb and object,
+under synonyms; MNLI, whether a state is repeated, denied or not mentioned, under synonyms, antonyms, negation and more
+general nouns.
+"""
+
+import random
+import zlib
+from collections.abc import Iterable
+
+PEOPLE = ("man", "woman", "boy", "girl", "child", "king")
+ANIMALS = ("dog", "cat", "horse", "cow", "bird")
+CITIES = ("paris", "london", "rome", "berlin", "tokyo", "madrid")
+
+_GOOD = ("good", "great", "funny", "clever", "charming", "moving", "brilliant", "lovely", "fresh", "warm")
+_BAD = ("bad", "awful", "dull", "boring", "weak", "clumsy", "silly", "stale", "slow", "empty")
+_LIKE, _DISLIKE = ("like", "love", "enjoy", "admire"), ("hate", "dislike", "regret", "mock")
+_WORKS = ("film", "story", "acting", "ending", "music", "script", "plot", "cast", "comedy", "drama")
+_DEGREES = ("", "very ", "really ", "quite ", "rather ", "so ")
+
+
+def sst2(rng: random.Random) -> tuple[str, int]:
+    """(sentence, label), 1 = positive."""
+    positive = rng.random() < 0.5
+    work, degree = rng.choice(_WORKS), rng.choice(_DEGREES)
+    adjectives = (_BAD, _GOOD)
+    form = rng.randrange(6)
+    if form == 0:
+        sentence = f"the {work} is {degree}{rng.choice(adjectives[positive])} ."
+    elif form == 1:
+        sentence = (
+            f"a {degree}{rng.choice(adjectives[positive])} {work} with {rng.choice(_WORKS)} and {rng.choice(_WORKS)} ."
+        )
+    elif form == 2:
+        first, second = rng.sample(adjectives[positive], 2)
+        sentence = f"{first} and {degree}{second} {work} ."
+    elif form == 3:
+        sentence = f"the {work} is {rng.choice(('not', 'never'))} {degree}{rng.choice(adjectives[not positive])} ."
+    elif form == 4:
+        sentence = f"i {rng.choice((_DISLIKE, _LIKE)[positive])} the {work} and its {rng.choice(_WORKS)} ."
+    else:
+        sentence = f"i do not {rng.choice((_DISLIKE, _LIKE)[not positive])} the {work} and its {rng.choice(_WORKS)} ."
+    return sentence, int(positive)
+
+
+_BUILDINGS = ("bridge", "castle", "museum", "school", "church", "tower", "garden", "house")
+_MADE = ("built", "painted", "opened", "designed", "sold", "found")
+_FACTS = {
+    "who": tuple(f"by {name}" for name in ("anna", "peter", "maria", "john", "laura", "david")),
+    "where": tuple(f"in {city}" for city in CITIES),
+    "when": tuple(f"in {month}" for month in ("january", "march", "april", "june", "august", "october")),
+    "why": tuple(f"for {reason}" for reason in ("money", "fun", "peace", "charity", "science", "trade")),
+}
+
+
+def qnli(rng: random.Random) -> tuple[str, str, str]:
+    """(question, sentence, label): does the sentence answer the question?"""
+    thing, made, asked = rng.choice(_BUILDINGS), rng.choice(_MADE), rng.choice(list(_FACTS))
+    question = f"Who {made} the {thing}?" if asked == "who" else f"{asked.capitalize()} was the {thing} {made}?"
+    answered = rng.random() < 0.5
+    others = rng.sample([f for f in _FACTS if f != asked], 2)
+    told = [asked, others[0]] if answered else others
+    told = rng.sample(told, rng.choice((1, 2))) if not answered else told[: rng.choice((1, 2))]
+    rng.shuffle(told)
+    sentence = f"The {thing} was {made} {' '.join(rng.choice(_FACTS[fact]) for fact in told)}."
+    return question, sentence, "entailment" if answered else "not_entailment"
+
+
+_INTENTS = (
+    ("How can i {} {}?", "How do i {} {}?", "What is the best way to {} {}?"),
+    ("Why should i {} {}?", "What is a good reason to {} {}?", "Why do people {} {}?"),
+    ("Where can i {} {}?", "What is a good place to {} {}?", "In which city can i {} {}?"),
+    ("When should i {} {}?", "At what age can i {} {}?", "What is a good time to {} {}?"),
+)
+_VERBS = (("learn", "study"), ("teach", "explain"), ("buy", "get"))
+_SUBJECTS = ("french", "chess", "history", "cooking", "dancing", "physics")
+
+
+def qqp(rng: random.Random) -> tuple[str, str, int]:
+    """(question 1, question 2, label), 1 = duplicate."""
+    intent, verb, subject = rng.randrange(len(_INTENTS)), rng.randrange(len(_VERBS)), rng.choice(_SUBJECTS)
+    first = rng.choice(_INTENTS[intent]).format(rng.choice(_VERBS[verb]), subject)
+    duplicate = rng.random() < 0.5
+    if not duplicate:
+        changed = rng.choices(("intent", "verb", "subject"), (0.6, 0.2, 0.2))[0]
+        if changed == "intent":
+            intent = rng.choice([i for i in range(len(_INTENTS)) if i != intent])
+        elif changed == "verb":
+            verb = rng.choice([v for v in range(len(_VERBS)) if v != verb])
+        else:
+            subject = rng.choice([s for s in _SUBJECTS if s != subject])
+    while True:
+        second = rng.choice(_INTENTS[intent]).format(rng.choice(_VERBS[verb]), subject)
+        if second != first:
+            return first, second, int(duplicate)
+
+
+_NOUNS = {
+    "animal": ANIMALS,
+    "person": ("man", "woman", "boy", "girl", "child"),
+    "vehicle": ("car", "bus", "truck", "train", "boat"),
+}
+_STATES = (
+    (("open", "unlocked"), ("closed", "shut")),
+    (("clean", "spotless"), ("dirty", "muddy")),
+    (("big", "huge"), ("small", "tiny")),
+    (("quiet", "silent"), ("noisy", "loud")),
+)
+_PLACES = ("in the garden", "near the river", "on the street", "behind the house", "at the station")
+_GENRES = {
+    "fiction": "{}",
+    "telephone": "well , {}",
+    "travel": "you see that {}",
+    "letters": "you see , {}",
+    "verbatim": "well , that is , {}",
+}
+GENRES = tuple(_GENRES)
+"""MNLI's genres; the last two occur in the mismatched part only, their words also elsewhere."""
+
+
+def mnli(rng: random.Random, genre: str) -> tuple[str, str, str]:
+    """(premise, hypothesis, label)."""
+    general = rng.choice(list(_NOUNS))
+    noun, place = rng.choice(_NOUNS[general]), rng.choice(_PLACES)
+    pair, pole = rng.randrange(len(_STATES)), rng.randrange(2)
+    label = rng.choice(("entailment", "neutral", "contradiction"))
+
+    def clause(subject, pair, pole, place=""):
+        # A state is said directly, or by denying the other pole of its pair.
+        denied = rng.random() < 0.3
+        word = rng.choice(_STATES[pair][1 - pole if denied else pole])
+        return f"the {subject} {place + ' ' if place else ''}is {'not ' if denied else ''}{word}"
+
+    premise = clause(noun, pair, pole, place)
+    if label == "neutral":
+        pair, pole = rng.choice([p for p in range(len(_STATES)) if p != pair]), rng.randrange(2)
+    elif label == "contradiction":
+        pole = 1 - pole
+    said = clause(rng.choice((noun, general)), pair, pole)
+    return _sentence(_GENRES[genre].format(premise)), _sentence(said), label
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:].replace(" ,", ",") + "."
+
+
+def held_out(*texts: str) -> bool:
+    """Whether this sentence or pair belongs to validation; the words are everywhere, the combination is not."""
+    return zlib.crc32("\t".join(texts).encode()) % 6 == 0
+
+
+def parses(sentence: str) -> tuple[str, str]:
+    """The binary and the constituency parse that SNLI and MNLI files carry, here flat: no reader needs the true one."""
+    words = sentence.replace(".", " .").replace(",", " ,").split()
+    binary = "( " * (len(words) - 1) + words[0] + "".join(f" {word} )" for word in words[1:])
+    return binary, "(ROOT (S " + " ".join(f"(X {word})" for word in words) + "))"
+
+
+def words_of(*pools: Iterable[str]) -> list[str]:
+    """The different words of longer than one letter in ``pools`` of phrases, lower case, in order of appearance."""
+    text = " ".join(phrase for pool in pools for phrase in pool).lower()
+    words = "".join(c if c.isalnum() else " " for c in text).split()
+    return [word for word in dict.fromkeys(words) if len(word) > 1]
+
+
+WORDS = words_of(
+    PEOPLE, ANIMALS, CITIES, _GOOD, _BAD, _LIKE, _DISLIKE, _WORKS, _DEGREES, _BUILDINGS, _MADE, _FACTS,
+    *_FACTS.values(), *_INTENTS, *_VERBS, _SUBJECTS, _NOUNS, *_NOUNS.values(), *(w for s in _STATES for w in s),
+    _PLACES, _GENRES.values(), ("the is a with and not never i do its was",),
+)  # fmt: skip
+"""Every word of these tasks."""

@@ -1,0 +1,188 @@
+"""Scenes of the generated world: a few coloured shapes on a textured ground, drawn and described.
+
+A scene is drawn from a ``random.Random`` alone, so that it is a pure function of its seed. Coordinates are pixels, the
+origin is the top left corner, boxes are ``(x, y, w, h)`` as in COCO.
+"""
+
+import io
+import math
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+KINDS = ("circle", "square", "triangle", "star", "cross", "ring", "diamond")
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (44, 170, 60),
+    "blue": (45, 90, 225),
+    "yellow": (240, 215, 40),
+    "purple": (165, 60, 190),
+    "white": (240, 240, 240),
+}
+GROUNDS = {"gray": (128, 128, 128), "brown": (118, 78, 46), "black": (34, 34, 38)}
+SIZES = {"small": (8.0, 11.0), "large": (14.0, 20.0)}
+"""Size name -> range of the half side in pixels; the gap keeps the names unambiguous."""
+
+_COUNTS = (1, 2, 3, 4, 5)
+_COUNT_WEIGHTS = (0.32, 0.32, 0.22, 0.10, 0.04)
+_CROWD_SHARE = 0.02
+_OVERSAMPLING = 3  # shapes are drawn this much larger and averaged down, which smooths their edges
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape of a scene."""
+
+    kind: str
+    color: str
+    size: str
+    polygon: tuple[tuple[float, float], ...]
+    """Outline, pixels, rounded to 1/100."""
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        xs, ys = zip(*self.polygon)
+        return (min(xs), min(ys), round(max(xs) - min(xs), 2), round(max(ys) - min(ys), 2))
+
+    @property
+    def attributes(self) -> tuple[str, str]:
+        return (self.color, self.size)
+
+    @property
+    def center(self) -> tuple[float, float]:
+        x, y, w, h = self.box
+        return (x + w / 2, y + h / 2)
+
+    @property
+    def area(self) -> float:
+        """Area inside the outline in square pixels (shoelace formula)."""
+        points = self.polygon
+        pairs = zip(points, points[1:] + points[:1])
+        return round(abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in pairs)) / 2, 2)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is to be seen in one image."""
+
+    width: int
+    height: int
+    ground: str
+    things: tuple[Thing, ...]
+    crowd: tuple[Thing, ...] = ()
+    """Tiny shapes of one kind that are annotated together, as COCO's crowds are."""
+    texture_seed: int = field(default=0, compare=False)
+
+
+def _outline(kind: str) -> list[tuple[float, float]]:
+    """Corners of ``kind`` inside [-1, 1] x [-1, 1]."""
+    if kind in ("circle", "ring"):
+        angles = (2 * math.pi * i / 24 for i in range(24))
+        return [(math.cos(a), math.sin(a)) for a in angles]
+    if kind == "square":
+        return [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]
+    if kind == "diamond":
+        return [(0.0, -1.0), (0.85, 0.0), (0.0, 1.0), (-0.85, 0.0)]
+    if kind == "triangle":
+        return [(0.0, -1.0), (1.0, 0.8), (-1.0, 0.8)]
+    if kind == "star":
+        radii = (1.0, 0.42)
+        angles = (math.pi * i / 5 - math.pi / 2 for i in range(10))
+        return [(radii[i % 2] * math.cos(a), radii[i % 2] * math.sin(a)) for i, a in enumerate(angles)]
+    arm = 0.36
+    quarter = [(arm, -1.0), (arm, -arm), (1.0, -arm)]
+    return [
+        point
+        for turn in range(4)
+        for point in (_rotate(x, y, turn * math.pi / 2) for x, y in quarter)
+    ]  # fmt: skip
+
+
+def _rotate(x: float, y: float, angle: float) -> tuple[float, float]:
+    return (x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle))
+
+
+def _place(rng, kind, color, size, half, width, height, taken, area=None) -> Thing | None:
+    """A shape of half side ``half`` at a free place, or None when thirty places were taken."""
+    angle = 0.0 if kind in ("circle", "ring") else rng.uniform(-0.15, 0.15)
+    stretch_x, stretch_y = rng.uniform(0.88, 1.12), rng.uniform(0.88, 1.12)
+    corners = [_rotate(x * half * stretch_x, y * half * stretch_y, angle) for x, y in _outline(kind)]
+    left, top = min(x for x, _ in corners), min(y for _, y in corners)
+    right, bottom = max(x for x, _ in corners), max(y for _, y in corners)
+    x0, y0, x1, y1 = area or (1, 1, width - 1, height - 1)
+    if right - left >= x1 - x0 or bottom - top >= y1 - y0:
+        return None
+    for _ in range(30):
+        x, y = rng.uniform(x0 - left, x1 - right), rng.uniform(y0 - top, y1 - bottom)
+        box = (x + left, y + top, x + right, y + bottom)
+        if all(box[2] < t[0] or t[2] < box[0] or box[3] < t[1] or t[3] < box[1] for t in taken):
+            taken.append(box)
+            return Thing(kind, color, size, tuple((round(x + cx, 2), round(y + cy, 2)) for cx, cy in corners))
+    return None
+
+
+def draw_scene(rng: random.Random, *, crowds: bool = False) -> Scene:
+    """A scene of 64 to 96 pixels a side with one to five shapes that do not overlap; ``crowds`` allows a crowd."""
+    width, height = rng.randrange(64, 97), rng.randrange(64, 97)
+    taken: list = []
+    crowd: list = []
+    if crowds and rng.random() < _CROWD_SHARE:
+        x, y = rng.uniform(2, width - 34), rng.uniform(2, height - 28)
+        kind, color = rng.choice(KINDS), rng.choice(list(COLORS))
+        cells = [(x + 8 * column, y + 8 * row) for row in range(3) for column in range(4)]
+        for left, top in rng.sample(cells, rng.randrange(7, 12)):
+            crowd.append(_place(rng, kind, color, "small", 3.0, width, height, [], (left, top, left + 8, top + 8)))
+        taken.append((x, y, x + 32, y + 24))
+    things = []
+    for _ in range(rng.choices(_COUNTS, _COUNT_WEIGHTS)[0]):
+        size = rng.choice(list(SIZES))
+        half = rng.uniform(*SIZES[size])
+        thing = _place(rng, rng.choice(KINDS), rng.choice(list(COLORS)), size, half, width, height, taken)
+        if thing:
+            things.append(thing)
+    return Scene(width, height, rng.choice(list(GROUNDS)), tuple(things), tuple(crowd), rng.getrandbits(32))
+
+
+def render(scene: Scene) -> bytes:
+    """The scene as a JPEG file."""
+    rng = np.random.default_rng(scene.texture_seed)
+    height, width = scene.height, scene.width
+    spots = rng.normal(0, 18, (height // 8 + 2, width // 8 + 2)).clip(-40, 40)
+    coarse = Image.fromarray(spots.astype(np.float32))
+    texture = np.asarray(coarse.resize((width, height), Image.Resampling.BILINEAR))
+    ground = np.array(GROUNDS[scene.ground], np.float32) + rng.normal(0, 5) + texture[..., None]
+    image = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
+    for thing in scene.crowd + scene.things:
+        color = np.array(COLORS[thing.color]) + rng.normal(0, 9, 3)
+        image.paste(tuple(int(c) for c in color.clip(0, 255)), mask=_mask(thing, width, height))
+    pixels = np.asarray(image, np.float32) + rng.normal(0, 5, (height, width, 1))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=92, subsampling=0)
+    return buffer.getvalue()
+
+
+def _mask(thing: Thing, width: int, height: int) -> Image.Image:
+    mask = Image.new("L", (width * _OVERSAMPLING, height * _OVERSAMPLING))
+    draw = ImageDraw.Draw(mask)
+    draw.polygon([(x * _OVERSAMPLING, y * _OVERSAMPLING) for x, y in thing.polygon], fill=255)
+    if thing.kind == "ring":
+        cx, cy = thing.center
+        hole = [(cx + 0.5 * (x - cx), cy + 0.5 * (y - cy)) for x, y in thing.polygon]
+        draw.polygon([(x * _OVERSAMPLING, y * _OVERSAMPLING) for x, y in hole], fill=0)
+    return mask.reduce(_OVERSAMPLING)
+
+
+def crowd_region(scene: Scene) -> tuple[dict, int, list[int]]:
+    """COCO's run-length segmentation (column by column, zeros first), area and box of the scene's crowd."""
+    mask = np.zeros((scene.height, scene.width), bool)
+    for thing in scene.crowd:
+        mask |= np.asarray(_mask(thing, scene.width, scene.height)) > 127
+    flat = np.concatenate([[False], mask.T.reshape(-1)])
+    ends = np.flatnonzero(flat[1:] != flat[:-1])
+    counts = np.diff(np.concatenate([[0], ends, [flat.size - 1]])).tolist()
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
+    segmentation = {"counts": counts, "size": [scene.height, scene.width]}
+    return segmentation, int(mask.sum()), [int(v) for v in box]
