@@ -2,11 +2,11 @@
 
 Such a file is a pickle, and ``numpy.load(allow_pickle=True)`` runs whatever it names. Here the pickle's instructions
 are interpreted by a small machine that can only build None, bool, int, float, str, bytes, list, tuple, dict and set,
-and knows five names: numpy's ``ndarray``, ``dtype``, ``_reconstruct`` and ``scalar`` in their spellings, and
-``_codecs.encode`` (bytes written by Python 2 protocols). None of them is called: arrays and scalars are decoded from
-their bytes, and only if the sizes they claim are the sizes that are there. An instruction outside the list, or another
-name, is refused. Memory therefore stays in proportion to the file; the C unpickler can be made to allocate gigabytes by
-a few bytes (memo index, claimed length, ``ndarray`` shape).
+and knows six names: numpy's ``ndarray``, ``dtype``, ``_reconstruct`` and ``scalar`` in their spellings, and
+``_codecs.encode`` and ``bytes`` (how protocol 2 writes bytes). None of them is called: arrays and scalars are decoded
+from their bytes, and only if the sizes they claim are the sizes that are there. An instruction outside the list, or
+another name, is refused. Memory therefore stays in proportion to the file; the C unpickler can be made to allocate
+gigabytes by a few bytes (memo index, claimed length, ``ndarray`` shape).
 """
 
 import math
@@ -24,7 +24,7 @@ NPY_LIMIT = 8 * 2**30
 
 _NUMPY_MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
 _ALLOWED = {(module, name) for module in _NUMPY_MODULES[1:] for name in ("_reconstruct", "scalar")}
-_ALLOWED |= {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+_ALLOWED |= {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("__builtin__", "bytes")}
 _DTYPE = re.compile(r"[biufSU?O]\d{0,9}")
 
 
@@ -101,6 +101,8 @@ def _call(function, arguments):
             return dtype.decode(raw, 1)[0]
     if function.name == "encode" and len(arguments) == 2 and isinstance(arguments[0], str) and arguments[1] == "latin1":
         return arguments[0].encode("latin1")
+    if function.name == "bytes" and arguments == ():  # how protocol 2 writes empty bytes
+        return b""
     raise Refused(f"a call of {function.name}")
 
 

@@ -128,8 +128,9 @@ class Vqa2(Dataset):
             questions=len(ids),
             images=len(set(images)),
             answers=len(self.answers),
-            answered_by_list=len(ids) - out_of_list if self.labelled else 0,
         )
+        if self.labelled:
+            self.facts["with an answer in the list"] = len(ids) - out_of_list
 
     def __len__(self) -> int:
         return len(self.question_ids)
