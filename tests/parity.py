@@ -139,7 +139,8 @@ def run_optimizer(folder: Path, variant: str) -> check.Report:
             history[name].append(parameter.detach().clone())
     results = {}
     for name, parameter in parameters.items():
-        state = optimizer.state[parameter]
+        never = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter), "step": 0}
+        state = optimizer.state.get(parameter) or never
         results |= {f"param/{name}": torch.stack(history[name]), f"m/{name}": state["exp_avg"]}
         results |= {f"v/{name}": state["exp_avg_sq"], f"step/{name}": state["step"]}
     return case.compare(results, variant)

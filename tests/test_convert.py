@@ -172,8 +172,6 @@ def test_coco_initialisation():
         assert torch.equal(shared.decoder.norm.weight, single.decoders["detection_coco"].norm.weight)
         box, expected = (m.bbox_embeds["detection_coco"].layers[2].bias for m in (shared, single))
         assert torch.equal(box, expected)
-            shared.bbox_embeds["detection_coco"].layers[2].bias, single.bbox_embeds["detection_coco"].layers[2].bias
-        )
         assert torch.equal(shared.classifiers["vqa2"].dense.weight, before)
         assert not report.unexpected
     other = UniT(small_config("coco", "vqa2", decoder=separate))

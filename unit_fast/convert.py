@@ -102,12 +102,11 @@ def canonical_mmf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ``UserError`` when two aliases of one tensor differ.
     """
     state = state.get("model", state) if isinstance(state.get("model"), Mapping) else state
+    names = {key: _current(key) for key in state}
+    shared = any(name.startswith(f"{_TRANSFORMER}decoder.") for name in names.values())
     out: dict[str, Tensor] = {}
-    shared = any(key.removeprefix("module.").startswith(f"{_TRANSFORMER}decoder.") for key in state)
-    for key, value in state.items():
-        name = key.removeprefix("module.")
-        if name.startswith("detr_model."):
-            name = "unit_base_model." + name.removeprefix("detr_model.")
+    for key, name in names.items():
+        value = state[key]
         if name.startswith("bert_model.embeddings."):
             name = "bert_model.module." + name.removeprefix("bert_model.")
         if shared:
@@ -120,11 +119,27 @@ def canonical_mmf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def _current(name: str) -> str:
+    """``name`` without a leading ``module.`` and with the present name of the base model."""
+    name = name.removeprefix("module.")
+    return "unit_base_model." + name.removeprefix("detr_model.") if name.startswith("detr_model.") else name
+
+
 def _tensor(value) -> Tensor:
     return value if isinstance(value, Tensor) else torch.as_tensor(value)
 
 
 # ------------------------------------------------------------------------------------------------ MMF models
+
+
+_MMF_BERT_KEYS = ("hidden_size", "layers", "heads", "intermediate_size", "vocab_size", "max_position")
+_MMF_KEYS = (
+    *("enc_layers", "dec_layers", "dim_feedforward", "encoder_hidden_dim", "decoder_hidden_dim", "nheads", "dropout"),
+    *("share_decoders", "task_embedding_image", "task_embedding_text", "bert", "datasets", "text_cls_only", "backbone"),
+    *("dilation_stage4", "frozen_bn_eps", "pre_norm", "residual_in_encoder", "no_object_weight", "cost_class"),
+    *("cost_bbox", "cost_giou", "bbox_loss_coef", "giou_loss_coef", "attr_loss_coef", "detection_loss_weight"),
+    *("auxiliary_losses", "attribute_outputs", "max_attributes", "ce_normalisation", "use_bcl", "loss_on_all_hs"),
+)
 
 
 def model_config_from_mmf(mmf_config: Mapping) -> ModelConfig:
@@ -176,6 +191,8 @@ def model_config_from_mmf(mmf_config: Mapping) -> ModelConfig:
         ce_normalisation=values.pop("ce_normalisation", "per_image"),
         attribute_outputs=values.pop("attribute_outputs", 401),
         max_attributes=values.pop("max_attributes", 16),
+        balanced_class_loss=values.pop("use_bcl", False),
+        on_all_hidden_states=values.pop("loss_on_all_hs", False),
     )
     config = ModelConfig(
         backbone=BackboneConfig(
@@ -199,9 +216,9 @@ def model_config_from_mmf(mmf_config: Mapping) -> ModelConfig:
         loss=loss,
         tasks=tasks,
     )
-    for rest, where in ((values, "mmf_config"), (bert, "mmf_config.bert")):
+    for rest, known, where in ((values, _MMF_KEYS, "mmf_config"), (bert, _MMF_BERT_KEYS, "mmf_config.bert")):
         for key in rest:
-            raise UserError(f"{where}: unknown key {key!r}; {nearest(key, mmf_config if rest is values else bert)}")
+            raise UserError(f"{where}: unknown key {key!r}; {nearest(key, known)}")
     return config
 
 
@@ -350,7 +367,7 @@ def load_matching(
 
     ``state``: ours or MMF's names. A single-task model's own decoder goes to a shared decoder.
     """
-    if any(key.removeprefix("module.").startswith(("unit_base_model.", "detr_model.")) for key in state):
+    if any(_current(key).startswith("unit_base_model.") for key in state):
         state = canonical_mmf(state)
         names = {name: mmf_name(name) for name in model.state_dict()}
     else:
@@ -418,21 +435,25 @@ _PRETRAINED = (
 )
 
 
-def load_pretrained(model: UniT, folder: str | Path, *, require: bool = False) -> dict[str, str]:
-    """Load the backbone (DETR's, else torchvision's) and BERT from ``folder`` into ``model``.
+def load_pretrained(
+    model: UniT, folder: str | Path, *, require: bool = False, parts: Iterable[str] = ("backbone", "text encoder")
+) -> dict[str, str]:
+    """Load the backbone (DETR's, else torchvision's) and BERT, or those of them in ``parts``, from ``folder``.
 
     Returns part -> what it starts from, for the run's config. A missing file leaves the part at its random initial
     values with one warning that names file and source; ``require`` makes it a ``UserError``.
     """
-    folder, found = Path(folder), {}
+    folder, found, parts = Path(folder), {}, set(parts)
     for part, pattern, _, load in _PRETRAINED:
+        if part not in parts:
+            continue
         paths = sorted(folder.glob(pattern)) if part not in found else []
         if paths:
             report = load(model, checkpoint.load_weights(paths[0]), source=str(paths[0]))
             _log.info("%s: %s", part, report)
             found[part] = str(paths[0])
     for part in dict.fromkeys(p for p, *_ in _PRETRAINED):
-        if part in found:
+        if part in found or part not in parts:
             continue
         wanted = " or ".join(f"{folder / pattern} ({source})" for p, pattern, source, _ in _PRETRAINED if p == part)
         if require:
