@@ -297,14 +297,14 @@ def test_skip_sees_gradients_whose_squares_underflow(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_skip_tests_the_gradient_after_clipping(mode):
-    """1e-44 times the clip factor is zero in float32: the parameter is skipped, as the authors' code would."""
-    params = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))]
-    params[0].grad = torch.full((2,), 1e6)
-    params[1].grad = torch.full((2,), 1e-44)
-    optimizer = MaskedAdamW(params, unused="skip", max_norm=0.1)
+    """Small numbers times the clip factor are zero in float32: skipped, as the authors' code would."""
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(4)]
+    for p, size in zip(params, (1e18, 1e-22, 1e-44, 1e-10), strict=True):
+        p.grad = torch.full((2,), size)
+    optimizer = MaskedAdamW(params, unused="skip", max_norm=1e-6)
     with ops.kernels(mode):
         optimizer.step()
-    assert optimizer.step_counts().tolist() == [1, 0]
+    assert optimizer.step_counts().tolist() == [1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -461,7 +461,10 @@ def test_state_goes_to_torch_adamw_and_back(mode):
         [{"params": back[:2], "name": "main"}, {"params": back[2:], "name": "backbone"}],
         rule="torch", unused="graph",
     )  # fmt: skip
-    again.load_state_dict(peer.state_dict())
+    saved = peer.state_dict()
+    for group in saved["param_groups"]:  # an optimiser that never loaded ours has no names
+        del group["name"]
+    again.load_state_dict(saved)
     assert [g["name"] for g in again.param_groups] == ["main", "backbone"]
     assert [g["lr"] for g in again.param_groups] == [1e-2, 1e-3]
     for grads in steps[9:]:
@@ -499,10 +502,18 @@ def test_resume_is_exact(mode, policy):
             set_gradients(second, grads)
             c.scale_lr(lr_multiplier(i, 4, 20))
             c.step()
+    assert_steps_are_views(c)
     for ours, theirs in zip(snapshot(a, straight), snapshot(c, second), strict=True):
         for x, y in zip(ours, theirs, strict=True):
             assert all(torch.equal(u, v) for u, v in zip(x, y, strict=True)) if isinstance(x, tuple) else x.equal(y)
     assert torch.equal(kept, bits(saved["state"][0]["exp_avg"])), "the loaded state must not be shared"
+
+
+def assert_steps_are_views(optimizer):
+    counts = optimizer.step_counts()
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if p in optimizer.state:
+            assert optimizer.state[p]["step"].data_ptr() == counts[i].data_ptr()
 
 
 def test_a_copy_keeps_its_settings():
@@ -512,7 +523,13 @@ def test_a_copy_keeps_its_settings():
     optimizer.step()
     copied = copy.deepcopy(optimizer)
     assert (copied.rule, copied.unused, copied.max_norm) == ("torch", "graph", 0.5)
-    assert torch.equal(copied.step_counts(), optimizer.step_counts())
+    before = optimizer.step_counts().clone()
+    for p in copied.param_groups[0]["params"]:  # a copied parameter has no gradient
+        p.grad = torch.ones_like(p)
+    copied.step()
+    assert torch.equal(optimizer.step_counts(), before)
+    assert copied.step_counts()[0] == before[0] + 1
+    assert_steps_are_views(copied)
 
 
 def test_a_group_added_later_takes_part():
@@ -524,6 +541,7 @@ def test_a_group_added_later_takes_part():
     second.grad = torch.ones_like(second)
     optimizer.step()
     assert optimizer.step_counts().tolist() == [2, 1]
+    assert_steps_are_views(optimizer)
 
 
 # ------------------------------------------------------------------------------------------------- errors and choices

@@ -59,6 +59,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     Two implementations with one meaning: ``reference`` (plain PyTorch, any device, reads nothing on the host) and one
     for the CPU on torch's fused AdamW. ``unit_fast.kernels("reference")`` forces the first; which runs is logged once.
 
+    ``state[p]`` has ``exp_avg``, ``exp_avg_sq`` and ``step``, an int32 scalar in the memory of ``step_counts()``;
     ``state_dict`` has the keys and dtypes of ``torch.optim.AdamW`` and each loads the other's. ``ValueError`` on a
     hyperparameter out of range.
     """
@@ -102,6 +103,10 @@ class MaskedAdamW(torch.optim.Optimizer):
         own = ("rule", "unused", "max_norm", "_counts", "_zeros", "_logged")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._bind_steps()
+
     # ---------------------------------------------------------------------------------------------------- stepping
 
     @torch.no_grad()
@@ -137,15 +142,23 @@ class MaskedAdamW(torch.optim.Optimizer):
         elif len(self._counts) < len(members) or self._counts.device != device:
             more = torch.zeros(len(members) - len(self._counts), dtype=torch.int32, device=device)
             self._counts = torch.cat((self._counts.to(device), more))
+            self._bind_steps()
         return self._counts
+
+    def _bind_steps(self) -> None:
+        """Make every ``state[p]["step"]`` a view of its count."""
+        for i, (p, _) in enumerate(self._members()):
+            if self._counts is not None and self.state.get(p):
+                self.state[p]["step"] = self._counts[i]
 
     def _members(self) -> list[tuple[Tensor, dict]]:
         return [(p, group) for group in self.param_groups for p in group["params"]]
 
-    def _moments(self, p: Tensor) -> tuple[Tensor, Tensor]:
+    def _moments(self, p: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """exp_avg and exp_avg_sq of p, zeros at first; ``count`` is its element of the step counts."""
         state = self.state[p]
         if not state:
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            state |= {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         return state["exp_avg"], state["exp_avg_sq"]
 
     def _why_reference(self, members) -> str | None:
@@ -216,7 +229,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _update_reference(self, p: Tensor, grad: Tensor, group: dict, count: Tensor, moves: Tensor) -> None:
         """One parameter; ``count`` is its step count before the update, ``moves`` a bool scalar."""
-        m, v = self._moments(p)
+        m, v = self._moments(p, count)
         lr, eps, decay, (beta1, beta2) = group["lr"], group["eps"], group["weight_decay"], group["betas"]
         t = (count + 1).double()
         correction1, correction2 = 1 - beta1**t, 1 - beta2**t
@@ -236,7 +249,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _step_fused(self, members, used: Tensor | None) -> StepStats:
         """The same on the CPU: one pass for the norms, one for the update; clipping is folded into the update."""
         flags = _flags(members, used).tolist()
-        before = self.step_counts().tolist()
+        counts = self.step_counts()
+        before = counts.tolist()
         grads = [p.grad if flag else None for (p, _), flag in zip(members, flags, strict=True)]
         norms = [None if g is None else _norm(g) for g in grads]
         norm = _joint([n for n in norms if n is not None], like=members[0][0])
@@ -265,7 +279,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                 if not _same_layout(p, grad):
                     grad = torch.empty_like(p).copy_(grad)
             lists = calls.setdefault((id(group), before[i] + 1, scaled), (group, [], [], [], []))
-            for into, tensor in zip(lists[1:], (p, grad, *self._moments(p)), strict=True):
+            for into, tensor in zip(lists[1:], (p, grad, *self._moments(p, counts[i])), strict=True):
                 into.append(tensor)
 
         scale = torch.tensor(1.0 / factor, dtype=torch.float32)
@@ -280,7 +294,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                 *lists, [], [torch.tensor(float(t))] * len(lists[0]), amsgrad=False, lr=lr, beta1=beta1, beta2=beta2,
                 weight_decay=decay, eps=eps, maximize=False, grad_scale=None if scaled else scale,
             )  # fmt: skip
-        self.step_counts().add_(torch.tensor(moves, dtype=torch.int32))
+        counts.add_(torch.tensor(moves, dtype=torch.int32))
         return StepStats(norm, torch.zeros((), dtype=torch.int32))
 
     def _zero_gradient(self, p: Tensor) -> Tensor:
@@ -297,7 +311,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         counts = self.step_counts().tolist()
         # The reference makes moments before it knows whether the parameter moves; torch lists those that have moved.
         moved = {i: state for i, state in out["state"].items() if counts[i] > 0}
-        out["state"] = {i: {"step": torch.tensor(float(counts[i])), **state} for i, state in moved.items()}
+        out["state"] = {i: state | {"step": torch.tensor(float(counts[i]))} for i, state in moved.items()}
         return out
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -336,6 +350,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             # Copies: the saved tensors may be shared, read-only, or laid out in memory unlike the parameter.
             self.state[p] = {name: torch.empty_like(p).copy_(state[name]) for name in ("exp_avg", "exp_avg_sq")}
         self.step_counts().copy_(torch.tensor(counts, dtype=torch.int32))
+        self._bind_steps()
 
 
 def _flags(members, used: Tensor | None) -> Tensor:
