@@ -300,6 +300,8 @@ class RunConfig:
     """A missing pretrained file is an error instead of a warning."""
     init_from: str | None = None
     """Run folder or checkpoint whose matching weights are loaded (weights only)."""
+    started_from: dict[str, str] = field(default_factory=dict)
+    """Written by training: part of the model -> the weights it started from, ``random`` where there were none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -33,6 +33,11 @@ def _word(*parts) -> int:
     return int.from_bytes(_hash(*parts)[:8], "little")
 
 
+def seed_of(seed: int, purpose: str) -> int:
+    """A seed (63 bits) for ``purpose`` that follows from the run's."""
+    return _word(seed, purpose) >> 1
+
+
 def normalised(ratios: dict[str, float], tasks) -> dict[str, float]:
     """Sampling probability of each of ``tasks``, in sorted order, from ``ratios`` by name.
 

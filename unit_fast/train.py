@@ -1,0 +1,299 @@
+"""Training: one update, and the loop.
+
+What a run computes follows from its configuration and seed: tasks, samples and augmentation are pure functions of
+counters (``data/sampler.py``), dropout follows the default generators, whose state is saved. Evaluation, saving and
+logging touch none of these, so a run may be cut anywhere and go on to the same bits (at one thread count).
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unit_fast.batch import Batch, Output
+from unit_fast.config import RunConfig
+from unit_fast.data.loader import Loader
+from unit_fast.errors import UserError, printable
+from unit_fast.logging import Record
+from unit_fast.optim import MaskedAdamW, lr_multiplier
+from unit_fast.run_folder import EXIT, RunFolder, write
+from unit_fast.run_state import RunState
+
+STRIKES = 3
+"""So many updates in a row that are not finite end the run."""
+
+_log = logging.getLogger("unit_fast.train")
+
+
+class NonFinite(UserError):
+    """Several updates in a row were not finite."""
+
+    status = "nonfinite"
+    exit_code = EXIT[status]
+
+
+class OutOfMemory(UserError):
+    """The device's memory did not suffice."""
+
+    status = "out_of_memory"
+    exit_code = EXIT[status]
+
+
+@dataclass
+class Run:
+    """What ``train`` returns."""
+
+    folder: Path
+    model: torch.nn.Module
+    config: RunConfig
+    status: str
+    """A key of ``run_folder.EXIT``."""
+    step: int
+    """Updates done."""
+    metrics: dict[str, dict] = field(default_factory=dict)
+    """Short task name -> metrics of the last evaluation."""
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT[self.status]
+
+
+# ------------------------------------------------------------------------------------------------------ one update
+
+
+@dataclass
+class Update:
+    """Figures of one update, on the device."""
+
+    names: tuple[str, ...]
+    """Names of the loss terms."""
+    terms: Tensor
+    """[n] their values, means over the accumulated batches. Their sum is the step loss."""
+    grad_norm: Tensor
+    """0-d, before clipping."""
+    nonfinite: Tensor
+    """0-d, not zero if loss or gradient was not finite and nothing was changed."""
+
+
+def train_step(
+    model: torch.nn.Module,
+    optimizer: MaskedAdamW,
+    task: str,
+    batch: Batch | Sequence[Batch],
+    *,
+    used: Tensor | None = None,
+    bf16: bool = False,
+) -> Update:
+    """One update of ``model`` on ``task`` from a batch, or from several whose gradients are averaged.
+
+    used: uint8 [n] in the optimiser's parameter order, see ``setup_model.used_masks``. bf16: autocast of the forward
+    pass; matching and losses are float32. Nothing is read back from the device, save for matching on a CPU. An update
+    whose loss or gradient is not finite changes nothing. ``ValueError`` if a batch is of another task.
+    """
+    batches = [batch] if isinstance(batch, Batch) else batch
+    if any(micro.task != task for micro in batches):
+        raise ValueError(f"train_step: task is {task!r}, the batches are of {[micro.task for micro in batches]}")
+    device = next(model.parameters()).device.type
+    optimizer.zero_grad(set_to_none=True)
+    terms = 0.0
+    for micro in batches:
+        with torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext():
+            out = model(micro)
+        losses = model.losses(_float32(out) if bf16 else out, micro)
+        values = torch.stack(list(losses.values())) / len(batches)
+        loss, values = values.sum(), values.detach()
+        # An infinite loss can have a finite gradient: this makes it NaN, which the optimiser refuses.
+        (loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)).backward()
+        terms = terms + values
+    stats = optimizer.step(used)
+    return Update(tuple(losses), terms, stats.grad_norm, stats.nonfinite)
+
+
+def _float32(out: Output) -> Output:
+    floats = {f.name: getattr(out, f.name) for f in dataclasses.fields(out)}
+    return Output(**{k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in floats.items()})
+
+
+# ------------------------------------------------------------------------------------------------------- the loop
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every ``every`` updates (0 or less: only at the end) is due after ``step``."""
+    return every > 0 and step % every == 0
+
+
+def train(
+    config: RunConfig,
+    out: str | Path,
+    resume: str | Path | None = None,
+    *,
+    stop_at: int | None = None,
+    allow_changed: Sequence[str] = (),
+    progress: str = "auto",
+) -> Run:
+    """Train ``config`` in the run folder ``out``.
+
+    resume: ``"auto"`` goes on from the newest intact checkpoint in ``out``, or starts if there is none; a path goes on
+    from that checkpoint. allow_changed: dotted config names that may differ from the checkpoint's. stop_at: save and
+    return after this many updates in all, as if interrupted (the schedule still spans ``config.steps``).
+    progress: see ``logging.RunLog``.
+
+    Ctrl-C and SIGTERM save and return a ``Run`` with status ``interrupted``. ``UserError`` on bad input; ``NonFinite``
+    after three updates in a row that are not finite (they change nothing). ``summary.json`` says how it ended.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("more than one process is not supported yet: start without torchrun (WORLD_SIZE is above 1)")
+    folder = RunFolder(out)
+    try:
+        if folder.used and resume is None:
+            raise UserError(f"{out}: holds a run already; go on with --resume auto, or give another --out")
+        return Trainer(config, folder, resume, allow_changed, progress).run(stop_at)
+    finally:
+        folder.release()
+
+
+class Trainer(RunState):
+    """A run under way."""
+
+    def _loop(self, stop: int) -> None:
+        """Train up to ``stop`` updates, or until a signal asks to stop."""
+        config, model, optimizer = self.config, self.model.train(), self.optimizer
+        loader = Loader(self.datasets, config, self.step, stop, self.counts, pin=self.device.type == "cuda")
+        with loader as batches:
+            self.log.restart_clock()
+            for step in range(self.step, stop):
+                task, batch = self._next(batches)  # one task a step
+                optimizer.scale_lr(lr_multiplier(step, config.optim.warmup_steps, config.steps))
+                update = train_step(model, optimizer, task, batch, used=self.masks[task], bf16=self.bf16)
+                self._count(update)
+                if due(self.step, config.log_every) or self.step == stop or self.signals.requested:
+                    self._check(self.log.flush())
+                if due(self.step, config.eval_every) and self.step < config.steps:
+                    self.evaluate()
+                if self.improved or (due(self.step, config.save_every) and self.step < config.steps):
+                    self.save()
+                if self.signals.requested:
+                    break
+
+    def _next(self, batches: Loader) -> tuple[str, list[Batch]]:
+        """The next step's task and batches, on the device."""
+        begun = time.monotonic()
+        self.item = next(batches)
+        self.wait_s = time.monotonic() - begun
+        return self.item.task, [_moved(batch, self.device) for batch in self.item.batches]
+
+    def _count(self, update: Update) -> None:
+        """An update is done: move the counters on and hand its figures to the log, unread."""
+        item = self.item
+        self.step += 1
+        self.counts[item.task] += item.request.samples
+        if self.ema:
+            self.ema.update()
+        for message in self.bad.add(item):
+            self.log.line(f"unreadable image: {message}")
+        record = Record(
+            step=self.step,
+            task=item.task,
+            lr=self.optimizer.param_groups[0]["lr"],
+            samples=item.request.samples,
+            wait_s=self.wait_s,
+            request=item.request,
+            sample_ids=[i for batch in item.batches for i in batch.sample_ids or ()],
+        )
+        self.log.log(record, update.names, update.terms, update.grad_norm, update.nonfinite)
+
+    def _check(self, records: list[Record]) -> None:
+        """Report the updates that were not finite; ``NonFinite`` after ``STRIKES`` of them in a row."""
+        for record in records:
+            self.strikes = self.strikes + 1 if record.nonfinite else 0
+            if not record.nonfinite:
+                continue
+            self.nonfinite_steps += 1
+            terms = ", ".join(f"{name.rsplit('/')[-1]} {value:.4g}" for name, value in record.terms.items())
+            where = self._dump(record)
+            what = (
+                f"step {record.step}, {record.task}, samples {printable(record.sample_ids)}: loss {record.loss:.4g} "
+                f"({terms}), gradient norm {record.grad_norm:.4g}"
+            )
+            self.log.line(f"not finite, nothing was changed: {what}; details in {where}")
+            if self.strikes >= STRIKES:
+                raise NonFinite(
+                    f"{STRIKES} updates in a row were not finite, the last: {what}. Nothing of them reached the "
+                    f"weights. Look at {where}; a lower --optim.lr or --precision fp32 may help"
+                )
+
+    def _dump(self, record: Record) -> Path:
+        """What is needed to make the batch again: it is a function of these numbers."""
+        path = self.folder.path / "nonfinite" / f"step_{record.step:06d}.json"
+        path.parent.mkdir(exist_ok=True)
+        content = dataclasses.asdict(record) | {"seed": self.config.seed}
+        write(path, json.dumps(content, indent=1, default=str) + "\n")
+        return path
+
+    def run(self, stop_at: int | None) -> Run:
+        """Train, evaluate, save; whatever the end is, ``summary.json`` tells it."""
+        status, message, self.begun = "failed", "", time.monotonic()
+        try:
+            with self.signals:
+                self._loop(min(self.config.steps, stop_at or self.config.steps))
+                status = self.finish()
+            if status == "interrupted":
+                why = self.signals.requested or "stopped"
+                message = f"{why} after step {self.step}: saved; go on with {self._resume_command()}"
+                self.log.line(message)
+        except KeyboardInterrupt:
+            status, message = "killed", f"stopped at once in step {self.step}; go on with {self._resume_command()}"
+            raise
+        except torch.cuda.OutOfMemoryError as error:
+            status, message = OutOfMemory.status, self._memory_message(error)
+            raise OutOfMemory(message) from error
+        except Exception as error:
+            status, message = getattr(error, "status", "failed"), str(error)
+            if isinstance(error, NonFinite):
+                self.save()
+            raise
+        finally:
+            self.seconds += time.monotonic() - self.begun
+            self._summary(status, message)
+            self.log.close()
+        return Run(self.folder.path, self.model, self.config, status, self.step, self.metrics)
+
+    def finish(self) -> str:
+        """The last evaluation and the last checkpoint; a failed evaluation is an error only after the save."""
+        error, done = None, self.step >= self.config.steps and not self.signals.requested
+        if done and self.config.eval_every >= 0 and self.evaluated_at != self.step:
+            error = self.evaluate()
+        self.save(final=True)
+        if error:
+            raise error
+        return "finished" if done and not self.signals.requested else "interrupted"
+
+    def _resume_command(self) -> str:
+        return f"unit-fast train --resume auto --out {shlex.quote(str(self.folder.path))}"
+
+    def _memory_message(self, error: Exception) -> str:
+        batch = self.config.batch_of(self.item.task) if self.item else self.config.batch_per_process
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else math.nan
+        task = self.item.task if self.item else "the model"
+        return (
+            f"out of memory in step {self.step + 1} on {task}, batch {batch}, peak {peak:.1f} GiB "
+            f"({printable(str(error).splitlines()[0])}). In this order: halve --batch and double --accumulate; use "
+            "--precision bf16; lower --data.max-side and --data.train-short-sides"
+        )
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    batch = batch.to(device)
+    if batch.image is not None:
+        batch.image = batch.image.contiguous(memory_format=torch.channels_last)
+    return batch
