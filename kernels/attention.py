@@ -5,9 +5,9 @@
 Shapes: q [B,Sq,H,D], k v [B,Sk,H,D], key_padding_mask [B,Sk] bool (True = ignore), out [B,Sq,H,D]. A row whose keys are
 all masked gives zeros.
 
-Replaces ``softmax(q @ k.T)``, ``F.dropout`` and ``@ v``, which keep four matrices of B H Sq Sk numbers for the backward.
-``attention_cpu`` keeps none: it works on blocks of queries whose scores stay in cache, and its backward computes them
-again and draws the same dropout decisions from the seed. FLOPs: 4 B H Sq Sk D forward, 10 backward.
+Replaces ``softmax(q @ k.T)``, ``F.dropout`` and ``@ v``, which keep several matrices of B H Sq Sk numbers.
+``attention_cpu`` works on blocks of queries whose scores stay in cache. It keeps at most one such matrix, and none where
+it would be large: its backward then computes the probabilities again and draws the same dropout decisions from the seed. FLOPs: 4 B H Sq Sk D forward, 10 backward.
 """
 
 import math
@@ -15,11 +15,12 @@ import math
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
 from unit_fast_kernels._random import RandomBits, cut, keep_mask, keep_scale
 
 # Scores of one block: 1 MiB in float32, so that scores, gradients and random numbers share the second-level cache.
 BLOCK = 1 << 18
+# Up to this many scores the weights are saved for the backward (32 MiB in float32); beyond, they are computed again.
+SAVED = 1 << 23
 
 
 def attention_reference(
@@ -54,18 +55,19 @@ def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
     return copy.copy_(x.transpose(1, 2)).view(batch * heads, length, width)
 
 
-def _blocks(heads: int, queries: int, keys: int):
+def _blocks(heads: int, queries: int, keys: int) -> list[tuple[int, int, int, int]]:
     """(first head, last, first query, last) of each block, in row-major order of [heads, queries, keys]."""
     if queries * keys <= BLOCK:
         step = max(1, BLOCK // max(1, queries * keys))
-        for head in range(0, heads, step):
-            yield head, min(heads, head + step), 0, queries
-    else:
-        parts = math.ceil(queries / max(1, BLOCK // keys))
-        step = math.ceil(queries / parts)
-        for head in range(heads):
-            for query in range(0, queries, step):
-                yield head, head + 1, query, min(queries, query + step)
+        return [(head, min(heads, head + step), 0, queries) for head in range(0, heads, step)]
+    parts = math.ceil(queries / max(1, BLOCK // keys))
+    step = math.ceil(queries / parts)
+    return [(h, h + 1, r, min(queries, r + step)) for h in range(heads) for r in range(0, queries, step)]
+
+
+def _largest(blocks) -> int:
+    """Rows of scores in the largest block (the first)."""
+    return (blocks[0][1] - blocks[0][0]) * (blocks[0][3] - blocks[0][2]) if blocks else 0
 
 
 class _Workspace:
@@ -74,13 +76,12 @@ class _Workspace:
     def __init__(self, count: int, size: int, dtype: torch.dtype):
         self._buffers = [torch.empty(size, dtype=dtype) for _ in range(count)]
 
-    def __getitem__(self, index_and_shape) -> Tensor:
-        index, shape = index_and_shape
+    def __call__(self, index: int, shape: tuple[int, int, int]) -> Tensor:
         return self._buffers[index][: math.prod(shape)].view(shape)
 
 
 def _mask_bias(key_padding_mask: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor | None:
-    """[B*H,1,Sk]: 0 on real keys, a number below every score on padding; None where nothing is padded."""
+    """[B*H,1,Sk]: 0 on real keys, -inf on padding; None where nothing is padded."""
     if key_padding_mask is None or not key_padding_mask.any():
         return None
     bias = torch.zeros(key_padding_mask.shape, dtype=dtype).masked_fill_(key_padding_mask, -math.inf)
@@ -89,96 +90,108 @@ def _mask_bias(key_padding_mask: Tensor | None, heads: int, dtype: torch.dtype) 
     return bias.repeat_interleave(heads, 0).unsqueeze(1)
 
 
-class _AttentionCpu(torch.autograd.Function):
-    """Saves q, k, v, the mask and the seed, nothing of the size Sq x Sk."""
+def _softmax_scores(q: Tensor, k: Tensor, bias: Tensor | None, scores: Tensor, weights: Tensor) -> None:
+    """weights <- softmax(q k^T / sqrt(D) + bias) for one block; ``scores`` is overwritten."""
+    torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(q.shape[-1]), out=scores)
+    if bias is not None:
+        scores += bias
+    torch._softmax(scores, -1, False, out=weights)
 
+
+def _where_above(values: Tensor, numbers: Tensor, limit: float, out: Tensor) -> Tensor:
+    """out <- values where numbers > limit, else 0, in one vectorised pass (a bool mask takes four times as long)."""
+    return torch.ops.aten.threshold_backward.grad_input(values, numbers, limit, grad_input=out)
+
+
+class _AttentionCpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, key_padding_mask, dropout_p, seed):
-        ctx.save_for_backward(q, k, v, key_padding_mask, seed)
-        ctx.dropout_p = dropout_p
         with torch.autocast("cpu", enabled=False):
-            return _forward(q, k, v, key_padding_mask, dropout_p, seed)
+            return _forward(ctx, q, k, v, key_padding_mask, dropout_p, seed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         with torch.autocast("cpu", enabled=False):
-            return *_backward(grad, *ctx.saved_tensors, ctx.dropout_p), None, None, None
+            return *_backward(ctx, grad), None, None, None
 
 
-def _forward(q, k, v, key_padding_mask, dropout_p, seed) -> Tensor:
+def _forward(ctx, q, k, v, key_padding_mask, dropout_p, seed) -> Tensor:
     batch, queries, heads, width = q.shape
     keys = k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     q_h, k_h, v_h = (_heads_first(x, dtype) for x in (q, k, v))
     bias = _mask_bias(key_padding_mask, heads, dtype)
+    dropping = dropout_p > 0.0
+    bits = RandomBits(seed, batch * heads * queries * keys) if dropping else None
+    limit, kept = cut(dropout_p), keep_scale(dropout_p)
+    blocks = _blocks(batch * heads, queries, keys)
+    work = _Workspace(2 + dropping, _largest(blocks) * keys, dtype)
+    needs_grad = any(ctx.needs_input_grad)
+    saved = None
+    if needs_grad and batch * heads * queries * keys <= SAVED:
+        saved = torch.empty(batch * heads, queries, keys, dtype=dtype)
     out_h = torch.empty_like(q_h)
-    blocks = list(_blocks(batch * heads, queries, keys))
-    size = max(((h1 - h0) * (r1 - r0) * keys for h0, h1, r0, r1 in blocks), default=0)
-    work = _Workspace(3 if dropout_p > 0.0 else 2, size, dtype)
-    bits = RandomBits(seed, batch * heads * queries * keys) if dropout_p > 0.0 else None
     for h0, h1, r0, r1 in blocks:
         shape = (h1 - h0, r1 - r0, keys)
-        scores, weights = work[0, shape], work[1, shape]
-        torch.baddbmm(
-            scores, q_h[h0:h1, r0:r1], k_h[h0:h1].transpose(1, 2), beta=0, alpha=1 / math.sqrt(width), out=scores
-        )
-        if bias is not None:
-            scores += bias[h0:h1]
-        torch._softmax(scores, -1, False, out=weights)
-        if bits is not None:
-            # One pass over the block: weights where the random number is above the cut, else 0.
-            random = bits.fill(work[2, shape])
-            torch.ops.aten.threshold_backward.grad_input(weights, random, cut(dropout_p), grad_input=weights)
+        scores = work(0, shape)
+        weights = work(1, shape) if saved is None else saved[h0:h1, r0:r1]
+        _softmax_scores(q_h[h0:h1, r0:r1], k_h[h0:h1], None if bias is None else bias[h0:h1], scores, weights)
+        dropped = weights
+        if dropping:
+            dropped = _where_above(weights, bits.fill(work(2, shape)), limit, out=scores)
+            if saved is not None:
+                torch.lerp(weights, dropped, 2.0, out=weights)  # 2 dropped - weights: negative where dropped
         target = out_h[h0:h1, r0:r1]
-        torch.baddbmm(target, weights, v_h[h0:h1], beta=0, alpha=keep_scale(dropout_p), out=target)
-    out = q.new_empty(q.shape)
-    out.copy_(out_h.view(batch, heads, queries, width).transpose(1, 2))
+        torch.baddbmm(target, dropped, v_h[h0:h1], beta=0, alpha=kept, out=target)
+    if needs_grad:
+        ctx.save_for_backward(q_h, k_h, v_h, key_padding_mask if bias is not None else None, bias, saved, seed)
+        ctx.dropout_p, ctx.batch, ctx.dtype = dropout_p, batch, q.dtype
+    out = torch.empty(q.shape, dtype=q.dtype).copy_(out_h.view(batch, heads, queries, width).transpose(1, 2))
     if bias is not None:
         out.masked_fill_(key_padding_mask.all(1)[:, None, None, None], 0.0)
     return out
 
 
-def _backward(grad, q, k, v, key_padding_mask, seed, dropout_p) -> tuple[Tensor, Tensor, Tensor]:
-    batch, queries, heads, width = q.shape
-    keys = k.shape[1]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    bias = _mask_bias(key_padding_mask, heads, dtype)
-    if bias is not None:
+def _backward(ctx, grad) -> tuple[Tensor, Tensor, Tensor]:
+    q_h, k_h, v_h, key_padding_mask, bias, saved, seed = ctx.saved_tensors
+    (all_heads, queries, width), keys = q_h.shape, k_h.shape[1]
+    if key_padding_mask is not None:
         grad = grad.masked_fill(key_padding_mask.all(1)[:, None, None, None], 0.0)
-    q_h, k_h, v_h, grad_h = (_heads_first(x, dtype) for x in (q, k, v, grad))
-    grad_q = torch.empty_like(q_h)
-    # Transposed, [B*H,D,Sk]: the products that add to them over the blocks of queries are faster so.
-    grad_k, grad_v = (q_h.new_zeros(batch * heads, width, keys) for _ in "kv")
-    blocks = list(_blocks(batch * heads, queries, keys))
-    size = max(((h1 - h0) * (r1 - r0) * keys for h0, h1, r0, r1 in blocks), default=0)
-    work = _Workspace(4 if dropout_p > 0.0 else 3, size, dtype)
-    bits = RandomBits(seed, batch * heads * queries * keys) if dropout_p > 0.0 else None
-    scale, kept = 1 / math.sqrt(width), keep_scale(dropout_p)
+    grad_h = _heads_first(grad, q_h.dtype)
+    grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q_h, k_h, v_h))
+    dropping = ctx.dropout_p > 0.0
+    bits = RandomBits(seed, all_heads * queries * keys) if dropping and saved is None else None
+    limit, kept, scale = cut(ctx.dropout_p), keep_scale(ctx.dropout_p), 1 / math.sqrt(width)
+    blocks = _blocks(all_heads, queries, keys)
+    work = _Workspace(3 + dropping, _largest(blocks) * keys, q_h.dtype)
     for h0, h1, r0, r1 in blocks:
         shape = (h1 - h0, r1 - r0, keys)
         q_b, k_b, v_b, grad_b = q_h[h0:h1, r0:r1], k_h[h0:h1], v_h[h0:h1], grad_h[h0:h1, r0:r1]
-        scores, weights = work[0, shape], work[1, shape]
-        torch.baddbmm(scores, q_b, k_b.transpose(1, 2), beta=0, alpha=scale, out=scores)
-        if bias is not None:
-            scores += bias[h0:h1]
-        torch._softmax(scores, -1, False, out=weights)
-        grad_weights = torch.baddbmm(scores, grad_b, v_b.transpose(1, 2), beta=0, alpha=kept, out=scores)
-        if bits is not None:
-            random = bits.fill(work[3, shape])
-            torch.ops.aten.threshold_backward.grad_input(grad_weights, random, cut(dropout_p), grad_input=grad_weights)
-        grad_scores = torch.ops.aten._softmax_backward_data.out(
-            grad_weights, weights, -1, dtype, grad_input=work[2, shape]
-        )
-        if bits is not None:
-            torch.ops.aten.threshold_backward.grad_input(weights, random, cut(dropout_p), grad_input=weights)
+        grad_weights, grad_scores = work(0, shape), work(1, shape)
+        if saved is None:
+            weights = work(2, shape)
+            _softmax_scores(q_b, k_b, None if bias is None else bias[h0:h1], grad_weights, weights)
+        else:
+            weights = saved[h0:h1, r0:r1]
+        torch.baddbmm(grad_weights, grad_b, v_b.transpose(1, 2), beta=0, alpha=kept, out=grad_weights)
+        dropped = weights
+        if dropping:
+            if saved is None:
+                numbers = bits.fill(work(3, shape))
+            else:
+                # The sign of a saved weight says whether it was dropped.
+                numbers, limit, weights = weights, 0.0, torch.abs(weights, out=work(2, shape))
+            _where_above(grad_weights, numbers, limit, out=grad_weights)
+            dropped = _where_above(weights, numbers, limit, out=work(3, shape))
+        torch.ops.aten._softmax_backward_data.out(grad_weights, weights, -1, q_h.dtype, grad_input=grad_scores)
         g_v, g_k, g_q = grad_v[h0:h1], grad_k[h0:h1], grad_q[h0:h1, r0:r1]
-        torch.baddbmm(g_v, grad_b.transpose(1, 2), weights, alpha=kept, out=g_v)
-        torch.baddbmm(g_k, q_b.transpose(1, 2), grad_scores, alpha=scale, out=g_k)
+        more = float(r0 > 0)  # the first block of a head writes its gradients, the others add to them
+        torch.baddbmm(g_v, dropped.transpose(1, 2), grad_b, beta=more, alpha=kept, out=g_v)
+        torch.baddbmm(g_k, grad_scores.transpose(1, 2), q_b, beta=more, alpha=scale, out=g_k)
         torch.baddbmm(g_q, grad_scores, k_b, beta=0, alpha=scale, out=g_q)
-    grad_q = grad_q.view(batch, heads, queries, width).transpose(1, 2).to(q.dtype)
-    grad_k, grad_v = (g.view(batch, heads, width, keys).permute(0, 3, 1, 2).to(q.dtype) for g in (grad_k, grad_v))
-    return grad_q, grad_k, grad_v
+    grads = (g.view(ctx.batch, -1, *g.shape[1:]).transpose(1, 2) for g in (grad_q, grad_k, grad_v))
+    return tuple(g.to(ctx.dtype) for g in grads)
 
 
 def attention_cpu(
@@ -190,4 +203,6 @@ def attention_cpu(
     seed: Tensor | None = None,
 ) -> Tensor:
     """The same result as ``attention_reference``, dropout decisions included. Arithmetic in at least float32."""
+    if q.numel() == 0 or k.numel() == 0:
+        return attention_reference(q, k, v, key_padding_mask, dropout_p, seed)
     return _AttentionCpu.apply(q, k, v, key_padding_mask, dropout_p, seed)

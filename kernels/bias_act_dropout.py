@@ -5,7 +5,6 @@ Replaces ``F.dropout(F.relu(x + bias), p)`` and ``F.dropout(F.gelu(x + bias), p)
 
 import torch.nn.functional as F
 from torch import Tensor
-
 from unit_fast_kernels.dropout import dropout_reference
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}

@@ -1,7 +1,6 @@
 """Elementwise dropout: y = x * keep / (1 - p_eff), 16 random bits a decision."""
 
 from torch import Tensor
-
 from unit_fast_kernels._random import keep_mask, keep_scale
 
 

@@ -5,7 +5,6 @@ Replaces ``F.layer_norm(x + F.dropout(branch, p), (C,), weight, bias, eps)`` and
 
 import torch.nn.functional as F
 from torch import Tensor
-
 from unit_fast_kernels.dropout import dropout_reference
 
 
