@@ -20,7 +20,7 @@ from unit_fast.config import RunConfig
 from unit_fast.data import BadImage, MissingSplit, collate, open_dataset
 from unit_fast.errors import UserError, nearest, printable
 from unit_fast.metrics import find_scorer
-from unit_fast.task_results import KINDS, write_aside
+from unit_fast.task_results import KINDS, full_precision, write_aside
 from unit_fast.tasks import Task, get_task
 
 EXAMPLES = 8
@@ -142,7 +142,10 @@ def _evaluation_mode(model, device):
 def _opened(datasets: dict, task: Task, split: str, config: RunConfig):
     key = (task.name, split)
     if key not in datasets:
-        datasets[key] = open_dataset(task.name, split, config.data, config.model.tasks[task.name], augment=False)
+        datasets[key] = open_dataset(
+            task.name, split, config.data, config.model.tasks[task.name], augment=False,
+            vocab_size=config.model.text.vocab_size, attribute_outputs=config.model.loss.attribute_outputs,
+        )  # fmt: skip
     return datasets[key]
 
 
@@ -175,9 +178,9 @@ class _TaskRun:
                 batch = collate(self.task.name, samples, pad_text_to).to(self.device, dtype)
                 with autocast(self.device, self.config.precision):
                     output = self.model(batch)
-                    if labelled:
-                        self.loss += self._loss(output, batch)
-                        self.loss_count += len(samples)
+                if labelled:
+                    self.loss += self._loss(in_full_precision(output), batch)
+                    self.loss_count += len(samples)
                 predictions = self.kind.add(output, batch, samples, labelled)
                 for (index, sample), prediction in zip(group, predictions):
                     if index in self.shown:
@@ -269,6 +272,11 @@ class _TaskRun:
                 _write_thumbnail(Path(row["image_path"]), out / row["image"], self.config.data.max_pixels)
             rows.append(row)
         return {"split": self.split, "samples": rows}
+
+
+def in_full_precision(output: Output) -> Output:
+    """``output`` with tensors of at least single precision, as losses want them after autocast."""
+    return Output(**{k: full_precision(v) for k, v in vars(output).items() if isinstance(v, Tensor)})
 
 
 def pick(output: Output, batch: Batch, row: int) -> tuple[Output, Batch]:

@@ -48,12 +48,13 @@ class Detection:
     def __init__(self, dataset, task: Task, attributes: bool = False):
         self.dataset, self.task, self.attributes = dataset, task, attributes
         self.results, self.images = [], set()
-        self.names = dataset.class_names
+        self.names, self.labelled_images = dataset.class_names, 0
 
     def labelled(self, sample: dict) -> bool:
         return sample.get("labels") is not None
 
     def add(self, output: Output, batch: Batch, samples: list[dict], labelled: bool) -> list[dict]:
+        self.labelled_images += len(samples) * labelled
         scores, classes, boxes = (x.cpu() for x in detections(output, batch.orig_size))
         attributes = None
         if self.attributes and output.attribute_logits is not None:
@@ -84,6 +85,8 @@ class Detection:
         self.images.add(self.dataset.sample_id(index))
 
     def result(self, limited: bool, scorer: str) -> dict:
+        if not self.labelled_images:
+            return {"count": 0}
         truth = self.dataset.coco_ground_truth()
         known = [image["id"] for image in truth["images"]]
         ids = [i for i in known if i in self.images] if limited else known
@@ -97,17 +100,19 @@ class Detection:
         return write_aside(stem.with_suffix(".json"), json.dumps(self.results, separators=(",", ":")))
 
     def example(self, sample: dict, prediction: list[dict]) -> dict:
-        if not hasattr(self, "_objects"):
-            self._objects = {}
-            for a in self.dataset.coco_ground_truth()["annotations"]:
-                if not a.get("iscrowd"):
-                    self._objects.setdefault(a["image_id"], []).append(a)
-        truth = [
-            {"label": self._name(a["category_id"]), "bbox": [float(x) for x in a["bbox"]]}
-            for a in self._objects.get(sample["image_id"], [])
-        ]
+        height, width = (int(x) for x in sample["orig_size"])
+        truth = None
+        if self.labelled(sample):
+            boxes = torch.as_tensor(sample["boxes"]).double().reshape(-1, 4)
+            boxes[:, :2] -= boxes[:, 2:] / 2
+            boxes *= boxes.new_tensor([width, height, width, height])
+            labels = torch.as_tensor(sample["labels"]).tolist()
+            truth = [
+                {"label": self._name(label), "bbox": [round(x, 2) for x in box]}
+                for label, box in zip(labels, boxes.tolist())
+            ]
         found = [{"label": self._name(r["category_id"]), "bbox": r["bbox"], "score": r["score"]} for r in prediction]
-        return {"truth": truth, "prediction": found, "size": [int(x) for x in sample["orig_size"]]}
+        return {"truth": truth, "prediction": found, "size": [height, width]}
 
     def _name(self, category: int) -> str:
         return str(self.names.get(category, category))

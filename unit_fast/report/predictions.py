@@ -104,9 +104,9 @@ def _label(draw, size, box, text: str, colour: str, letters) -> None:
 def draw_example(image: Image.Image, example: dict, side: int = 460) -> tuple[Image.Image, Image.Image, str]:
     """(truth, prediction, caption) of a detection example of ``examples.json``."""
     image = scaled(image, side)
-    shown = chosen(example["prediction"])
-    found, right = matched(example["truth"], shown)
-    truth = draw_boxes(image, example["truth"], example["size"])
+    objects, shown = example["truth"] or [], chosen(example["prediction"])
+    found, right = matched(objects, shown)
+    truth = draw_boxes(image, objects, example["size"])
     colours = [RIGHT if r else WRONG for r in right]
     prediction = draw_boxes(image, shown, example["size"], colours)
     caption = f"{sum(found)} of {len(found)} objects found, {right.count(False)} wrong boxes"
