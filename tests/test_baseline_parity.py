@@ -46,8 +46,8 @@ def tensors(inputs: dict, dtype) -> dict:
     return {key: convert(value) for key, value in inputs.items()}
 
 
-def build(case, dtype) -> UniTEager:
-    model = UniTEager(EagerConfig.from_parity(case.config)).to(dtype)
+def build(case, dtype, **changes) -> UniTEager:
+    model = UniTEager(EagerConfig.from_mmf(case.config, **changes)).to(dtype)
     state = {name: torch.from_numpy(value).to(dtype) for name, value in case.state()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not missing
@@ -55,9 +55,9 @@ def build(case, dtype) -> UniTEager:
     return model.train()
 
 
-def run(case, dtype=torch.float64) -> dict:
+def run(case, dtype=torch.float64, **changes) -> dict:
     """The case's training step: everything ``check.condense`` takes."""
-    model, name, stages = build(case, dtype), case.dataset, {}
+    model, name, stages = build(case, dtype, **changes), case.dataset, {}
     inputs = tensors(case.inputs(), dtype)
     hidden = model(name, inputs, stages)
     outputs = model.heads(name, hidden)
@@ -90,6 +90,14 @@ def test_float32_case():
     case = check.load(next(p for p in SMALL if p.stem == "small_no_task__vg"))
     results = check.condense(case, run(case, torch.float32))
     report = check.compare(case, results, tolerance=1e-4, tolerances={"grad": 1e-2})
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("stem", ["small_separate__coco", "small_separate__vqa2"])
+def test_fused_attention_case(stem):
+    """The peer with the usual library choices is the same model."""
+    case = check.load(next(p for p in SMALL if p.stem == stem))
+    report = check.compare(case, check.condense(case, run(case, fused_attention=True)), tolerance=1e-9)
     assert report.ok, str(report)
 
 

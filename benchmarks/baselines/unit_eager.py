@@ -10,6 +10,7 @@ L decoder layers, K classes.
 """
 
 import copy
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
@@ -56,10 +57,12 @@ class EagerConfig:
     norm_eps: float = 1e-5
     attributes: int = 401
     no_object_weight: float = 0.1
+    fused_attention: bool = False
+    """``scaled_dot_product_attention`` everywhere, no averaged weights: the usual library choice, not the authors'."""
 
     @classmethod
-    def from_parity(cls, config: dict, dropout: float | None = None) -> "EagerConfig":
-        """From the ``config`` of a parity model file; ``dropout`` replaces the one it states."""
+    def from_mmf(cls, config: dict, **changes) -> "EagerConfig":
+        """From a model configuration in the keys of the parity files' ``config``; ``changes`` override fields."""
         bert = config["bert"]
         tasks = {
             name: TaskSpec(
@@ -71,7 +74,7 @@ class EagerConfig:
             )
             for name, value in config["datasets"].items()
         }
-        return cls(
+        published = cls(
             tasks=tasks,
             encoder_layers=config["enc_layers"],
             decoder_layers=config["dec_layers"],
@@ -82,7 +85,7 @@ class EagerConfig:
             share_decoders=config["share_decoders"],
             task_token_image=config["task_embedding_image"],
             task_token_text=config["task_embedding_text"],
-            dropout=config["dropout"] if dropout is None else dropout,
+            dropout=config["dropout"],
             bert={
                 "vocab_size": bert["vocab_size"],
                 "hidden_size": bert["hidden_size"],
@@ -95,6 +98,7 @@ class EagerConfig:
             attributes=config["attribute_outputs"],
             no_object_weight=config["no_object_weight"],
         )
+        return dataclasses.replace(published, **changes)
 
 
 def put(table: nn.ModuleDict, kind: str, name: str, module: nn.Module) -> None:
@@ -152,8 +156,9 @@ class SinePositions(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, width: int, heads: int, ffn: int, dropout: float):
+    def __init__(self, width: int, heads: int, ffn: int, dropout: float, averaged: bool):
         super().__init__()
+        self.averaged = averaged  # nn.MultiheadAttention's default: also return the weights averaged over the heads
         self.self_attn = nn.MultiheadAttention(width, heads, dropout=dropout)
         self.linear1, self.linear2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -164,22 +169,24 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         query = x + positions
-        attended = self.self_attn(query, query, value=x, key_padding_mask=mask)[0]
+        attended = self.self_attn(query, query, value=x, key_padding_mask=mask, need_weights=self.averaged)[0]
         x = self.norm1(x + self.drop(attended))
         inner = self.linear2(self.drop(F.relu(self.linear1(x))))
         return self.norm2(x + self.drop(inner))
 
 
 class DecoderLayer(EncoderLayer):
-    def __init__(self, width: int, heads: int, ffn: int, dropout: float):
-        super().__init__(width, heads, ffn, dropout)
+    def __init__(self, width: int, heads: int, ffn: int, dropout: float, averaged: bool):
+        super().__init__(width, heads, ffn, dropout, averaged)
         self.multihead_attn = nn.MultiheadAttention(width, heads, dropout=dropout)
         self.norm3 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None, positions: Tensor, queries: Tensor) -> Tensor:
         query = x + queries
-        x = self.norm1(x + self.drop(self.self_attn(query, query, value=x)[0]))
-        attended = self.multihead_attn(x + queries, memory + positions, value=memory, key_padding_mask=mask)[0]
+        x = self.norm1(x + self.drop(self.self_attn(query, query, value=x, need_weights=self.averaged)[0]))
+        attended = self.multihead_attn(
+            x + queries, memory + positions, value=memory, key_padding_mask=mask, need_weights=self.averaged
+        )[0]
         x = self.norm2(x + self.drop(attended))
         inner = self.linear2(self.drop(F.relu(self.linear1(x))))
         return self.norm3(x + self.drop(inner))
@@ -220,7 +227,8 @@ class Transformer(nn.Module):
     def __init__(self, config: EagerConfig):
         super().__init__()
         c, width_in, width = config, config.encoder_width, config.decoder_width
-        self.encoder = Encoder(EncoderLayer(width_in, c.heads, c.ffn, c.dropout), c.encoder_layers)
+        layer = (c.heads, c.ffn, c.dropout, not c.fused_attention)
+        self.encoder = Encoder(EncoderLayer(width_in, *layer), c.encoder_layers)
         if width_in != width:
             self.enc2dec_proj, self.pos_embed_proj = nn.Linear(width_in, width), nn.Linear(width_in, width)
         else:
@@ -229,7 +237,7 @@ class Transformer(nn.Module):
             self.task_embeddings_enc = nn.Embedding(256, width_in)
 
         def decoder():
-            return Decoder(DecoderLayer(width, c.heads, c.ffn, c.dropout), c.decoder_layers, width)
+            return Decoder(DecoderLayer(width, *layer), c.decoder_layers, width)
 
         if c.share_decoders:
             self.decoder = decoder()
@@ -301,12 +309,12 @@ class ClassifierTransform(nn.Module):
 class Bert(nn.Module):
     """Holds the text encoder under the authors' name ``bert_model.module``."""
 
-    def __init__(self, arguments: dict, dropout: float):
+    def __init__(self, arguments: dict, dropout: float, fused_attention: bool):
         super().__init__()
         from transformers import BertConfig, BertModel
 
         config = BertConfig(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **arguments)
-        config._attn_implementation = "eager"
+        config._attn_implementation = "sdpa" if fused_attention else "eager"
         self.module = BertModel(config)
 
 
@@ -315,9 +323,9 @@ class UniTEager(nn.Module):
 
     def __init__(self, config: EagerConfig):
         super().__init__()
-        self.config, width = config, config.decoder_width
+        self.config, self.dropout, width = config, config.dropout, config.decoder_width
         self.unit_base_model = BaseModel(config)
-        self.bert_model = Bert(config.bert, config.dropout)
+        self.bert_model = Bert(config.bert, config.dropout, config.fused_attention)
         hidden = self.bert_model.module.config.hidden_size
         self.bert_projection, self.bert_pos_projection = nn.Linear(hidden, width), nn.Linear(hidden, width)
         if config.task_token_text:
@@ -387,7 +395,7 @@ class UniTEager(nn.Module):
         task = self.config.tasks[name]
         if task.kind == "detection":
             return {"logits": self.class_embeds[name](hidden), "boxes": self.bbox_embeds[name](hidden)}
-        pooled = F.dropout(hidden[-1][:, -task.queries], self.config.dropout, self.training)
+        pooled = F.dropout(hidden[-1][:, -task.queries], self.dropout, self.training)
         return {"scores": self.classifiers[task.kind][name](pooled)}
 
     def attribute_logits(self, name: str, hidden: Tensor, logits: Tensor) -> Tensor:
