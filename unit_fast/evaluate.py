@@ -26,7 +26,7 @@ from unit_fast.tasks import Task, get_task
 EXAMPLES = 8
 """Samples of each task kept for the report: evenly spread over the split, the same at every evaluation."""
 
-_SORT_WINDOW = 16
+_WINDOW = 8
 """Batches that are read ahead to be grouped by size; bounds the memory."""
 
 _log = logging.getLogger("unit_fast.evaluate")
@@ -207,16 +207,23 @@ class _TaskRun:
         )
 
     def _groups(self):
-        """(list of (index, sample), whether they have labels): batches of similar size, from a window read ahead."""
+        """(list of (index, sample), whether they have labels): batches from a window that is read ahead.
+
+        Images of a batch have one size. Padding is not neutral: convolutions carry its border inwards and group norm
+        counts it, so that with it a figure would depend on the batch. Texts are sorted by length; their padding is
+        masked.
+        """
         size = max(1, self.config.eval_batch)
         samples = self._samples()
-        while window := list(itertools.islice(samples, size * (_SORT_WINDOW if size > 1 else 1))):
-            if size > 1:
-                window.sort(key=lambda item: _size(item[1]))
-            for labelled in (True, False):
-                part = [item for item in window if self.kind.labelled(item[1]) == labelled]
-                for start in range(0, len(part), size):
-                    group = part[start : start + size]
+        while window := list(itertools.islice(samples, size * (_WINDOW if size > 1 else 1))):
+            kinds: dict[tuple, list] = {}
+            for item in sorted(window, key=lambda item: _length(item[1])) if size > 1 else window:
+                image = item[1].get("image")
+                key = (self.kind.labelled(item[1]), None if image is None else tuple(image.shape))
+                kinds.setdefault(key, []).append(item)
+            for (labelled, _), items in kinds.items():
+                for start in range(0, len(items), size):
+                    group = items[start : start + size]
                     yield (group if labelled else [(i, _without_labels(s)) for i, s in group]), labelled
 
     def _samples(self):
@@ -298,9 +305,9 @@ def spread(total: int, count: int) -> list[int]:
 # ------------------------------------------------------------------------------------------- small helpers
 
 
-def _size(sample: dict) -> tuple:
-    image, text = sample.get("image"), sample.get("input_ids")
-    return tuple(image.shape[-2:]) if image is not None else (), 0 if text is None else len(text)
+def _length(sample: dict) -> int:
+    text = sample.get("input_ids")
+    return 0 if text is None else len(text)
 
 
 def _without_labels(sample: dict) -> dict:

@@ -166,7 +166,7 @@ class Predictor:
             if text is not None and text != "":
                 raise UserError(f"{task.short} takes no text, only an image; leave the text out")
             return None
-        parts = [text] if isinstance(text, str) else list(text or ())
+        parts = list(text) if isinstance(text, (list, tuple)) else [] if text is None else [text]
         wanted = 2 if task.short in PAIRS else 1
         if len(parts) != wanted or not all(isinstance(part, str) and part.strip() for part in parts):
             how = 'text=("...", "...") (--text twice)' if wanted == 2 else 'text="..." (--text)'
