@@ -115,6 +115,9 @@ def _write(path: Path, content: Mapping[str, Tensor] | bytes) -> None:
             safetensors.torch.save_file(tensors, path)
         except safetensors.SafetensorError as error:  # its text is the system's, e.g. "No space left on device"
             raise OSError(None, str(error)) from error
+        umask = os.umask(0)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)  # the library makes it private
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -184,20 +184,19 @@ class RunLog:
                 parts.append(f"{short} {_show(_mean([r.terms[name] for r in group]))}")
         return f"{text} ({' '.join(parts)})" if parts else text
 
-    def evaluation(self, step: int, results: dict[str, dict], weights: str = "raw") -> None:
-        """Rows of an evaluation after ``step`` updates: short task name -> metrics."""
+    def evaluation(self, step: int, results: dict[str, dict], kind: str = "eval") -> None:
+        """Rows of an evaluation after ``step`` updates: short task name -> metrics. ``eval_ema``: averaged weights."""
         for task, metrics in results.items():
-            self._row({"kind": "eval", "step": step, "task": task, "weights": weights, "metrics": metrics})
+            self._row({"kind": kind, "step": step, "task": task, "metrics": metrics})
 
     def _row(self, row: dict) -> None:
         self.rows.write(json.dumps(finite(row)) + "\n")
         self.rows.flush()
         nested = row.get("terms", {}) | row.get("metrics", {})
         flat = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"} | nested
-        kind = row["kind"] if row.get("weights", "raw") == "raw" else f"{row['kind']}_{row['weights']}"
         for name, value in flat.items():
             if isinstance(value, (int, float)):
-                self.csv.writerow([kind, row["step"], row["task"], name, value])
+                self.csv.writerow([row["kind"], row["step"], row["task"], name, value])
         self.csv_file.flush()
 
     def close(self) -> None:

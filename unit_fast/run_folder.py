@@ -60,8 +60,9 @@ class RunFolder:
 
     @property
     def used(self) -> bool:
-        """Whether a run has already begun here."""
-        return bool((self.path / "metrics.jsonl").exists() or numbered(self.checkpoints))
+        """Whether there is a run here that would be lost: something was logged or saved."""
+        rows = self.path / "metrics.jsonl"
+        return bool((rows.exists() and rows.stat().st_size) or numbered(self.checkpoints))
 
     def begin(self, config: RunConfig) -> None:
         """Write what is known at the start."""

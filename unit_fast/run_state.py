@@ -21,11 +21,13 @@ from unit_fast.data.sampler import normalised, seed_of
 from unit_fast.env import environment
 from unit_fast.errors import UserError
 from unit_fast.evaluate import evaluate
+from unit_fast.labels import write_labels
 from unit_fast.logging import RunLog, finite, forget_after
 from unit_fast.run_folder import EXIT, Interrupted, RunFolder, Stop, write
 from unit_fast.setup_model import (
     Ema,
     build,
+    check_config,
     device_of,
     load_optimizer_state,
     optimizer_state,
@@ -40,8 +42,11 @@ _log = logging.getLogger("unit_fast.train")
 class RunState:
     """A run between two updates."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, resume, allow_changed: Sequence[str], progress: str):
-        self.folder = folder
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, resume, allow_changed: Sequence[str], progress: str, drawn=None
+    ):
+        check_config(config)
+        self.folder, self.drawn = folder, drawn
         checkpoint.sweep(folder.checkpoints)
         self.log = RunLog(folder.path, config.steps, progress)
         try:
@@ -50,6 +55,7 @@ class RunState:
             if source:
                 self._restore(source, allow_changed)
             folder.begin(self.config)
+            write_labels(folder.path, self.config, self.datasets)
             self._header(source)
         except BaseException as error:
             if isinstance(error, UserError):
@@ -154,17 +160,14 @@ class RunState:
         error = None
         try:
             with self.signals.interrupting(self.model, *([self.ema.model] if self.ema else [])):
-                for weights, model in (("raw", self.model), *([("ema", self.ema.model)] if self.ema else [])):
-                    results = evaluate(
-                        model, self.config, tasks=self.eval_tasks, device=self.device, progress=False,
-                        out=self.folder.path if weights == "raw" else None, datasets=self.eval_datasets,
-                    ) if self.eval_tasks else {}  # fmt: skip
-                    self.log.evaluation(self.step, results, weights)
-                    self._keep_best("best" if weights == "raw" else "best_ema", results)
-                    if weights == "raw":
-                        self.metrics, self.evaluated_at = results, self.step
-                    else:
-                        self.ema_metrics = results
+                if self.eval_tasks:
+                    self.metrics = self._evaluate(self.model, "eval", "best", self.folder.path)
+                    self.evaluated_at = self.step
+                    if self.drawn:
+                        self.drawn(self.folder.path, self.step)
+                if self.eval_tasks and self.ema:
+                    self.log.line("the averaged weights:")
+                    self.ema_metrics = self._evaluate(self.ema.model, "eval_ema", "best_ema", None)
         except Interrupted:
             self.log.line("evaluation broken off")
         except Exception as caught:
@@ -173,6 +176,15 @@ class RunState:
         self.eval_seconds += time.monotonic() - begun
         self.log.restart_clock()
         return error
+
+    def _evaluate(self, model, kind: str, link: str, out: Path | None) -> dict[str, dict]:
+        results = evaluate(
+            model, self.config, tasks=self.eval_tasks, device=self.device, out=out, progress=False,
+            datasets=self.eval_datasets,
+        )  # fmt: skip
+        self.log.evaluation(self.step, results, kind)
+        self._keep_best(link, results)
+        return results
 
     def _keep_best(self, link: str, results: dict[str, dict]) -> None:
         """Remember these results if they are the best by ``config.criterion``."""

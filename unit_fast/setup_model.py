@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import logging
+import math
+import operator
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from unit_fast.config import RunConfig, TextConfig
 from unit_fast.errors import UserError, nearest
 from unit_fast.model import UniT
 from unit_fast.optim import MaskedAdamW, make_optimizer
-from unit_fast.tasks import get_task
+from unit_fast.tasks import TASKS, get_task
 
 FREEZABLE = {
     "image": ("backbone.", "input_proj.", "image_encoder.layers."),
@@ -23,6 +25,36 @@ FREEZABLE = {
 untrained noise. So do the projections to the decoder's width (SPEC 6.1)."""
 
 _log = logging.getLogger("unit_fast.train")
+
+
+_AT_LEAST = {
+    "steps": 1, "batch_per_process": 1, "accumulate": 1, "eval_every": -1, "eval_batch": 1, "eval_limit": 0,
+    "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "threads": 0, "optim.lr": 0, "optim.lr_backbone": 0,
+    "optim.weight_decay": 0, "optim.warmup_steps": 0, "data.workers": 0, "data.prefetch": 1, "data.max_bad_share": 0,
+}  # fmt: skip
+
+
+def check_config(config: RunConfig) -> None:
+    """``UserError`` on a number out of range or a data set that does not exist, naming the field."""
+    for name, least in _AT_LEAST.items():
+        value = operator.attrgetter(name)(config)
+        if not least <= value < math.inf:
+            raise UserError(f"{name}: is {value}; give at least {least}")
+    for field in ("encoder.dropout", "text.dropout", "decoder.dropout", "decoder.classifier_dropout"):
+        value = operator.attrgetter(field)(config.model)
+        if not 0 <= value < 1:
+            raise UserError(f"model.{field}: is {value}; give a probability of at least 0 and below 1")
+    if config.optim.max_norm is not None and not config.optim.max_norm > 0:
+        raise UserError(f"optim.max_norm: is {config.optim.max_norm}; give a positive number, or None not to clip")
+    for part in config.freeze:
+        if part not in FREEZABLE:
+            raise UserError(f"freeze: {part!r} is not an encoder; {nearest(part, FREEZABLE)}")
+    for field in ("ratios", "task_batch"):
+        for name, value in getattr(config, field).items():
+            if name not in TASKS:
+                raise UserError(f"{field}: {name!r} is not a data set key; {nearest(name, TASKS)}")
+            if field == "task_batch" and value < 1:
+                raise UserError(f"task_batch.{name}: is {value}; give at least 1")
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -117,8 +149,6 @@ def freeze(model: UniT, config: RunConfig) -> None:
     """
     prefixes: tuple[str, ...] = ("backbone.",) if config.optim.lr_backbone == 0 else ()
     for part in config.freeze:
-        if part not in FREEZABLE:
-            raise UserError(f"freeze: {part!r} is not an encoder; {nearest(part, FREEZABLE)}")
         prefixes += FREEZABLE[part]
     for name, parameter in model.named_parameters():
         if name.startswith(prefixes) and ".task_embedding." not in name:

@@ -13,7 +13,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -140,13 +140,14 @@ def train(
     stop_at: int | None = None,
     allow_changed: Sequence[str] = (),
     progress: str = "auto",
+    drawn: Callable[[Path, int], object] | None = None,
 ) -> Run:
     """Train ``config`` in the run folder ``out``.
 
     resume: ``"auto"`` goes on from the newest intact checkpoint in ``out``, or starts if there is none; a path goes on
     from that checkpoint. allow_changed: dotted config names that may differ from the checkpoint's. stop_at: save and
     return after this many updates in all, as if interrupted (the schedule still spans ``config.steps``).
-    progress: see ``logging.RunLog``.
+    progress: see ``logging.RunLog``. drawn: called with run folder and step after each evaluation, to draw examples.
 
     Ctrl-C and SIGTERM save and return a ``Run`` with status ``interrupted``. ``UserError`` on bad input; ``NonFinite``
     after three updates in a row that are not finite (they change nothing). ``summary.json`` says how it ended.
@@ -157,7 +158,7 @@ def train(
     try:
         if folder.used and resume is None:
             raise UserError(f"{out}: holds a run already; go on with --resume auto, or give another --out")
-        return Trainer(config, folder, resume, allow_changed, progress).run(stop_at)
+        return Trainer(config, folder, resume, allow_changed, progress, drawn).run(stop_at)
     finally:
         folder.release()
 

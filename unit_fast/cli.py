@@ -1,0 +1,171 @@
+"""``unit-fast``: parse, call, print.
+
+Exit codes: 0 done, 1 ``data check`` found errors, 2 a mistake in the input, 3 training was not finite, 5 out of memory,
+75 stopped and saved (``--resume auto`` goes on), 130 stopped at once.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tyro
+
+from unit_fast.cli_train import run_demo, run_train
+from unit_fast.cli_use import run_convert, run_evaluate, run_predict
+from unit_fast.command_line import parse
+from unit_fast.config import to_json
+from unit_fast.errors import UserError, nearest
+
+# What a command needs is imported when it runs: `unit-fast --help` does not wait for PyTorch.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code. A user's mistake is one line on standard error (``--debug`` shows the trace)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"unit-fast: {' '.join(str(error).split())}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+    except KeyboardInterrupt:
+        print("unit-fast: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, e.g. head, has gone
+        sys.stderr.close()
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print("usage: unit-fast COMMAND [OPTIONS]\n\ncommands:")
+        for name, (_, about) in COMMANDS.items():
+            print(f"  {name:<15} {about}")
+        print("\n`unit-fast COMMAND --help` lists the options of a command; --debug shows the trace of an error.")
+        return 0
+    if arguments[0] == "--version":
+        import unit_fast
+
+        print(unit_fast.__version__)
+        return 0
+    name = arguments[0]
+    rest = arguments[1:]
+    if name == "data" and rest and not rest[0].startswith("-"):
+        name, rest = f"data {rest[0]}", rest[1:]
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
+    return COMMANDS[name][0](rest, f"unit-fast {name}")
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(kw_only=True)
+class DataCheck:
+    """Read a whole data root and report what is there and what is odd. Exit code 1 if training could not use it."""
+
+    root: tyro.conf.Positional[str]
+    """Data root."""
+    decode: bool = False
+    """Decode every image, not only its header: finds files that are cut off."""
+    examples: int = 3
+    """Examples shown of each kind of finding."""
+    json: bool = False
+    """Print JSON."""
+
+
+def _data_check(arguments: list[str], prog: str) -> int:
+    command = parse(DataCheck, arguments, prog=prog)
+    from unit_fast.data.check import check
+
+    found = check(command.root, decode=command.decode, examples=command.examples)
+    if command.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    elif sys.stdout.isatty():
+        import rich
+
+        rich.print(found)
+    else:
+        print(found)
+    return 0 if found.ok else 1
+
+
+@dataclass(kw_only=True)
+class DataGenerate:
+    """Write the generated world: all eight data sets in their real formats."""
+
+    folder: tyro.conf.Positional[str]
+    """Where to; a world generated earlier is replaced."""
+    seed: int = 0
+    """Seed; the same gives the same files."""
+    scale: float = 1.0
+    """Multiplies the number of samples; 1 has 4000 training scenes."""
+    imdb: bool = False
+    """Write VQA as MMF's imdb arrays instead of the official files."""
+
+
+def _data_generate(arguments: list[str], prog: str) -> int:
+    command = parse(DataGenerate, arguments, prog=prog)
+    from unit_fast.data.synthetic import generate
+
+    made = generate(command.folder, seed=command.seed, scale=command.scale, imdb=command.imdb)
+    for task, splits in made["counts"].items():
+        print(f"{task:<8} " + ", ".join(f"{split} {count:,}" for split, count in splits.items()))
+    print(f"world: {made['folder']}")
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------- recipes, env
+
+
+@dataclass(kw_only=True)
+class Recipes:
+    """List the recipes, or print one as JSON (for --config-file)."""
+
+    name: tyro.conf.Positional[str | None] = None
+    """A recipe."""
+
+
+def _recipes(arguments: list[str], prog: str) -> int:
+    command = parse(Recipes, arguments, prog=prog)
+    from unit_fast.recipes import RECIPES, description, recipe
+
+    if command.name:
+        print(to_json(recipe(command.name)), end="")
+        return 0
+    width = max(map(len, RECIPES))
+    for name in RECIPES:
+        print(f"{name:<{width}}  {description(name)}")
+    return 0
+
+
+@dataclass(kw_only=True)
+class Env:
+    """Versions, machine and commit, to paste into an issue."""
+
+
+def _env(arguments: list[str], prog: str) -> int:
+    parse(Env, arguments, prog=prog)
+    from unit_fast.env import environment
+
+    print(json.dumps(environment(), indent=2))
+    return 0
+
+
+COMMANDS = {
+    "demo": (run_demo, "generate a world, train all eight tasks on it, write a report"),
+    "train": (run_train, "train a recipe"),
+    "evaluate": (run_evaluate, "metrics of a trained model, and prediction files"),
+    "predict": (run_predict, "what a model says about an image and/or text"),
+    "data check": (_data_check, "read a whole data root and report what is odd"),
+    "data generate": (_data_generate, "write the generated eight-task world"),
+    "recipes": (_recipes, "list the recipes, or print one as JSON"),
+    "convert": (run_convert, "weights of MMF, DETR, torchvision and BERT to ours and back"),
+    "env": (_env, "versions and machine, to paste into an issue"),
+}

@@ -1,0 +1,201 @@
+"""The commands about trained models: evaluate, predict, convert."""
+
+import dataclasses
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from unit_fast.command_line import parse
+from unit_fast.config import RunConfig
+from unit_fast.errors import UserError
+from unit_fast.tasks import get_task
+
+
+@dataclass(kw_only=True)
+class Evaluate:
+    """Metrics of a trained model on a split, and prediction files."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder (its best checkpoint, else the last), checkpoint folder or model.safetensors."""
+    data_root: str | None = None
+    """Data root; default the one the run was trained on."""
+    tasks: str | None = None
+    """Only these, e.g. coco,vqa2; default all of the model."""
+    split: Literal["val", "train", "test"] = "val"
+    """Split to evaluate on."""
+    limit: int = 0
+    """Evaluate this many samples a task, evenly spread; 0 takes all."""
+    batch: int | None = None
+    """Samples a batch; default the run's eval_batch."""
+    out: str | None = None
+    """Where prediction files, examples and evaluation.json go; default the run folder, nowhere with --limit."""
+    ema: bool = False
+    """Take the averaged weights of a run with --ema-decay."""
+    attributes: bool = False
+    """Write the attribute of each Visual Genome box into the prediction file."""
+    scorer: str = "auto"
+    """COCO average precision by: auto, pycocotools or faster-coco-eval."""
+    device: str = "auto"
+    """auto takes CUDA where there is one."""
+    threads: int = 0
+    """CPU threads; 0 keeps the default."""
+    workers: int | None = None
+    """Threads that read images; default the run's data.workers."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run_evaluate(arguments: list[str], prog: str) -> int:
+    command = parse(Evaluate, arguments, prog=prog)
+    import torch
+
+    from unit_fast import checkpoint
+    from unit_fast.evaluate import evaluate
+    from unit_fast.run_folder import write
+    from unit_fast.setup_model import device_of
+
+    if command.threads:
+        torch.set_num_threads(command.threads)
+    if command.limit < 0 or (command.batch is not None and command.batch < 1):
+        raise UserError("--limit must be at least 0 and --batch at least 1")
+    device = device_of(RunConfig(device=command.device))
+    folder = checkpoint.find(command.run, ("best_ema", "last") if command.ema else ("best", "last"))
+    model, config = checkpoint.load_model(folder, ema=command.ema, device=device)
+    data = dataclasses.replace(
+        config.data,
+        root=command.data_root or config.data.root,
+        workers=config.data.workers if command.workers is None else command.workers,
+    )
+    config = dataclasses.replace(config, data=data, eval_batch=command.batch or config.eval_batch)
+    if data.root is None or not Path(data.root).is_dir():
+        raise UserError(f"{data.root or 'no data root'}: not a folder; give --data-root ROOT")
+    out = Path(command.out) if command.out else None if command.limit else run_of(str(folder))
+    tasks = None if command.tasks is None else [t.strip() for t in command.tasks.split(",") if t.strip()]
+    logging.getLogger("unit_fast").setLevel(logging.ERROR if command.json else logging.WARNING)
+    metrics = evaluate(
+        model, config, tasks=tasks, split=command.split, device=device, out=out, limit=command.limit,
+        coco_scorer=command.scorer, attributes=command.attributes, progress=not command.json,
+    )  # fmt: skip
+    result = {
+        "checkpoint": str(folder.resolve()), "ema": command.ema, "split": command.split, "limit": command.limit,
+        "metrics": metrics,
+    }  # fmt: skip
+    if out is not None:
+        write(out / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    if command.json:
+        print(json.dumps(result, indent=2))
+    elif not metrics:
+        raise UserError(f"no task has data for split {command.split!r} under {data.root}; try --split train")
+    else:
+        show_metrics(metrics)
+        if out is not None:
+            print(f"prediction files: {out / 'predictions'}")
+    return 0
+
+
+@dataclass(kw_only=True)
+class Predict:
+    """What a trained model says about one image and/or text."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder, checkpoint folder or model.safetensors."""
+    task: str
+    """coco, vg, vqa2, snli_ve, qnli, mnli, qqp or sst2."""
+    image: str | None = None
+    """A JPEG or PNG file."""
+    text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """The question or sentence; give it twice, or --text-b, for pairs."""
+    text_b: str | None = None
+    """The second sentence of a pair."""
+    threshold: float = 0.5
+    """Least score of a box."""
+    top: int = 5
+    """Answers or classes shown."""
+    save: str | None = None
+    """Write a picture (.png, .jpg) or the values (.json)."""
+    ema: bool = False
+    """Take the averaged weights."""
+    device: str = "auto"
+    """auto takes CUDA where there is one."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run_predict(arguments: list[str], prog: str) -> int:
+    command = parse(Predict, arguments, prog=prog)
+    from unit_fast.predict import load
+    from unit_fast.setup_model import device_of
+
+    texts = command.text + ((command.text_b,) if command.text_b is not None else ())
+    model = load(command.run, device=device_of(RunConfig(device=command.device)), ema=command.ema)
+    found = model.predict(
+        command.task, command.image, (texts[0] if len(texts) == 1 else texts) or None,
+        threshold=command.threshold, top=command.top,
+    )  # fmt: skip
+    print(json.dumps(found.to_dict(), indent=2) if command.json else found)
+    if command.save:
+        print(f"written: {found.save(command.save)}", file=sys.stderr)
+    return 0
+
+
+@dataclass(kw_only=True)
+class Convert:
+    """Weights of other projects to a checkpoint of ours, or ours to theirs. No code of the file is executed."""
+
+    source: tyro.conf.Positional[str]
+    """A weights file (.pth, .ckpt, .safetensors) or, with --to, a run or checkpoint of ours."""
+    out: tyro.conf.Positional[str]
+    """A checkpoint folder to write, for --init-from; with --to a .safetensors or .pth file."""
+    format: Literal["mmf", "detr", "torchvision", "bert"] = "mmf"
+    """What the source is; all but mmf fill a part of --recipe's model, whose rest is random."""
+    to: Literal["mmf", "detr"] | None = None
+    """Write ours in this format; detr takes the backbone."""
+    mmf_config: str | None = None
+    """JSON file with the configuration of the MMF model; default read off the tensors."""
+    recipe: str = "all8_shared"
+    """Model that a backbone or BERT is put into."""
+    seed: int = 0
+    """Seed of the random rest."""
+
+
+def run_convert(arguments: list[str], prog: str) -> int:
+    command = parse(Convert, arguments, prog=prog)
+    from unit_fast.convert_files import export_file, import_file
+
+    if command.to:
+        names = export_file(Path(command.source), Path(command.out), command.to)
+        print(f"{len(names)} tensors written to {command.out}")
+        return 0
+    report = import_file(
+        Path(command.source), Path(command.out), command.format, mmf_config=command.mmf_config, recipe=command.recipe,
+        seed=command.seed,
+    )  # fmt: skip
+    print(f"{report}\nwritten: {command.out}")
+    return 0
+
+
+def run_of(resume: str | None) -> Path | None:
+    """The run folder that a checkpoint belongs to."""
+    if resume is None:
+        return None
+    path = Path(resume)
+    if (path / "checkpoints").is_dir():
+        return path
+    return next((p.parent for p in path.absolute().parents if p.name == "checkpoints"), None)
+
+
+def show_metrics(metrics: dict[str, dict]) -> None:
+    """A line a task: its metric beside chance."""
+    if not metrics:
+        return
+    print(f"\n{'task':<8} {'metric':<18} {'value':>7} {'chance':>7} {'AP50':>7} {'count':>7}")
+    for short, found in metrics.items():
+        key = get_task(short).metric
+        value, chance, ap50 = (found.get(k) for k in (key, "chance", "AP50"))
+        cells = " ".join(f"{'' if v is None else f'{v:.4f}':>7}" for v in (value, chance, ap50))
+        print(f"{short:<8} {key:<18} {cells} {found.get('count', 0):>7}")

@@ -1,0 +1,94 @@
+"""Command line arguments to dataclasses through tyro; a mistake is one line with the nearest names."""
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Sequence
+
+from unit_fast.errors import UserError
+
+LISTS = ("--freeze", "--skip-load", "--allow-changed")
+"""Options whose values may be separated by commas."""
+
+
+def parse(command, arguments: Sequence[str], *, prog: str, default=None):
+    """An instance of the dataclass ``command`` from ``arguments``; ``UserError`` in one line on a mistake.
+
+    ``--help`` prints and raises ``SystemExit``.
+    """
+    import tyro
+
+    arguments = split_lists(arguments)
+    options = {} if default is None else {"default": default}
+    asked = any(a in ("--help", "-h") for a in arguments)
+    said = io.StringIO()
+    try:
+        # A wide page keeps tyro's message in one piece; the help is for the eye.
+        with contextlib.nullcontext() if asked else _columns(2000), contextlib.redirect_stderr(said):
+            return tyro.cli(command, args=arguments, prog=prog, **options)
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise UserError(f"{_one_line(said.getvalue())}; `{prog} --help` lists the options") from None
+
+
+@contextlib.contextmanager
+def _columns(width: int):
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(width)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def split_lists(arguments: Sequence[str]) -> list[str]:
+    """``--freeze image,text`` and ``--freeze=image,text`` as ``--freeze image text``, for the options in ``LISTS``."""
+    found: list[str] = []
+    inside = False
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        name = name.replace("_", "-")
+        if name in LISTS:
+            found.append(name)
+            inside = True
+            argument = value
+            if not equals:
+                continue
+        elif argument.startswith("-"):
+            inside = False
+        found.extend(filter(None, argument.split(",")) if inside else [argument])
+    return found
+
+
+def value_of(arguments: Sequence[str], option: str) -> str | None:
+    """The value of ``--option`` before the arguments are parsed: it decides what the others mean."""
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") == option:
+            if not equals and i + 1 < len(arguments):
+                return arguments[i + 1]
+            return value
+    return None
+
+
+def _one_line(text: str) -> str:
+    """tyro's framed message as one line: what was wrong, then the names it suggests."""
+    lines = [line.strip("│╭╮╰╯ ").strip() for line in text.splitlines()]
+    sections: list[list[str]] = [[]]
+    for line in lines:
+        if re.fullmatch(r"─{3,}", line):
+            sections.append([])
+        elif line and "──" not in line:
+            sections[-1].append(line)
+    message = " ".join(sections[0]) if sections[0] else "the command line was not understood"
+    message = re.sub(r"^Unrecognized options: ([^, ]+).*", r"unknown option \1", message)
+    near = []
+    for section in sections[1:]:
+        if section and section[0].startswith("Perhaps you meant"):
+            near = [re.split(r"[ ,]", line)[0] for line in section if line.startswith("--")]
+    return message.rstrip(".") + (f"; nearest: {', '.join(near)}" if near else "")
