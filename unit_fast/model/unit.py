@@ -141,13 +141,14 @@ class UniT(nn.Module):
 
     def encode_text(self, batch: Batch, seeds) -> tuple[Tensor, Tensor, Tensor]:
         """Text memory and positions [B,T,C] and mask [B,T]; T = 1 where only ``[CLS]`` is used (SPEC 1.6)."""
+        cls_only = self.config.tasks[batch.task].cls_only
         tokens = self.text_encoder(
-            batch.input_ids, batch.attention_mask, batch.token_type_ids, self.tasks[batch.task].index, seeds
+            batch.input_ids, batch.attention_mask, batch.token_type_ids, self.tasks[batch.task].index, seeds, cls_only
         )
-        length = 1 if self.config.tasks[batch.task].cls_only else tokens.shape[1]
+        length = tokens.shape[1]
         # The positions are the raw rows of BERT's own table: a second gradient path into it.
         positions = self.bert_pos_projection(self.text_encoder.position_embeddings.weight[:length])
-        memory = self.bert_projection(tokens[:, :length])
+        memory = self.bert_projection(tokens)
         return memory, positions.expand(len(memory), -1, -1), (batch.attention_mask != 1)[:, :length]
 
     def _pixel_mask(self, batch: Batch, features: Tensor) -> Tensor:
