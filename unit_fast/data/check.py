@@ -11,7 +11,7 @@ from pathlib import Path
 from unit_fast.config import DataConfig, TaskConfig, default_tasks
 from unit_fast.data import open_dataset
 from unit_fast.data.dataset import SPLITS
-from unit_fast.data.errors import BadImage, Finding, Findings, MissingSplit
+from unit_fast.data.errors import BadImage, EmptySplit, Finding, Findings, MissingSplit
 from unit_fast.data.files import describe
 from unit_fast.data.images import image_size, load_image
 from unit_fast.data.layout import Layout
@@ -29,7 +29,8 @@ class SplitReport:
     """Short task name, or ``vocabulary`` and the like for a file that several share."""
     split: str
     status: str = "ok"
-    """``ok``, ``missing`` (no files) or ``broken`` (cannot be opened at all)."""
+    """``ok``, ``missing`` (no files), ``empty`` (files without a sample of the split) or ``broken`` (cannot be
+    opened)."""
     samples: int = 0
     facts: dict = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
@@ -100,7 +101,7 @@ class CheckReport:
             table.add_column(name, justify=justify)
         table.add_column("counts", overflow="fold")
         for row in self.rows():
-            table.add_row(*map(escape, row), style="dim" if row[2] == "missing" else None)
+            table.add_row(*map(escape, row), style="dim" if row[2] in ("missing", "empty") else None)
         yield table
         for task, split, severity, title, examples in self.problems():
             yield f"[{'red' if severity == 'error' else 'yellow'}]{severity}[/] {task} {split}: {escape(title)}"
@@ -109,7 +110,7 @@ class CheckReport:
 
 
 def _counts(facts) -> str:
-    if "why" in facts and "no files" not in facts["why"]:
+    if "why" in facts:
         return printable(facts["why"], 400)
     parts = [f"{name} {value:,}" for name, value in facts.items() if type(value) is int]
     return printable(", ".join(parts), 400)
@@ -194,9 +195,13 @@ def _check_split(name, split, data, config, decode, examples, seen) -> SplitRepo
         report.samples = len(dataset)
         report.facts = dataset.facts
         _check_images(dataset, data, decode, seen, findings)
-    except MissingSplit as error:
-        report.status = "missing"
+    except EmptySplit as error:
+        report.status = "empty"
         report.facts["why"] = str(error)
+        if not error.by_ids:
+            findings.error("no usable sample", str(error))
+    except MissingSplit:
+        report.status = "missing"
     except Exception as error:  # see _shared
         report.status = "broken"
         findings.error("cannot be read", _message(error))

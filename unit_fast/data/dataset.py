@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from unit_fast.config import DataConfig, TaskConfig
-from unit_fast.data.errors import BadImage, Findings, MissingSplit
+from unit_fast.data.errors import BadImage, EmptySplit, Findings, MissingSplit
 from unit_fast.data.files import safe_path
 from unit_fast.data.images import EvalTransform, load_image, to_tensor
 from unit_fast.data.layout import Layout
@@ -56,9 +56,10 @@ class Dataset:
             details = [f"{f.count} x {f.kind} left out" for f in self.findings.found.values()]
             details += [f"{name}: {value}" for name, value in self.facts.items() if name in NOTABLE]
             reason = f" ({printable('; '.join(details), 600)})" if details else ""
-            raise MissingSplit(
+            raise EmptySplit(
                 f"{task.short}: no usable sample in split {split}{reason}; "
-                f"check the files with: unit-fast data check {printable(self.layout.root, 400)}"
+                f"check the files with: unit-fast data check {printable(self.layout.root, 400)}",
+                by_ids="split by" in self.facts,
             )
 
     def _read(self) -> None:

@@ -9,6 +9,15 @@ class MissingSplit(UserError):
     """The files of a split are not there. Callers may go on without it (a task without validation data)."""
 
 
+class EmptySplit(MissingSplit):
+    """The files of a split are there, but hold no sample of it. ``by_ids``: they are files of all splits, and the ids
+    in them decide, so that an empty split need not be a mistake."""
+
+    def __init__(self, message: str, by_ids: bool = False):
+        super().__init__(message)
+        self.by_ids = by_ids
+
+
 class BadImage(UserError):
     """An image that cannot be used. ``path`` names the file, ``reason`` says why."""
 

@@ -34,6 +34,8 @@ def read_vocabulary(path: Path, first: int = 1) -> tuple[dict[str, int], dict[in
         for name in synonyms:
             if name:
                 ids.setdefault(name, number - 1 + first)
+    if not names:
+        raise UserError(f"{printable(path, 400)}: empty; a vocabulary has one entry a line")
     return ids, names
 
 
@@ -49,6 +51,7 @@ class VisualGenome(Detection):
         elif (path := self.layout.find("vg.annotations")) is not None:
             self.facts["file"] = str(path)
             coco_ids = self._coco_ids()
+            self._val_images()
             objects = read_instances(
                 self, path, lambda record, i: self._belongs(record.get("coco_id", coco_ids.get(i)))
             )
@@ -91,7 +94,7 @@ class VisualGenome(Detection):
         """image id -> (file name, height, width, coco_id) from ``image_data.json``."""
         name = printable(path, 400)
         content = files.read_json(path)
-        if not isinstance(content, list):
+        if not isinstance(content, list) or not content:
             raise UserError(f"{name}: expected a list of images")
         out = {}
         for n, record in enumerate(content):
@@ -144,8 +147,10 @@ class VisualGenome(Detection):
         records = {i: r for i, r in self._image_records(image_data).items() if self._belongs(r[3])}
         path = graphs or plain
         self.facts["file"] = str(path)
+        self._val_images()
         described = self._attributes_of_objects() if graphs is None else {}
 
+        self._described = self._named = self._attributes = self._known_attributes = 0
         rows: dict[int, list[tuple]] = {}
         for where, image_id, graph in self._graphs(path):
             if image_id not in records:
@@ -158,11 +163,23 @@ class VisualGenome(Detection):
                 )  # fmt: skip
         images = [(i, name, height, width) for i, (name, height, width, _) in records.items() if i in rows]
         self.facts["images without scene graph"] = len(records) - len(images)
+        if self._named == 0 < self._described:
+            self.findings.error(
+                "no object in the vocabulary",
+                f"{printable(path, 400)}: none of {self._described} objects has a name in "
+                f"{printable(vocabularies[0], 400)}; give the vocabulary of these scene graphs",
+            )
+        if self._known_attributes == 0 < self._attributes:
+            self.findings.error(
+                "no attribute in the vocabulary",
+                f"{printable(path, 400)}: none of {self._attributes} attributes is in "
+                f"{printable(vocabularies[1], 400)}; give the vocabulary of these scene graphs",
+            )
         return Objects(images, rows, names)
 
     def _graphs(self, path):
         content = files.read_json(path, drop=("relationships", "synsets", "merged_object_ids"))
-        if not isinstance(content, list):
+        if not isinstance(content, list) or not content:
             raise UserError(f"{printable(path, 400)}: expected a list of images")
         for n, graph in enumerate(content):
             where = f"{printable(path, 400)}: [{n}]"
@@ -193,10 +210,12 @@ class VisualGenome(Detection):
         except UserError as problem:
             self.findings.error("malformed annotation", str(problem))
             return
+        self._described += 1
         label = next((class_ids[n] for n in map(_normal, names) if n in class_ids), None)
         if label is None:
             self.findings.note("object outside the vocabulary", f"{where}: {printable(repr(names), 80)}")
             return
+        self._named += 1
         if box[2] < 0 or box[3] < 0:
             # raw crowd-sourced boxes, not somebody's training file: left out like the other boxes without area
             self.findings.note("negative box", f"{where}: w {box[2]:g}, h {box[3]:g}")
@@ -204,7 +223,12 @@ class VisualGenome(Detection):
         if not self._check_box(box, *size, where):
             return
         wanted = record.get("attributes") or described.get(object_id) or []
+        if not isinstance(wanted, list):
+            self.findings.error("malformed annotation", f"{where}: attributes must be a list of names")
+            return
         known = dict.fromkeys(attribute_ids[a] for a in map(_normal, wanted) if a in attribute_ids)
+        self._attributes += len(wanted)
+        self._known_attributes += len(known)
         rows.append((label, *box, box[2] * box[3], False, tuple(known)[:ATTRIBUTES]))
 
 

@@ -245,6 +245,7 @@ class Vqa2(Dataset):
         answered = [row for row in rows if row[4] is not None]
         self.facts["questions without answers"] = len(unanswered)
         if self.split == "test":
+            self.facts["split by"] = "questions without answers"
             yield from unanswered
             return
         val_list = self.layout.find("coco.val_annotations")
