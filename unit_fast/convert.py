@@ -27,107 +27,17 @@ from unit_fast.config import (
 from unit_fast.errors import UserError, nearest
 from unit_fast.model import UniT
 from unit_fast.tasks import TASKS, get_task
+from unit_fast.weight_names import (
+    TRANSFORMER,
+    as_tensor,
+    bert_name,
+    canonical_mmf,
+    current_name,
+    is_derived,
+    mmf_name,
+)
 
 _log = logging.getLogger(__name__)
-
-# ------------------------------------------------------------------------------------------------ MMF names
-
-_BERT = {
-    "word_embeddings": "embeddings.word_embeddings",
-    "position_embeddings": "embeddings.position_embeddings",
-    "token_type_embeddings": "embeddings.token_type_embeddings",
-    "embedding_norm": "embeddings.LayerNorm",
-    "pooler": "pooler.dense",
-}
-_BERT_LAYER = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "attention_output": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "intermediate": "intermediate.dense",
-    "output": "output.dense",
-    "output_norm": "output.LayerNorm",
-}
-_CLASSIFIER = {"dense": "0.dense", "norm": "0.LayerNorm", "out": "1"}
-_TRANSFORMER = "unit_base_model.transformer."
-
-
-def bert_name(name: str) -> str:
-    """Hugging Face's name (inside ``BertModel``) of our text-encoder tensor ``name``."""
-    if match := re.fullmatch(r"layers\.(\d+)\.(\w+)\.(weight|bias)", name):
-        return f"encoder.layer.{match[1]}.{_BERT_LAYER[match[2]]}.{match[3]}"
-    module, _, kind = name.rpartition(".")
-    return f"{_BERT[module]}.{kind}"
-
-
-def mmf_name(name: str) -> str:
-    """MMF's name, after alias collapsing (SPEC 7.3), of our tensor ``name``."""
-    head, _, rest = name.partition(".")
-    dataset, _, tail = rest.partition(".")
-    if head == "backbone":
-        return f"unit_base_model.backbone.0.body.{rest}"
-    if name.startswith("image_encoder.task_embedding."):
-        return f"{_TRANSFORMER}task_embeddings_enc.weight"
-    if head == "image_encoder":
-        return f"{_TRANSFORMER}encoder.{rest}"
-    if head in ("enc2dec_proj", "pos_embed_proj", "decoder"):
-        return f"{_TRANSFORMER}{name}"
-    if head == "decoders":
-        return f"{_TRANSFORMER}decoders.{get_task(dataset).kind}.{dataset}.{tail}"
-    if head == "input_proj":
-        return f"unit_base_model.{name}"
-    if head == "query_embeds":
-        return f"unit_base_model.query_embeds.{get_task(dataset).kind}.{rest}"
-    if name.startswith("text_encoder.task_embedding."):
-        return "task_embeddings_lang.weight"
-    if head == "text_encoder":
-        return f"bert_model.module.{bert_name(rest)}"
-    if head == "classifiers":
-        module, _, kind = tail.partition(".")
-        return f"classifiers.{get_task(dataset).kind}.{dataset}.{_CLASSIFIER[module]}.{kind}"
-    if head == "attribute_heads":
-        return f"det_losses.{dataset}.attribute_head.{tail}"
-    return name  # bert_projection, bert_pos_projection, class_embeds, bbox_embeds
-
-
-def _derived(name: str) -> bool:
-    """Tensors of a foreign file that we compute ourselves: position ids, class weights, batch counts."""
-    return name.endswith((".position_ids", ".empty_weight", ".num_batches_tracked"))
-
-
-def canonical_mmf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An MMF state dict without prefixes, aliases and derived tensors (SPEC 7.4, rules 1 and 2).
-
-    ``UserError`` when two aliases of one tensor differ.
-    """
-    state = state.get("model", state) if isinstance(state.get("model"), Mapping) else state
-    names = {key: _current(key) for key in state}
-    shared = any(name.startswith(f"{_TRANSFORMER}decoder.") for name in names.values())
-    out: dict[str, Tensor] = {}
-    for key, name in names.items():
-        value = state[key]
-        if name.startswith("bert_model.embeddings."):
-            name = "bert_model.module." + name.removeprefix("bert_model.")
-        if shared:
-            name = re.sub(r"^(unit_base_model\.transformer\.)decoders\.\w+\.\w+\.", r"\1decoder.", name)
-        if _derived(name):
-            continue
-        if name in out and out[name] is not value and not torch.equal(_tensor(out[name]), _tensor(value)):
-            raise UserError(f"{key}: differs from another copy of the same tensor; the file is not a shared decoder's")
-        out[name] = value
-    return out
-
-
-def _current(name: str) -> str:
-    """``name`` without a leading ``module.`` and with the present name of the base model."""
-    name = name.removeprefix("module.")
-    return "unit_base_model." + name.removeprefix("detr_model.") if name.startswith("detr_model.") else name
-
-
-def _tensor(value) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.as_tensor(value)
-
 
 # ------------------------------------------------------------------------------------------------ MMF models
 
@@ -246,11 +156,11 @@ def infer_mmf_config(state: Mapping[str, Tensor]) -> dict:
         return {
             "enc_layers": count(r"transformer\.encoder\.layers\.(\d+)\."),
             "dec_layers": count(r"transformer\.decoders?\.(?:\w+\.\w+\.)?layers\.(\d+)\."),
-            "dim_feedforward": shape[_TRANSFORMER + layer][0],
-            "encoder_hidden_dim": shape[_TRANSFORMER + layer][1],
+            "dim_feedforward": shape[TRANSFORMER + layer][0],
+            "encoder_hidden_dim": shape[TRANSFORMER + layer][1],
             "decoder_hidden_dim": shape[query][1],
-            "share_decoders": any(n.startswith(f"{_TRANSFORMER}decoder.") for n in names),
-            "task_embedding_image": f"{_TRANSFORMER}task_embeddings_enc.weight" in names,
+            "share_decoders": any(n.startswith(f"{TRANSFORMER}decoder.") for n in names),
+            "task_embedding_image": f"{TRANSFORMER}task_embeddings_enc.weight" in names,
             "task_embedding_text": "task_embeddings_lang.weight" in names,
             "bert": {
                 "hidden_size": width,
@@ -343,7 +253,7 @@ def _copy(
             report.missing.append(name)
             continue
         taken.add(foreign)
-        value = _tensor(state[foreign])
+        value = as_tensor(state[foreign])
         if skip and name.startswith(skip):
             report.skipped.append(name)
         elif value.shape == own[name].shape:
@@ -367,7 +277,7 @@ def load_matching(
 
     ``state``: ours or MMF's names. A single-task model's own decoder goes to a shared decoder.
     """
-    if any(_current(key).startswith("unit_base_model.") for key in state):
+    if any(current_name(key).startswith("unit_base_model.") for key in state):
         state = canonical_mmf(state)
         names = {name: mmf_name(name) for name in model.state_dict()}
     else:
@@ -375,7 +285,7 @@ def load_matching(
     if model.config.decoder.share:
         own = f"decoders.{get_task('coco').name}."
         foreign = own if names["decoder.norm.weight"] == "decoder.norm.weight" else (
-            f"{_TRANSFORMER}decoders.detection.{get_task('coco').name}."
+            f"{TRANSFORMER}decoders.detection.{get_task('coco').name}."
         )  # fmt: skip
         if f"{foreign}norm.weight" in state:
             names |= {n: foreign + n.removeprefix("decoder.") for n in names if n.startswith("decoder.")}
@@ -395,14 +305,14 @@ def _part(model: UniT, prefix: str) -> list[str]:
 def load_detr_backbone(model: UniT, state: Mapping[str, Tensor], source: str = "DETR") -> LoadReport:
     """The 265 ``backbone.0.body.*`` tensors of a DETR checkpoint (SPEC 7.4, rule 4); the rest is left."""
     state = state.get("model", state) if isinstance(state.get("model"), Mapping) else state
-    state = {n: v for n, v in state.items() if n.startswith("backbone.0.body.") and not _derived(n)}
+    state = {n: v for n, v in state.items() if n.startswith("backbone.0.body.") and not is_derived(n)}
     names = {n: f"backbone.0.body.{n.removeprefix('backbone.')}" for n in _part(model, "backbone.")}
     return _require(_copy(model, state, names, source=source))
 
 
 def load_torchvision_backbone(model: UniT, state: Mapping[str, Tensor], source: str = "torchvision") -> LoadReport:
     """torchvision's ResNet weights; ``fc.*`` and batch counts are dropped."""
-    state = {n: v for n, v in state.items() if not n.startswith("fc.") and not _derived(n)}
+    state = {n: v for n, v in state.items() if not n.startswith("fc.") and not is_derived(n)}
     names = {n: n.removeprefix("backbone.") for n in _part(model, "backbone.")}
     return _require(_copy(model, state, names, source=source))
 
@@ -413,7 +323,7 @@ def load_bert(model: UniT, state: Mapping[str, Tensor], source: str = "BERT") ->
     for name, value in state.items():
         name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-        if not name.startswith("cls.") and not _derived(name):
+        if not name.startswith("cls.") and not is_derived(name):
             renamed[name] = value
     ours = [n for n in _part(model, "text_encoder.") if not n.startswith("text_encoder.task_embedding.")]
     names = {n: bert_name(n.removeprefix("text_encoder.")) for n in ours}
