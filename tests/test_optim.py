@@ -672,3 +672,16 @@ def test_lr_multiplier(step, warmup, total, expected):
 def test_lr_multiplier_refuses_negative_numbers():
     with pytest.raises(ValueError, match="none may be negative"):
         lr_multiplier(-1, 10, 100)
+
+
+def test_loading_into_an_optimiser_that_has_stepped_takes_the_saved_counts():
+    """The counts are one tensor that the states share: loading must not read them after binding the present ones."""
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    saved = MaskedAdamW(parameters)
+    for _ in range(3):
+        parameters[0].grad = torch.ones(3)
+        saved.step()
+    other = MaskedAdamW([torch.nn.Parameter(torch.ones(3)) for _ in range(2)])
+    assert other.step_counts().tolist() == [0, 0]
+    other.load_state_dict(saved.state_dict())
+    assert other.step_counts().tolist() == [3, 0]

@@ -183,10 +183,12 @@ def verify(folder: str | Path) -> None:
     """Compare every file of a checkpoint with its manifest. ``UserError`` names the first that differs."""
     folder = Path(folder)
     manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or not all(isinstance(entry, dict) for entry in manifest.values()):
+        raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest; take another checkpoint")
     for name, entry in manifest.items():
         path = folder / name
-        if not isinstance(entry, dict) or path.name != name:
-            raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest; take another checkpoint")
+        if path.name != name:
+            raise UserError(f"{folder / MANIFEST}: names a file elsewhere ({printable(name)}); take another checkpoint")
         if not path.is_file():
             raise UserError(f"{path}: missing from the checkpoint; take another one of the run")
         size = path.stat().st_size

@@ -52,12 +52,7 @@ class RunLog:
     def __init__(self, folder: Path, steps: int, progress: str = "auto"):
         self.folder, self.steps, self.progress = folder, steps, progress
         self.text = (folder / "log.txt").open("a", encoding="utf-8")
-        self.rows = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        fresh = not (folder / "metrics.csv").exists()
-        self.csv_file = (folder / "metrics.csv").open("a", encoding="utf-8", newline="")
-        self.csv = csv.writer(self.csv_file)
-        if fresh:
-            self.csv.writerow(["kind", "step", "task", "name", "value"])
+        self._open_rows()
         self.pending: list[tuple[Record, Tensor, tuple[str, ...]]] = []
         self.since = self.started = time.monotonic()
         self.first_step: int | None = None
@@ -68,6 +63,26 @@ class RunLog:
         package.addHandler(self.handler)
         package.setLevel(logging.INFO)
         package.propagate = False
+
+    def _open_rows(self) -> None:
+        self.rows = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        fresh = not (self.folder / "metrics.csv").exists()
+        self.csv_file = (self.folder / "metrics.csv").open("a", encoding="utf-8", newline="")
+        self.csv = csv.writer(self.csv_file)
+        if fresh:
+            self.csv.writerow(["kind", "step", "task", "name", "value"])
+
+    def forget_after(self, step: int) -> None:
+        """Drop rows later than ``step`` from the metrics files: a resumed run does that work again."""
+        self.rows.close()
+        self.csv_file.close()
+        rows, table = self.folder / "metrics.jsonl", self.folder / "metrics.csv"
+        kept = [line for line in rows.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        _replace(rows, "".join(f"{line}\n" for line in kept))
+        lines = table.read_text(encoding="utf-8").splitlines()
+        kept = [x for x in lines if not (cell := [*x.split(","), ""][1]).isdigit() or int(cell) <= step]
+        _replace(table, "".join(f"{line}\n" for line in kept))
+        self._open_rows()
 
     def _live(self):
         import rich.console
@@ -226,19 +241,6 @@ class _Handler(logging.Handler):
     @staticmethod
     def _trace(record: logging.LogRecord):
         return [printable(x, 500) for x in logging.Formatter().formatException(record.exc_info).splitlines()]
-
-
-def forget_after(folder: Path, step: int) -> None:
-    """Drop rows later than ``step`` from the metrics files: a resumed run does that work again."""
-    rows = folder / "metrics.jsonl"
-    if rows.exists():
-        kept = [line for line in rows.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        _replace(rows, "".join(f"{line}\n" for line in kept))
-    table = folder / "metrics.csv"
-    if table.exists():
-        lines = table.read_text(encoding="utf-8").splitlines()
-        kept = [x for x in lines if not (cell := [*x.split(","), ""][1]).isdigit() or int(cell) <= step]
-        _replace(table, "".join(f"{line}\n" for line in kept))
 
 
 def _step_of(line: str) -> float:

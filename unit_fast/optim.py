@@ -337,6 +337,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                         f"{list(shapes[i])}; build the optimiser for the model it was saved with"
                     )
         before = [dict(group) for group in self.param_groups]
+        self._counts = None  # or the saved step counts would be replaced by views of the present ones while loading
         super().load_state_dict(state_dict)
         for group, old in zip(self.param_groups, before, strict=True):
             for name, value in old.items():

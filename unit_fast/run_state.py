@@ -22,7 +22,7 @@ from unit_fast.env import environment
 from unit_fast.errors import UserError
 from unit_fast.evaluate import evaluate
 from unit_fast.labels import write_labels
-from unit_fast.logging import RunLog, finite, forget_after
+from unit_fast.logging import RunLog, finite
 from unit_fast.run_folder import EXIT, Interrupted, RunFolder, Stop, write
 from unit_fast.setup_model import (
     Ema,
@@ -279,7 +279,7 @@ class RunState:
             raise UserError(f"{source / checkpoint.STATE_JSON}: lacks {error}; take another checkpoint") from None
         if self.step > self.config.steps:
             raise UserError(f"{source}: is at step {self.step}, beyond --steps {self.config.steps}; give more steps")
-        forget_after(self.folder.path, self.step)
+        self.log.forget_after(self.step)
 
     def _summary(self, status: str, message: str) -> None:
         content = {

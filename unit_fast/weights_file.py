@@ -69,10 +69,12 @@ def _header(path: Path, start: bytes) -> dict[str, dict]:
         with path.open("rb") as file:
             file.seek(8)
             header = json.loads(file.read(size))
+        if not isinstance(header, dict):
+            raise ValueError(type(header).__name__)
         header.pop("__metadata__", None)
         if len(header) > MAX_TENSORS or not all(isinstance(v, dict) for v in header.values()):
             raise ValueError(f"{len(header)} entries")
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a safetensors file (header: {printable(error)})") from None
     return header
 

@@ -1,0 +1,192 @@
+"""Exact resumption: 20 updates = 10 + resume + 10, bit for bit on one thread."""
+
+import dataclasses
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from tests.small_runs import make_world, rows, small_config, state_hash
+from unit_fast import checkpoint
+from unit_fast.errors import UserError
+from unit_fast.train import train
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("data") / "world")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(config, out, **options):
+    return train(config, out, progress="none", **options)
+
+
+def samples(out):
+    """Step, task and loss of every logged update: compared first, since it says where two runs part."""
+    return [(r["step"], r["task"], r["loss"]) for r in rows(out)]
+
+
+VARIANTS = {
+    "skip": {"optim": {"unused": "skip"}},
+    "graph": {"optim": {"unused": "graph"}},
+    "update_all": {"optim": {"unused": "update_all"}},
+    "ema": {"ema_decay": 0.9},
+    "accumulate": {"accumulate": 2},
+    "frozen": {"freeze": ("image",)},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_twenty_is_ten_and_ten(root, tmp_path, variant):
+    config = small_config(root, log_every=1, **VARIANTS[variant])
+    run(config, tmp_path / "whole")
+    assert run(config, tmp_path / "parts", stop_at=10).exit_code == 75
+    assert run(config, tmp_path / "parts", resume="auto").exit_code == 0
+    assert samples(tmp_path / "parts") == samples(tmp_path / "whole")
+    assert state_hash(tmp_path / "parts") == state_hash(tmp_path / "whole")
+
+
+def test_dropout_and_seed_matter(root, tmp_path):
+    """The negative control: what the hashes are of does change."""
+    config = small_config(root)
+    run(config, tmp_path / "a")
+    run(dataclasses.replace(config, seed=4), tmp_path / "b")
+    assert state_hash(tmp_path / "a")["model.safetensors"] != state_hash(tmp_path / "b")["model.safetensors"]
+    run(config, tmp_path / "c", stop_at=10)
+    torch.manual_seed(99)  # what a resumed run must not depend on
+    path = tmp_path / "c" / "checkpoints" / "last"
+    tensors = checkpoint.load_weights(path / checkpoint.STATE)
+    tensors["rng/cpu"] = torch.get_rng_state()
+    safetensors.torch.save_file(tensors, path / checkpoint.STATE)
+    _accept(path)
+    run(config, tmp_path / "c", resume="auto")
+    assert state_hash(tmp_path / "a")["model.safetensors"] != state_hash(tmp_path / "c")["model.safetensors"]
+
+
+def _accept(folder):
+    """Write the manifest anew after a change."""
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    for name in manifest:
+        manifest[name] = {"bytes": (folder / name).stat().st_size, "sha256": checkpoint._sha256(folder / name)}
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_cut_into_many_pieces(root, tmp_path):
+    """At the first update, twice in a row, just after an evaluation, and at the last."""
+    config = small_config(root, eval_every=6, eval_limit=4)
+    run(config, tmp_path / "whole")
+    for stop in (1, 5, 6, 7, 19, 20):
+        run(config, tmp_path / "parts", resume="auto", stop_at=stop)
+    assert state_hash(tmp_path / "parts") == state_hash(tmp_path / "whole")
+
+
+def test_saving_and_evaluating_do_not_change_the_run(root, tmp_path):
+    plain = small_config(root)
+    watched = dataclasses.replace(plain, eval_every=3, eval_limit=3, save_every=2, log_every=1)
+    run(plain, tmp_path / "plain")
+    run(watched, tmp_path / "watched")
+    mine, theirs = state_hash(tmp_path / "plain"), state_hash(tmp_path / "watched")
+    mine.pop("state.json"), theirs.pop("state.json")  # has the best metric
+    assert mine == theirs
+
+
+def test_the_number_of_loader_processes_may_change(root, tmp_path):
+    config = small_config(root)
+    run(config, tmp_path / "whole")
+    run(config, tmp_path / "parts", stop_at=10)
+    two = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2))
+    run(two, tmp_path / "parts", resume="auto")
+    assert state_hash(tmp_path / "parts") == state_hash(tmp_path / "whole")
+
+
+def test_a_fresh_folder_starts(root, tmp_path):
+    config = small_config(root, steps=3)
+    assert run(config, tmp_path / "new", resume="auto").step == 3
+
+
+def test_work_after_the_checkpoint_is_done_again_and_logged_once(root, tmp_path):
+    config = small_config(root, log_every=1, save_every=5)
+    run(config, tmp_path / "run", stop_at=13)
+    checkpoint.point(tmp_path / "run" / "checkpoints", "last", "step_000010")
+    import shutil
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000013")
+    run(config, tmp_path / "run", resume="auto")
+    assert [r["step"] for r in rows(tmp_path / "run")] == list(range(1, 21))
+    csv = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert len([x for x in csv if x.startswith("train,11,") and ",lr," in x]) == 1
+
+
+def test_an_intact_older_checkpoint_is_taken_and_said_so(root, tmp_path):
+    config = small_config(root, save_every=5)
+    run(config, tmp_path / "run", stop_at=10)
+    newest = tmp_path / "run" / "checkpoints" / "step_000010" / checkpoint.STATE
+    newest.write_bytes(newest.read_bytes()[:-1])
+    run(config, tmp_path / "run", resume="auto")
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert "a checkpoint is left out" in text
+    assert "going on after step 5" in text
+    whole = run(config, tmp_path / "whole")
+    assert whole.step == 20
+    assert state_hash(tmp_path / "run") == state_hash(tmp_path / "whole")
+
+
+def test_no_intact_checkpoint_is_an_error(root, tmp_path):
+    config = small_config(root)
+    run(config, tmp_path / "run", stop_at=2)
+    path = tmp_path / "run" / "checkpoints" / "step_000002" / checkpoint.WEIGHTS
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint is intact"):
+        run(config, tmp_path / "run", resume="auto")
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        run(config, tmp_path / "other", resume=tmp_path / "run")
+
+
+def test_another_run_goes_on_from_a_checkpoint(root, tmp_path):
+    config = small_config(root)
+    run(config, tmp_path / "whole")
+    run(config, tmp_path / "first", stop_at=10)
+    run(config, tmp_path / "second", resume=tmp_path / "first")
+    assert state_hash(tmp_path / "second") == state_hash(tmp_path / "whole")
+    assert checkpoint.load_state(tmp_path / "first" / "checkpoints" / "last")["step"] == 10
+
+
+def test_another_config_is_refused_by_field(root, tmp_path):
+    config = small_config(root)
+    run(config, tmp_path / "run", stop_at=2)
+    lower = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1e-5))
+    with pytest.raises(UserError, match=r"optim\.lr was 0\.001, is 1e-05"):
+        run(lower, tmp_path / "run", resume="auto")
+    assert run(lower, tmp_path / "run", resume="auto", stop_at=3, allow_changed=["optim.lr"]).step == 3
+    wider = small_config(root, model={"decoder": dataclasses.replace(config.model.decoder, width=32)})
+    with pytest.raises(UserError, match=r"model\.decoder\.width"):
+        run(wider, tmp_path / "run", resume="auto")
+
+
+def test_fewer_steps_than_done(root, tmp_path):
+    run(small_config(root), tmp_path / "run", stop_at=10)
+    with pytest.raises(UserError, match="at step 10, beyond --steps 5"):
+        run(small_config(root, steps=5), tmp_path / "run", resume="auto")
+
+
+def test_every_part_of_the_state_is_needed(root, tmp_path):
+    config = small_config(root)
+    run(config, tmp_path / "run", stop_at=10)
+    path = tmp_path / "run" / "checkpoints" / "last" / checkpoint.STATE_JSON
+    whole = json.loads(path.read_text())
+    for name in whole:
+        if name in ("processes",):
+            continue
+        path.write_text(json.dumps({k: v for k, v in whole.items() if k != name}))
+        _accept(path.parent)
+        with pytest.raises(UserError, match=r"state\.(json|safetensors)"):
+            run(config, tmp_path / "run", resume="auto")
