@@ -51,6 +51,29 @@ def test_ruff_and_layers():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def _imports(path: Path) -> set[str]:
+    """Modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+def test_kernels_know_nothing_of_unit_and_operators_are_their_only_door():
+    """import-linter does not see the mapped package ``unit_fast_kernels``, which has no ``__init__.py``."""
+    for path in (ROOT / "kernels").glob("*.py"):
+        assert not any(m.split(".")[0] == "unit_fast" for m in _imports(path)), path
+    doors = {
+        path.name
+        for path in (ROOT / "unit_fast").rglob("*.py")
+        if any(m.split(".")[0] == "unit_fast_kernels" for m in _imports(path))
+    }
+    assert doors == {"ops.py"}
+
+
 def test_kernels_have_a_test_of_the_same_name():
     stems = {p.stem for p in (ROOT / "kernels").glob("*.py") if not p.stem.startswith("_")}
     tests = {p.stem.removeprefix("test_") for p in (ROOT / "tests" / "kernels").glob("test_*.py")}

@@ -217,7 +217,8 @@ class DataConfig:
     root: str | None = None
     """Data root in the canonical layout; see ``unit-fast data check``."""
     paths: dict[str, str] = field(default_factory=dict)
-    """Overrides of single paths, e.g. ``coco.train_images=/other/train2017``; keys as ``unit-fast data check`` prints."""
+    """Overrides of single paths, e.g. ``coco.train_images=/other/train2017``; a wrong key is answered
+    with the nearest ones."""
     vocab: str | None = None
     """WordPiece vocabulary; default ROOT/bert/vocab.txt."""
     short_side: int = 800
