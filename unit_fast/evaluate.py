@@ -18,6 +18,7 @@ from torch import Tensor
 from unit_fast.batch import Batch, Output
 from unit_fast.config import RunConfig
 from unit_fast.data import BadImage, MissingSplit, collate, open_dataset
+from unit_fast.data.loader import BadImages
 from unit_fast.errors import UserError, nearest, printable
 from unit_fast.metrics import find_scorer
 from unit_fast.task_results import KINDS, full_precision, write_aside
@@ -61,9 +62,9 @@ def evaluate(
     there were any; ``seconds``. Samples without labels are predicted but not counted: a split without any has ``count``
     0 and no metric. A task whose split is missing is left out with one log line.
 
-    An unreadable image counts as an image without detections, elsewhere its sample is left out; a larger share of them
-    than ``config.data.max_bad_share`` is a ``UserError``. An error names the task. The model's training mode and all
-    random number generators are as before on return.
+    An unreadable image counts as an image without detections, elsewhere its sample is left out; more of them than
+    training would bear (``config.data.max_bad_share``) are a ``UserError``. An error names the task. The model's
+    training mode and all random number generators are as before on return.
     """
     find_scorer(coco_scorer)
     chosen = [get_task(name) for name in (tasks or model.config.tasks)]
@@ -186,10 +187,11 @@ class _TaskRun:
                     if index in self.shown:
                         self.examples[index] = self._example(sample, prediction)
                 advance(len(samples))
-        if len(self.unreadable) > self.config.data.max_bad_share * len(self.indices):
+        share = self.config.data.max_bad_share
+        if len(self.unreadable) > share * max(len(self.indices), BadImages.JUDGED_FROM):
             raise UserError(
-                f"{len(self.unreadable)} of {len(self.indices)} images could not be read, more than the share "
-                f"data.max_bad_share = {self.config.data.max_bad_share}. First: {self.unreadable[0]}"
+                f"{len(self.unreadable)} of {len(self.indices)} images could not be read, more than the share of "
+                f"{share:g} allowed (first: {self.unreadable[0]}). Repair them or raise --data.max-bad-share"
             )
 
     def _loss(self, output: Output, batch: Batch) -> float:

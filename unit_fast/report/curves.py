@@ -5,7 +5,7 @@ import math
 import re
 from pathlib import Path
 
-from unit_fast.report.run import Run, number
+from unit_fast.report.run import Run, number, updates
 from unit_fast.tasks import Task
 
 INK, GRID = "#1c2430", "#d4d9e1"
@@ -39,7 +39,7 @@ def draw_curves(run: Run, published: dict[str, float] | None = None) -> str:
         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GRID, "xtick.color": INK, "ytick.color": INK,
         "axes.titlecolor": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
         "grid.color": GRID, "grid.linewidth": 0.6, "lines.linewidth": 1.4, "axes.axisbelow": True,
-        "text.parse_math": False,
+        "axes.facecolor": "none", "text.parse_math": False,
     }  # fmt: skip
     with rc_context(style):
         figure = Figure(figsize=(3.1 * columns, 3.3 * rows + 2.0), layout="constrained")
@@ -133,6 +133,8 @@ def _task(axes, run: Run, task: Task, published: float | None, end: int) -> None
 
 
 def _rates(axes, run: Run, tasks: list[Task], end: int) -> None:
+    from matplotlib.ticker import NullFormatter
+
     rate, norm, share = axes
     rows = sorted((row for rows in run.train.values() for row in rows), key=lambda row: row["step"])
     for axis, key, title in ((rate, "lr", "Learning rate"), (norm, "grad_norm", "Gradient norm before clipping")):
@@ -144,13 +146,16 @@ def _rates(axes, run: Run, tasks: list[Task], end: int) -> None:
             axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", va="center", color=CHANCE)
     if any(number(row.get("grad_norm")) and row["grad_norm"] > 0 for row in rows):
         norm.set_yscale("log")
-    share.set_title("Share of the logged steps", fontsize=9, loc="left")
+        norm.yaxis.set_major_formatter("{x:g}")
+        norm.yaxis.set_minor_formatter(NullFormatter())
+    share.set_title("Share of the updates so far", fontsize=9, loc="left")
     if rows:
         counts, history = dict.fromkeys((t.short for t in tasks), 0), []
-        owner = [(row["step"], short) for short, rows in run.train.items() for row in rows]
-        for done, (step, short) in enumerate(sorted(owner), start=1):
-            counts[short] += 1
-            history.append((step, [counts[t.short] / done for t in tasks]))
+        owner = [(row["step"], short, updates(row)) for short, rows in run.train.items() for row in rows]
+        for step, short, done in sorted(owner):
+            counts[short] += done
+            total = sum(counts.values())
+            history.append((step, [counts[t.short] / total for t in tasks]))
         history = history[:: max(1, len(history) // _POINTS)] + history[-1:]
         steps = [step for step, _ in history]
         share.stackplot(steps, *zip(*(shares for _, shares in history)), colors=SHARES, linewidth=0)

@@ -18,7 +18,7 @@ from unit_fast.config import RunConfig, to_dict
 from unit_fast.errors import printable
 from unit_fast.report.curves import METRIC_NAMES, write_curves
 from unit_fast.report.predictions import draw_example, example_image, scaled
-from unit_fast.report.run import Run, number, read_run
+from unit_fast.report.run import Run, number, read_run, updates
 from unit_fast.tasks import Task
 
 PUBLISHED = {
@@ -38,6 +38,9 @@ _MARGIN = 0.02
 """A metric this close to chance is called "at chance"."""
 
 _TEXT_LIMIT = 1500
+
+_ELSEWHERE = ("metrics", "ema_metrics", "environment", "recipe", "steps", "seed", "threads", "device")
+"""Entries of the summary that stand in other parts of the page."""
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -94,6 +97,7 @@ def _environment():
 
 def _content(run: Run, published: dict[str, float]) -> dict:
     rows = [_headline(run, task, published.get(task.short)) for task in run.tasks]
+    summary = {k: v for k, v in run.summary.items() if k not in _ELSEWHERE}
     return {
         "title": run.config.get("recipe") or run.folder.resolve().name,
         "folder": run.folder.resolve().name,
@@ -108,7 +112,7 @@ def _content(run: Run, published: dict[str, float]) -> dict:
         "changed": _changed(run.config),
         "config_lines": json.dumps(run.config, indent=2).split("\n") if run.config else [],
         "environment": _flat(run.env),
-        "summary": [(k, v) for k, v in _flat(run.summary) if not k.startswith(("metrics.", "tasks."))],
+        "summary": _flat(summary),
         "command": run.command,
         "notes": run.notes,
     }
@@ -163,24 +167,29 @@ def _verdict(run: Run, rows: list[dict]) -> str:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    """What stands under the title: progress, batch, seed, device."""
-    config, facts = run.config, []
-    steps, last = config.get("steps"), run.last_step
-    if last is not None:
-        # steps are counted from 0: the last training row of a finished run is steps - 1 or, of its evaluation, steps
-        finished = type(steps) is int and last >= steps - max(1, int(config.get("log_every", 1) or 1))
-        facts.append(("steps", f"{steps:,}" if finished else f"{last:,}" + (f" of {steps:,}" if steps else "")))
-    seconds = next((run.summary[k] for k in ("seconds", "wall_s", "train_seconds") if number(run.summary.get(k))), None)
-    if seconds is not None:
-        facts.append(("time", _duration(seconds)))
+    """What stands under the title: progress, time, batch, speed, seed, machine."""
+    config, summary, facts = run.config, run.summary, []
+    status = summary.get("status")
+    if isinstance(status, str):
+        facts.append(("status", status))
+    step, steps = summary.get("step", run.last_step), config.get("steps")
+    if type(step) is int:
+        facts.append(("steps", f"{step:,}" + (f" of {steps:,}" if type(steps) is int and steps != step else "")))
+    if number(summary.get("seconds")):
+        facts.append(("time", _duration(summary["seconds"])))
     if type(config.get("batch_per_process")) is int and type(config.get("accumulate")) is int:
         facts.append(("batch", str(config["batch_per_process"] * config["accumulate"])))
-    if "seed" in config:
-        facts.append(("seed", str(config["seed"])))
-    for name in ("device", "gpu", "threads", "commit"):
-        value = run.env.get(name, run.summary.get(name))
-        if isinstance(value, (str, int)) and value != "":
+    speed = _throughput(run)
+    if speed and speed["speed"] is not None:
+        facts.append(("speed", f"{speed['speed']:.3g} samples/s"))
+    if number(summary.get("parameters")):
+        facts.append(("parameters", f"{summary['parameters'] / 1e6:.1f} M"))
+    for name in ("seed", "device", "threads"):
+        value = next((source[name] for source in (summary, run.env, config) if name in source), None)
+        if isinstance(value, (str, int)):
             facts.append((name, str(value)[:60]))
+    if isinstance(run.env.get("commit"), str):
+        facts.append(("commit", run.env["commit"][:12]))
     return facts
 
 
@@ -239,29 +248,43 @@ def _questions(run: Run, task: Task) -> dict | None:
     return {"title": task.title, "split": split, "samples": shown, "right": sum(graded), "graded": len(graded)}
 
 
-def _throughput(run: Run) -> list[dict]:
-    """Median samples a second, share of the time that the step waited for data, loss and norm by task."""
-    out = []
+def _throughput(run: Run) -> dict | None:
+    """Speed of the whole run, and by task the updates, their gradient norm and loss."""
+    tasks = []
     for task in run.tasks:
         rows = run.train.get(task.short, [])
-        if not rows:
-            continue
+        if rows:
+            late = rows[-max(1, len(rows) // 10) :]
+            tasks.append(
+                {
+                    "title": task.title,
+                    "updates": sum(map(updates, rows)),
+                    "nonfinite": sum(row["nonfinite"] for row in rows if type(row.get("nonfinite")) is int),
+                    "norm": _median(rows, "grad_norm"),
+                    "loss": _mean(late, "loss"),
+                }
+            )
+    if not tasks:
+        return None
+    every = sorted((row for rows in run.train.values() for row in rows), key=lambda row: row["step"])
+    # the first tenth holds warm-up of caches and libraries
+    every = every[len(every) // 10 :]
+    total = sum(task["updates"] for task in tasks)
+    return {
+        "tasks": [task | {"share": task["updates"] / total} for task in tasks],
+        "speed": _median(every, "samples_per_s"),
+        "wait": _median(every, "data_wait"),
+    }
 
-        def median(key, rows=rows):
-            values = [row[key] for row in rows if number(row.get(key))]
-            return statistics.median(values) if values else None
 
-        # the first tenth holds warm-up of caches and libraries
-        rows = rows[len(rows) // 10 :]
-        last = [row["loss"] for row in rows[-max(1, len(rows) // 10) :] if number(row.get("loss"))]
-        out.append(
-            {
-                "title": task.title, "rows": len(run.train[task.short]), "speed": median("samples_per_s", rows),
-                "wait": median("data_wait", rows), "norm": median("grad_norm", rows),
-                "loss": sum(last) / len(last) if last else None,
-            }
-        )  # fmt: skip
-    return out
+def _median(rows: list[dict], key: str) -> float | None:
+    values = [row[key] for row in rows if number(row.get(key))]
+    return statistics.median(values) if values else None
+
+
+def _mean(rows: list[dict], key: str) -> float | None:
+    values = [row[key] for row in rows if number(row.get(key))]
+    return sum(values) / len(values) if values else None
 
 
 def _changed(config: dict) -> list[tuple]:

@@ -86,6 +86,8 @@ def draw_boxes(image: Image.Image, objects: list[dict], size, colours=TRUTH) -> 
         box = [x * across, y * down, (x + width) * across, (y + height) * down]
         # a predicted box may leave the image
         box = [min(max(v, 0), limit - 1) for v, limit in zip(box, (image.width, image.height) * 2)]
+        # a white rim keeps the box apart from an object of its colour
+        draw.rectangle([box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1], outline=_PAPER, width=line + 2)
         draw.rectangle(box, outline=colour, width=line)
         score = f" {item['score']:.2f}" if item.get("score") is not None else ""
         _label(draw, image.size, box, printable(item["label"], 40) + score, colour, letters)

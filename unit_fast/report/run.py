@@ -58,6 +58,12 @@ def number(value) -> bool:
     return type(value) in (int, float) and abs(value) < float("inf")
 
 
+def updates(row: dict) -> int:
+    """How many updates a training row stands for."""
+    value = row.get("updates")
+    return value if type(value) is int and value > 0 else 1
+
+
 def read_run(folder: str | Path) -> Run:
     """The run in ``folder``. ``UserError`` where there is no such folder or nothing of a run in it."""
     folder = Path(folder)
@@ -104,7 +110,7 @@ def _read_object(path: Path, notes: list[str]) -> dict:
 
 
 def _read_rows(path: Path, run: Run) -> None:
-    broken = 0
+    broken, averaged = 0, False
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
@@ -118,8 +124,13 @@ def _read_rows(path: Path, run: Run) -> None:
             elif kind == "train":
                 run.train.setdefault(task.short, []).append(row)
             elif kind == "eval" and isinstance(row.get("metrics"), dict):
+                if row.get("weights", "raw") != "raw":
+                    averaged = True
+                    continue
                 run.evaluations.setdefault(task.short, []).append({"step": step, "metrics": row["metrics"]})
     for rows in (*run.train.values(), *run.evaluations.values()):
         rows.sort(key=lambda row: row["step"])
+    if averaged:
+        run.notes.append("shown are the raw weights; figures of the averaged ones are in metrics.jsonl")
     if broken:
         run.notes.append(f"metrics.jsonl: {broken} lines could not be used")
