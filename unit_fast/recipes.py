@@ -8,7 +8,17 @@ description. Every published run had one image on each of 64 processes; here tha
 import dataclasses
 from collections.abc import Callable
 
-from unit_fast.config import ALL_TASKS, DecoderConfig, EncoderConfig, ModelConfig, OptimConfig, RunConfig, TextConfig
+from unit_fast.config import (
+    ALL_TASKS,
+    BackboneConfig,
+    DataConfig,
+    DecoderConfig,
+    EncoderConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TextConfig,
+)
 from unit_fast.config import default_tasks as tasks_of
 from unit_fast.errors import UserError, nearest
 from unit_fast.tasks import get_task
@@ -230,4 +240,37 @@ def ablation() -> RunConfig:
     return _run(
         ["coco", "snli_ve", "mnli"], 500_000, share=True, unused="update_all", ratios=sampling("ablation"),
         criterion="coco",
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------- on a CPU
+
+
+@register
+def small() -> RunConfig:
+    """Eight tasks in a small model that trains from the pixels on a CPU: to try real data sets (not in the paper)."""
+    width, ffn = 96, 192
+    return RunConfig(
+        steps=800,
+        batch_per_process=8,
+        ratios=sampling("all8"),
+        eval_every=0,
+        eval_batch=8,
+        save_every=200,
+        criterion="mean",
+        model=ModelConfig(
+            backbone=BackboneConfig(depth=14, width=16, norm="group", first_trained_stage=0),
+            encoder=EncoderConfig(width=width, layers=2, heads=4, ffn_width=ffn, dropout=0.0),
+            text=TextConfig(width=width, layers=2, heads=4, ffn_width=ffn, dropout=0.0),
+            decoder=DecoderConfig(
+                width=width, layers=3, heads=4, ffn_width=ffn, dropout=0.0, classifier_dropout=0.0
+            ),
+            tasks=tasks_of("coco", "vg", queries=40) | tasks_of("vqa2", "snli_ve", queries=4)
+            | tasks_of("qnli", "mnli", "qqp", "sst2", queries=1),
+        ),
+        optim=OptimConfig(lr=1e-3, lr_backbone=1e-3, max_norm=1.0, warmup_steps=30, unused="skip"),
+        data=DataConfig(
+            short_side=160, max_side=213, train_short_sides=(144, 160, 176), crop_short_sides=(160, 192, 224),
+            crop_min=128, crop_max=213,
+        ),
     )  # fmt: skip
