@@ -398,9 +398,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     out.add_argument("--threads", type=int, default=2, help="CPU threads")
     out.add_argument("--case", action="append", help="only this case (repeatable)")
     out.add_argument("--provider", action="append", help="only this provider beside ours (repeatable)")
-    out.add_argument("--quick", action="store_true", help="small problems, two rounds: does it run?")
+    out.add_argument("--quick", action="store_true", help="small problems, two rounds: does it run? Keeps no results")
     out.add_argument("--memory", action="store_true", help="measure peak memory too, in child processes")
-    out.add_argument("--json", type=Path, help="append the JSON lines to this file instead of benchmarks/results/")
+    out.add_argument(
+        "--json", type=Path, help="append the JSON lines to this file instead of keeping them in benchmarks/results/"
+    )
     out.add_argument("--no-results", action="store_true", help="write no results file")
     out.add_argument("--memory-child", nargs=2, metavar=("CASE", "PROVIDER"), help=argparse.SUPPRESS)
     return out
@@ -453,20 +455,34 @@ def main(
         rows = rows_of(case, times, memory, stamp, benchmark.name)
         console.print(_table(rows))
         all_rows += rows
-        if not args.no_results:
-            write(rows, args.json or RESULTS / f"{benchmark.name}.jsonl")
-    if not args.no_results:
-        console.print(f"{len(all_rows)} rows appended to {args.json or RESULTS / f'{benchmark.name}.jsonl'}")
+        if args.json:
+            append(rows, args.json)
+        elif not (args.quick or args.no_results):
+            replace(rows, RESULTS / f"{benchmark.name}.jsonl")
     if benchmark.summary is not None:
         benchmark.summary(all_rows, console)
     return 0
 
 
-def write(rows: Sequence[dict], path: Path) -> None:
+def append(rows: Sequence[dict], path: Path) -> None:
     """Append the rows to a file of JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def replace(rows: Sequence[dict], path: Path) -> None:
+    """Put the rows into a results file, in place of those of the same problem, provider and machine."""
+
+    def key(row):
+        return tuple(row[k] for k in ("case", "shape", "dtype", "device", "provider", "cpu", "cores", "gpu", "threads"))
+
+    new = {key(row) for row in rows}
+    kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    aside = path.with_suffix(".new")
+    aside.unlink(missing_ok=True)
+    append([row for row in kept if key(row) not in new] + list(rows), aside)
+    aside.replace(path)
 
 
 def _box(benchmark: Benchmark, args: argparse.Namespace, stamp: Mapping) -> Panel:
