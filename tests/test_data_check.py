@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from tests.data_roots import REAL, box, coco_file, needs_real, picture, whole_root, write
+from tests.data_roots import REAL, box, coco_file, coco_root, needs_real, picture, whole_root, write
 from unit_fast.data.check import check
 from unit_fast.data.layout import PLACES
 from unit_fast.data.synthetic import generate
@@ -152,6 +152,17 @@ def test_the_generated_world_is_clean(tmp_path, imdb):
     for task, splits in world["counts"].items():
         for split, samples in splits.items():
             assert by_name(report)[names[task], split].samples == samples, (task, split)
+
+
+def test_data_sets_that_are_not_there_are_no_errors(tmp_path):
+    report = check(coco_root(tmp_path))
+    assert report.ok, str(report)
+    assert {s.status for s in report.splits} == {"ok", "missing"}
+    # but a text data set without the vocabulary is
+    write(tmp_path / "glue/SST-2/train.tsv", "sentence\tlabel\na\t1\n")
+    report = check(tmp_path)
+    assert not report.ok
+    assert "vocabulary not found" in str(report)
 
 
 def test_nothing_there(tmp_path):

@@ -214,7 +214,7 @@ def read_instances(dataset: Detection, path: Path, wanted=None) -> Objects:
             elsewhere.add(image_id)
 
     names = {}
-    for n, record in enumerate(content.get("categories") or []):
+    for n, record in enumerate(files.sequence(content, "categories", name) if "categories" in content else []):
         where = f"{name}: categories[{n}]"
         try:
             names[files.integer(record, "id", where)] = files.string(record, "name", where)
@@ -225,7 +225,7 @@ def read_instances(dataset: Detection, path: Path, wanted=None) -> Objects:
 
     rows: dict[int, list[tuple]] = {}
     seen = set()
-    for n, record in enumerate(content.get("annotations") or []):
+    for n, record in enumerate(files.sequence(content, "annotations", name) if "annotations" in content else []):
         where = f"{name}: annotations[{n}]"
         try:
             annotation = files.integer(record, "id", where)

@@ -49,8 +49,9 @@ class Dataset:
         self.facts: dict[str, object] = {}
         """What was read, by name: counts and the files used."""
         self.transform = EvalTransform(data, floor=task.has_text)
-        self.words = self._word_pieces(vocab_size) if task.has_text else None
         self._read()
+        # after the files: where a split is missing, that is what to say
+        self.words = self._word_pieces(vocab_size) if task.has_text else None
         if not len(self):
             # an empty file, no row of the split in it, or everything in it was left out
             details = [f"{f.count} x {f.kind} left out" for f in self.findings.found.values()]

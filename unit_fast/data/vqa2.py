@@ -92,6 +92,10 @@ class Vqa2(Dataset):
     answers: list[str]
 
     def _read(self) -> None:
+        sources = [f"vqa2.{self.split}_imdb", "vqa2.train2014_questions", "vqa2.val2014_questions"]
+        sources += ["vqa2.test2015_questions"] if self.split == "test" else []
+        if not any(self.layout.files(key) for key in sources):
+            raise self._missing(*sources)
         path = self.layout.find("vqa2.answers")
         if path is None:
             raise UserError(f"vqa2: answer list not found: {self.layout.where('vqa2.answers')}")
@@ -237,8 +241,6 @@ class Vqa2(Dataset):
             if questions is not None:
                 annotations = self.layout.find(f"vqa2.{part}_annotations")
                 parts[part] = (questions, self._annotations(annotations) if annotations is not None else {})
-        if not parts:
-            raise self._missing(f"vqa2.{self.split}_imdb", "vqa2.train2014_questions", "vqa2.val2014_questions")
         self.facts["files"] = [str(path) for path, _ in parts.values()]
         rows = [row for part, (path, answers) in parts.items() for row in self._questions(path, part, answers)]
         unanswered = [row for row in rows if row[4] is None]
