@@ -218,6 +218,11 @@ def test_tasks_at_chance_or_without_labels_are_named(tmp_path):
     page = page_of(folder)
     assert "1 of 2 evaluated tasks are above chance; at chance: SST-2. Without a figure: QNLI." in page.text
     assert "no labels in this split" in page.text
+    for row in rows:
+        if row["kind"] == "eval" and row["task"] == "vqa2":
+            row["metrics"]["chance"] = 0.7
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "No task is above chance yet. Without a figure: QNLI." in page_of(folder).text
 
 
 def test_averaged_weights_do_not_mix_with_the_raw_ones(tmp_path):

@@ -158,6 +158,8 @@ def _verdict(run: Run, rows: list[dict]) -> str:
     flat = [row["title"] for row in done if not row["learned"]]
     if not flat:
         text = f"All {len(done)} evaluated tasks are above chance." if len(done) > 1 else "The task is above chance."
+    elif len(flat) == len(done):
+        text = "No task is above chance yet." if len(done) > 1 else "The task is not above chance yet."
     else:
         text = f"{len(done) - len(flat)} of {len(done)} evaluated tasks are above chance; at chance: {', '.join(flat)}."
     missing = [row["title"] for row in rows if row["value"] is None]

@@ -79,7 +79,7 @@ def draw_boxes(image: Image.Image, objects: list[dict], size, colours=TRUTH) -> 
     draw = ImageDraw.Draw(image)
     across, down = image.width / max(size[1], 1), image.height / max(size[0], 1)
     colours = [colours] * len(objects) if isinstance(colours, str) else colours
-    line = max(2, round(max(image.size) / 220))
+    line = max(3, round(max(image.size) / 200))
     letters = font(max(11, round(max(image.size) / 36)))
     for item, colour in reversed(list(zip(objects, colours))):
         x, y, width, height = (float(v) for v in item["bbox"])
