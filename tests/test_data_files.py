@@ -88,7 +88,9 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
         list(files.read_lines(write(tmp_path / "a.tsv", "x" * 101)))
 
 
-@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", "a\0b", "..", "~/x", 7, None])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/../../x", "/etc/passwd", "", "a\0b", "..", "~/x", 7, None, "x" * 256, "a/" * 3000]
+)
 def test_names_cannot_leave_the_folder(tmp_path, name):
     with pytest.raises(UserError):
         files.safe_path(tmp_path, name)

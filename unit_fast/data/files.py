@@ -148,6 +148,8 @@ def safe_path(root: str | Path, name: str, within: str | Path | None = None) -> 
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise UserError(f"file name {printable(ascii(name))} is empty or holds a NUL character")
+    if len(name) > 4000 or any(len(part.encode("utf-8", "replace")) > 255 for part in Path(name).parts):
+        raise UserError(f"file name {printable(name)!r} is longer than a file system allows")
     parts = Path(name).parts
     if Path(name).is_absolute() or ".." in parts or name.startswith(("\\", "~")):
         raise UserError(f"file name {printable(name)!r} leaves its folder {printable(root, 400)}; use relative names")
