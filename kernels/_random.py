@@ -8,6 +8,8 @@ a call, in row-major order of the tensor it drops, uses bits 16 i .. 16 i + 15. 
 once and an implementation that draws them block by block decide alike, and a backward can draw them again.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -69,7 +71,24 @@ class RandomBits:
         return out
 
 
+class SavedBits:
+    """The same interface over numbers that were drawn before, an int16 tensor [size]."""
+
+    def __init__(self, numbers: Tensor):
+        self._numbers, self._used = numbers, 0
+
+    def fill(self, out: Tensor) -> Tensor:
+        """Write the next ``out.numel()`` numbers into contiguous ``out`` of any dtype; returns it."""
+        start, self._used = self._used, self._used + out.numel()
+        out.view(-1).copy_(self._numbers[start : self._used])
+        return out
+
+
+def draw(seed: Tensor, size: int) -> Tensor:
+    """The whole stream of ``size`` numbers, int16."""
+    return RandomBits(seed, size).fill(torch.empty(size, dtype=torch.int16))
+
+
 def keep_mask(shape, p: float, seed: Tensor) -> Tensor:
     """bool of ``shape`` on the device of ``seed``, False where a value is dropped."""
-    bits = torch.empty(shape, dtype=torch.int16)
-    return (RandomBits(seed, bits.numel()).fill(bits) >= threshold(p) - 32768).to(seed.device)
+    return (draw(seed, math.prod(shape)) >= threshold(p) - 32768).view(shape).to(seed.device)

@@ -1,27 +1,44 @@
 """The public operators: validate, choose an implementation, call. The only door to the kernels.
 
-An operator has a ``reference`` (its specification, plain PyTorch) and may have ``cpu`` (the same result, fast on a CPU).
-``UNIT_FAST_KERNELS=auto|reference``, or ``with kernels("reference"):``, chooses; what was taken, and why, is logged once.
+An operator has a ``reference`` (its specification, plain PyTorch) and may have ``cpu`` (same result, fast on a CPU).
+``UNIT_FAST_KERNELS=auto|reference``, or ``with kernels("reference"):``, chooses; what was taken, and why, is logged
+once. Arguments that do not fit raise ``ValueError`` with the operator's and the argument's name and the remedy.
 """
 
 import contextlib
 import contextvars
 import logging
 import os
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
-
-from unit_fast.errors import UserError, nearest
 from unit_fast_kernels.assignment import assignment_reference
 from unit_fast_kernels.attention import attention_cpu, attention_reference
-from unit_fast_kernels.bias_act_dropout import ACTIVATIONS, bias_act_dropout_reference
-from unit_fast_kernels.dropout import dropout_reference
+from unit_fast_kernels.bias_act_dropout import ACTIVATIONS, bias_act_dropout_cpu, bias_act_dropout_reference
+from unit_fast_kernels.dropout import dropout_cpu, dropout_reference
 from unit_fast_kernels.match_cost import match_cost_reference, pairwise_giou
-from unit_fast_kernels.residual_norm import residual_norm_reference
+from unit_fast_kernels.residual_norm import residual_norm_cpu, residual_norm_reference
+
+from unit_fast.errors import UserError, nearest
 
 MODES = ("auto", "reference")
+_IMPLEMENTATIONS = {
+    "attention": {"reference": attention_reference, "cpu": attention_cpu},
+    "cross_attention": {"reference": attention_reference, "cpu": attention_cpu},
+    "dropout": {"reference": dropout_reference, "cpu": dropout_cpu},
+    "residual_norm": {"reference": residual_norm_reference, "cpu": residual_norm_cpu},
+    "bias_act_dropout": {"reference": bias_act_dropout_reference, "cpu": bias_act_dropout_cpu},
+    "match_cost": {"reference": match_cost_reference},
+    "giou": {"reference": pairwise_giou},
+    "assignment": {"reference": assignment_reference},
+}
 _log = logging.getLogger("unit_fast.ops")
 _mode: contextvars.ContextVar[str | None] = contextvars.ContextVar("unit_fast_kernels", default=None)
+_logged: set[tuple[str, str, str]] = set()
+
+
+# --- Which implementation -------------------------------------------------------------------------------------------
 
 
 def mode() -> str:
@@ -45,6 +62,81 @@ def kernels(name: str):
         _mode.reset(token)
 
 
+class Implementation(NamedTuple):
+    """A row of ``implementations()``."""
+
+    op: str
+    implementations: tuple[str, ...]
+    """What exists."""
+    taken: str
+    """What a call would take now."""
+    why: str
+
+
+def _choose(op: str, device_type: str) -> tuple[str, str]:
+    """(implementation, reason) of ``op`` for tensors on a ``device_type``."""
+    known = _IMPLEMENTATIONS[op]
+    if mode() == "reference":
+        return "reference", "the mode is reference"
+    if len(known) == 1:
+        return "reference", "the only one"
+    if device_type in known:
+        return device_type, f"tensors on {device_type}"
+    return "reference", f"no other for {device_type}"
+
+
+def implementations(device_type: str = "cpu") -> list[Implementation]:
+    """Every operator: what exists, what a call with tensors on ``device_type`` takes now, and why."""
+    return [Implementation(op, tuple(known), *_choose(op, device_type)) for op, known in _IMPLEMENTATIONS.items()]
+
+
+def _implementation(op: str, tensor: Tensor):
+    name, why = _choose(op, tensor.device.type)
+    if (op, name, why) not in _logged:
+        _logged.add((op, name, why))
+        _log.info("%s: %s (%s)", op, name, why)
+    return _IMPLEMENTATIONS[op][name]
+
+
+# --- Checks ---------------------------------------------------------------------------------------------------------
+
+
+def _fail(op: str, argument: str, found, remedy: str):
+    raise ValueError(f"{op}: {argument} is {found}; {remedy}")
+
+
+def _shape(op: str, argument: str, tensor: Tensor, expected: tuple, legend: str) -> None:
+    """``expected`` holds sizes, None for any."""
+    if tensor.dim() != len(expected) or any(e not in (None, n) for e, n in zip(expected, tensor.shape)):
+        sizes = ", ".join("any" if e is None else str(e) for e in expected)
+        _fail(op, argument, f"of shape {list(tensor.shape)}", f"it must be {legend} = [{sizes}]")
+
+
+def _floating(op: str, **tensors: Tensor) -> None:
+    for argument, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            _fail(op, argument, tensor.dtype, "it must be floating point: convert it with .float()")
+
+
+def _one_device(op: str, first: Tensor, **tensors: Tensor | None) -> None:
+    for argument, tensor in tensors.items():
+        if tensor is not None and tensor.device != first.device:
+            _fail(op, argument, f"on {tensor.device}", f"move it to {first.device}, where the other tensors are")
+
+
+def _dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        _fail(op, "dropout_p", dropout_p, "it must be at least 0 and below 1")
+    if dropout_p > 0.0:
+        if seed is None:
+            _fail(op, "seed", "None", "with dropout_p > 0 it must be an int64 tensor of two numbers, drawn once a step")
+        if seed.dtype != torch.int64 or seed.shape != (2,):
+            _fail(op, "seed", f"{seed.dtype} of shape {list(seed.shape)}", "it must be int64 of shape [2]")
+
+
+# --- Operators ------------------------------------------------------------------------------------------------------
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -55,45 +147,142 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v with dropout on the probabilities.
 
-    q [B,Sq,H,D], k v [B,Sk,H,D], key_padding_mask [B,Sk] bool (True = ignore), seed int64[2] where dropout_p > 0.
-    Returns [B,Sq,H,D]; rows whose keys are all masked are zero. ``ValueError`` on shapes that do not fit.
+    q [B,Sq,H,D], k v [B,Sk,H,D], any strides, one floating dtype; key_padding_mask [B,Sk] bool (True = ignore); seed
+    int64[2] where dropout_p > 0: the same seed drops the same. Returns [B,Sq,H,D]; rows whose keys are all masked are
+    zero. ``ValueError`` on arguments that do not fit.
     """
-    run = attention_cpu if mode() == "auto" and q.device.type == "cpu" else attention_reference
-    return run(q, k, v, key_padding_mask, dropout_p, seed)
+    return _attention("attention", q, k, v, key_padding_mask, dropout_p, seed)
 
 
-def cross_attention(q, k, v, key_padding_mask=None, dropout_p=0.0, seed=None) -> Tensor:
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
     """``attention`` for few queries and many keys (the decoder's)."""
-    return attention(q, k, v, key_padding_mask, dropout_p, seed)
+    return _attention("cross_attention", q, k, v, key_padding_mask, dropout_p, seed)
+
+
+def _attention(op, q, k, v, key_padding_mask, dropout_p, seed) -> Tensor:
+    _shape(op, "q", q, (None,) * 4, "[B,Sq,H,D]")
+    batch, _, heads, width = q.shape
+    _shape(op, "k", k, (batch, None, heads, width), "[B,Sk,H,D]")
+    _shape(op, "v", v, tuple(k.shape), "[B,Sk,H,D], as k")
+    _floating(op, q=q, k=k, v=v)
+    if not q.dtype == k.dtype == v.dtype:
+        _fail(op, "q, k, v", f"{q.dtype}, {k.dtype}, {v.dtype}", "give them one dtype")
+    if key_padding_mask is not None:
+        _shape(op, "key_padding_mask", key_padding_mask, tuple(k.shape[:2]), "[B,Sk]")
+        if key_padding_mask.dtype != torch.bool:
+            _fail(op, "key_padding_mask", key_padding_mask.dtype, "it must be bool, True = ignore")
+    _one_device(op, q, k=k, v=v, key_padding_mask=key_padding_mask)
+    _dropout(op, dropout_p, seed)
+    return _implementation(op, q)(q, k, v, key_padding_mask, dropout_p, seed)
 
 
 def dropout(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """x with elements zeroed with probability dropout_p and the rest scaled by 1/(1 - p_eff). seed int64[2]."""
-    return dropout_reference(x, dropout_p, seed)
+    """x with elements zeroed with probability dropout_p and the rest scaled by 1/(1 - p_eff), |p_eff - p| <= 2^-17.
+
+    x of any shape, floating; seed int64[2] where dropout_p > 0. ``ValueError`` on arguments that do not fit.
+    """
+    _floating("dropout", x=x)
+    _dropout("dropout", dropout_p, seed)
+    return _implementation("dropout", x)(x, dropout_p, seed)
 
 
-def residual_norm(x, branch, weight, bias, eps, dropout_p=0.0, pos=None, seed=None) -> tuple[Tensor, Tensor | None]:
-    """(y, y + pos) with y = LayerNorm(x + dropout(branch)); the second is None without ``pos``."""
-    return residual_norm_reference(x, branch, weight, bias, eps, dropout_p, pos, seed)
+def residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout_p: float = 0.0,
+    pos: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, y + pos) with y = LayerNorm(x + dropout(branch)); the second is None without ``pos``.
+
+    x, branch [...,C], floating, of dtypes that may differ (float32 stream, bfloat16 branch); weight, bias [C]; pos
+    broadcasts to x; seed int64[2] where dropout_p > 0. ``ValueError`` on arguments that do not fit.
+    """
+    op = "residual_norm"
+    _shape(op, "branch", branch, tuple(x.shape), "the shape of x")
+    _shape(op, "weight", weight, tuple(x.shape[-1:]), "[C]")
+    _shape(op, "bias", bias, tuple(x.shape[-1:]), "[C]")
+    _floating(op, x=x, branch=branch, weight=weight, bias=bias)
+    if pos is not None and (
+        pos.dim() > x.dim() or any(p not in (1, n) for p, n in zip(reversed(pos.shape), reversed(x.shape)))
+    ):
+        _fail(op, "pos", f"of shape {list(pos.shape)}", f"it must broadcast to x, {list(x.shape)}")
+    _one_device(op, x, branch=branch, weight=weight, bias=bias, pos=pos)
+    _dropout(op, dropout_p, seed)
+    return _implementation(op, x)(x, branch, weight, bias, eps, dropout_p, pos, seed)
 
 
-def bias_act_dropout(x, bias, act, dropout_p=0.0, seed=None) -> Tensor:
-    """dropout(act(x + bias)); act is ``relu`` or ``gelu`` (erf). bias may be None."""
+def bias_act_dropout(
+    x: Tensor, bias: Tensor | None, act: str, dropout_p: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
+    """dropout(act(x + bias)); act is ``relu`` or ``gelu`` (erf).
+
+    x [...,C], floating; bias [C] or None; seed int64[2] where dropout_p > 0. ``ValueError`` on arguments that do not
+    fit.
+    """
+    op = "bias_act_dropout"
     if act not in ACTIVATIONS:
-        raise ValueError(f"bias_act_dropout: act is {act!r}; {nearest(act, ACTIVATIONS)}")
-    return bias_act_dropout_reference(x, bias, act, dropout_p, seed)
+        _fail(op, "act", repr(act), nearest(act, ACTIVATIONS))
+    _floating(op, x=x)
+    if bias is not None:
+        _shape(op, "bias", bias, tuple(x.shape[-1:]), "[C]")
+        _one_device(op, x, bias=bias)
+    _dropout(op, dropout_p, seed)
+    return _implementation(op, x)(x, bias, act, dropout_p, seed)
 
 
-def match_cost(logits, boxes, labels, target_boxes, counts, **weights) -> Tensor:
-    """Matching cost [L,B,Q,N] of DETR (class + L1 + GIoU) for all layers and images; see ``kernels/match_cost.py``."""
-    return match_cost_reference(logits, boxes, labels, target_boxes, counts, **weights)
+def match_cost(
+    logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor, counts: Tensor, **weights
+) -> Tensor:
+    """Matching cost [L,B,Q,N] of DETR for all layers and images, each with its own image's targets. No gradient.
+
+    logits [L,B,Q,K]; boxes [L,B,Q,4] and target_boxes [B,N,4] cx cy w h; labels [B,N] int64, -1 on padding; counts [B]
+    real targets. ``weights``: cost_class 1, cost_bbox 5, cost_giou 2, log_softmax False. Columns at and beyond counts
+    are zero. At least float32. ``ValueError`` on arguments that do not fit.
+    """
+    op = "match_cost"
+    _shape(op, "logits", logits, (None,) * 4, "[L,B,Q,K]")
+    layers, batch, queries, _ = logits.shape
+    _shape(op, "boxes", boxes, (layers, batch, queries, 4), "[L,B,Q,4]")
+    _shape(op, "labels", labels, (batch, None), "[B,N]")
+    _shape(op, "target_boxes", target_boxes, (batch, labels.shape[1], 4), "[B,N,4]")
+    _shape(op, "counts", counts, (batch,), "[B]")
+    _floating(op, logits=logits, boxes=boxes, target_boxes=target_boxes)
+    _one_device(op, logits, boxes=boxes, labels=labels, target_boxes=target_boxes, counts=counts)
+    with torch.no_grad():
+        return _implementation(op, logits)(logits, boxes, labels, target_boxes, counts, **weights)
 
 
 def giou(a: Tensor, b: Tensor) -> Tensor:
     """Generalised IoU of boxes (cx, cy, w, h) ``a`` and ``b``, broadcast against each other: [...,4] -> [...]."""
-    return pairwise_giou(a, b)
+    for argument, boxes in (("a", a), ("b", b)):
+        if boxes.dim() == 0 or boxes.shape[-1] != 4:
+            _fail("giou", argument, f"of shape {list(boxes.shape)}", "it must be boxes [...,4] cx, cy, w, h")
+    return _implementation("giou", a)(a, b)
 
 
 def assignment(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact batched assignment: cost [P,Q,T], counts [P] -> query [P,T] int64 (-1 = none), flag [P] int32."""
-    return assignment_reference(cost, counts)
+    """Exact batched assignment: the cheapest one-to-one pairing of queries and targets in each of P problems.
+
+    cost [P,Q,T] floating, of which problem p uses the first counts[p] columns; counts [P] integer, 0..T. Returns query
+    [P,T] int64 (-1 beyond counts, and for the targets left over where there are more than Q), flag [P] int32 (1 where
+    the problem held non-finite costs, which count as dearer than every finite one). ``ValueError`` on arguments that do
+    not fit.
+    """
+    op = "assignment"
+    _shape(op, "cost", cost, (None,) * 3, "[P,Q,T]")
+    _shape(op, "counts", counts, tuple(cost.shape[:1]), "[P]")
+    _floating(op, cost=cost)
+    if counts.is_floating_point() or counts.dtype == torch.bool:
+        _fail(op, "counts", counts.dtype, "it must be an integer tensor")
+    return _implementation(op, cost)(cost, counts)
