@@ -177,14 +177,19 @@ class Trainer(RunState):
                 optimizer.scale_lr(lr_multiplier(step, config.optim.warmup_steps, config.steps))
                 update = train_step(model, optimizer, task, batch, used=self.masks[task], bf16=self.bf16)
                 self._count(update)
-                if due(self.step, config.log_every) or self.step == stop or self.signals.requested:
+                evaluating, saving = due(self.step, config.eval_every), due(self.step, config.save_every)
+                if due(self.step, config.log_every) or evaluating or saving or self._last(stop):
                     self._check(self.log.flush())
-                if due(self.step, config.eval_every) and self.step < config.steps:
+                if evaluating and self.step < config.steps:
                     self.evaluate()
-                if self.improved or (due(self.step, config.save_every) and self.step < config.steps):
+                if self.improved or (saving and self.step < config.steps):
                     self.save()
-                if self.signals.requested:
+                if self._last(stop):
                     break
+
+    def _last(self, stop: int) -> bool:
+        """Whether the loop ends here."""
+        return self.step == stop or self.signals.requested is not None
 
     def _next(self, batches: Loader) -> tuple[str, list[Batch]]:
         """The next step's task and batches, on the device."""
