@@ -77,6 +77,9 @@ class TextConfig:
     """Probability at every dropout place."""
     task_embedding: bool = True
     """Prepend a learned task token after the embedding block."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights: BERT's for BERT's width. A narrow encoder trained from nothing needs
+    more, about 1 / sqrt(width), or its attention stays uniform for hundreds of steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

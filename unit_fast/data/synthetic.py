@@ -357,7 +357,7 @@ class _World:
             self._tsv("QQP", split, "id qid1 qid2 question1 question2 is_duplicate", rows)
             for task in ("glue_sst2", "glue_qnli", "glue_qqp", "glue_mnli_mismatched"):
                 self.counts[task][key] = number
-        matched, mismatched = glue.GENRES[:3], glue.GENRES[3:]
+        matched, mismatched = glue.GENRES[:5], glue.GENRES[5:]
         self._mnli("train", matched, self.sizes["glue"][0])
         self._mnli("dev_matched", matched, self.sizes["glue"][1])
         self._mnli("dev_mismatched", mismatched, self.sizes["glue"][1])

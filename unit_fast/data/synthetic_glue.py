@@ -2,8 +2,7 @@
 
 What has to be learned: SST-2, the polarity of an adjective or verb and its negation; QNLI, whether the sentence holds
 the kind of information that the question asks for; QQP, whether two questions have the same intent, verb and object,
-under synonyms; MNLI, whether a state is repeated, denied or not mentioned, under synonyms, antonyms, negation and more
-general nouns.
+under synonyms; MNLI, what follows from a sentence with a quantifier, under synonyms and more general nouns.
 """
 
 import random
@@ -69,10 +68,10 @@ def qnli(rng: random.Random) -> tuple[str, str, str]:
 
 
 _INTENTS = (
-    ("How can i {} {}?", "How do i {} {}?", "What is the best way to {} {}?"),
-    ("Why should i {} {}?", "What is a good reason to {} {}?", "Why do people {} {}?"),
-    ("Where can i {} {}?", "What is a good place to {} {}?", "In which city can i {} {}?"),
-    ("When should i {} {}?", "At what age can i {} {}?", "What is a good time to {} {}?"),
+    ("How can i {} {}?", "What is the best way to {} {}?"),
+    ("Why should i {} {}?", "What is a good reason to {} {}?"),
+    ("Where can i {} {}?", "What is a good place to {} {}?"),
+    ("When should i {} {}?", "At what age can i {} {}?"),
 )
 _VERBS = (("learn", "study"), ("teach", "explain"), ("buy", "get"))
 _SUBJECTS = ("french", "chess", "history", "cooking", "dancing", "physics")
@@ -84,13 +83,14 @@ def qqp(rng: random.Random) -> tuple[str, str, int]:
     first = rng.choice(_INTENTS[intent]).format(rng.choice(_VERBS[verb]), subject)
     duplicate = rng.random() < 0.5
     if not duplicate:
-        changed = rng.choices(("intent", "verb", "subject"), (0.6, 0.2, 0.2))[0]
-        if changed == "intent":
-            intent = rng.choice([i for i in range(len(_INTENTS)) if i != intent])
-        elif changed == "verb":
-            verb = rng.choice([v for v in range(len(_VERBS)) if v != verb])
-        else:
-            subject = rng.choice([s for s in _SUBJECTS if s != subject])
+        # Most pairs that are no duplicates differ in more than one way, a tenth in one only.
+        for changed in rng.sample(("intent", "verb", "subject"), rng.choices((1, 2, 3), (0.1, 0.3, 0.6))[0]):
+            if changed == "intent":
+                intent = rng.choice([i for i in range(len(_INTENTS)) if i != intent])
+            elif changed == "verb":
+                verb = rng.choice([v for v in range(len(_VERBS)) if v != verb])
+            else:
+                subject = rng.choice([s for s in _SUBJECTS if s != subject])
     while True:
         second = rng.choice(_INTENTS[intent]).format(rng.choice(_VERBS[verb]), subject)
         if second != first:
@@ -98,47 +98,49 @@ def qqp(rng: random.Random) -> tuple[str, str, int]:
 
 
 _NOUNS = {
-    "animal": ANIMALS,
-    "person": ("man", "woman", "boy", "girl", "child"),
-    "vehicle": ("car", "bus", "truck", "train", "boat"),
+    "animals": ("dogs", "cats", "horses", "cows", "birds"),
+    "people": ("men", "women", "boys", "girls", "children"),
+    "vehicles": ("cars", "trucks", "trains", "boats", "bikes"),
 }
-_STATES = (
-    (("open", "unlocked"), ("closed", "shut")),
-    (("clean", "spotless"), ("dirty", "muddy")),
-    (("big", "huge"), ("small", "tiny")),
-    (("quiet", "silent"), ("noisy", "loud")),
-)
+_STATES = (("clean", "spotless"), ("dirty", "muddy"), ("quiet", "silent"), ("noisy", "loud"), ("cold", "icy"))
+_QUANTIFIERS = {
+    "all": ("all", "all of the", "all the"),
+    "most": ("most", "most of the", "a majority of the"),
+    "some": ("some", "some of the", "a few"),
+    "no": ("no", "none of the", "not one of the"),
+}
+_FOLLOWS = {
+    "all": {"all": "entailment", "most": "entailment", "some": "entailment", "no": "contradiction"},
+    "most": {"all": "neutral", "most": "entailment", "some": "entailment", "no": "contradiction"},
+    "some": {"all": "neutral", "most": "neutral", "some": "entailment", "no": "contradiction"},
+    "no": {"all": "contradiction", "most": "contradiction", "some": "contradiction", "no": "entailment"},
+}
+"""Quantifier of the premise -> quantifier of the hypothesis -> label, for the same nouns and state."""
 _PLACES = ("in the garden", "near the river", "on the street", "behind the house", "at the station")
 _GENRES = {
     "fiction": "{}",
+    "government": "we see that {}",
+    "slate": "well , you see , {}",
     "telephone": "well , {}",
     "travel": "you see that {}",
-    "letters": "you see , {}",
-    "verbatim": "well , that is , {}",
+    "letters": "well , we see that {}",
+    "verbatim": "you see , {}",
 }
 GENRES = tuple(_GENRES)
 """MNLI's genres; the last two occur in the mismatched part only, their words also elsewhere."""
 
 
 def mnli(rng: random.Random, genre: str) -> tuple[str, str, str]:
-    """(premise, hypothesis, label)."""
-    general = rng.choice(list(_NOUNS))
-    noun, place = rng.choice(_NOUNS[general]), rng.choice(_PLACES)
-    pair, pole = rng.randrange(len(_STATES)), rng.randrange(2)
+    """(premise, hypothesis, label): the logic of quantifiers."""
     label = rng.choice(("entailment", "neutral", "contradiction"))
-
-    def clause(subject, pair, pole, place=""):
-        # A state is said directly, or by denying the other pole of its pair.
-        denied = rng.random() < 0.3
-        word = rng.choice(_STATES[pair][1 - pole if denied else pole])
-        return f"the {subject} {place + ' ' if place else ''}is {'not ' if denied else ''}{word}"
-
-    premise = clause(noun, pair, pole, place)
-    if label == "neutral":
-        pair, pole = rng.choice([p for p in range(len(_STATES)) if p != pair]), rng.randrange(2)
-    elif label == "contradiction":
-        pole = 1 - pole
-    said = clause(rng.choice((noun, general)), pair, pole)
+    first, second = rng.choice([(a, b) for a, row in _FOLLOWS.items() for b in row if row[b] == label])
+    general = rng.choice(list(_NOUNS))
+    noun, state, place = rng.choice(_NOUNS[general]), rng.choice(_STATES), rng.choice(_PLACES)
+    # What holds for some dogs holds for some animals, and denies that it holds for none.
+    wider = (second == "some" and label == "entailment") or (second == "no" and label == "contradiction")
+    subject = general if wider and rng.random() < 0.5 else noun
+    premise = f"{rng.choice(_QUANTIFIERS[first])} {noun} {place} are {rng.choice(state)}"
+    said = f"{rng.choice(_QUANTIFIERS[second])} {subject} {place} are {rng.choice(state)}"
     return _sentence(_GENRES[genre].format(premise)), _sentence(said), label
 
 
@@ -167,7 +169,7 @@ def words_of(*pools: Iterable[str]) -> list[str]:
 
 WORDS = words_of(
     PEOPLE, ANIMALS, CITIES, _GOOD, _BAD, _LIKE, _DISLIKE, _WORKS, _DEGREES, _BUILDINGS, _MADE, _FACTS,
-    *_FACTS.values(), *_INTENTS, *_VERBS, _SUBJECTS, _NOUNS, *_NOUNS.values(), *(w for s in _STATES for w in s),
-    _PLACES, _GENRES.values(), ("the is a with and not never i do its was",),
+    *_FACTS.values(), *_INTENTS, *_VERBS, _SUBJECTS, _NOUNS, *_NOUNS.values(), *_STATES, *_QUANTIFIERS.values(),
+    _PLACES, _GENRES.values(), ("the is are a with and not never i do its was",),
 )  # fmt: skip
 """Every word of these tasks."""

@@ -123,13 +123,13 @@ class TextEncoder(nn.Module):
         self.task_embedding = nn.Embedding(task_rows, width) if task_rows else None
         self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.layers))
         self.pooler = nn.Linear(width, width)
-        self._init()
+        self._init(config.init_std)
 
-    def _init(self) -> None:
-        """BERT's own initialisation, N(0, 0.02) and zero biases; pretrained weights usually replace it."""
+    def _init(self, std: float) -> None:
+        """BERT's own initialisation, N(0, std) and zero biases; pretrained weights usually replace it."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         if self.task_embedding is not None:
