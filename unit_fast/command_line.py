@@ -70,21 +70,21 @@ def value_of(arguments: Sequence[str], option: str) -> str | None:
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name.replace("_", "-") == option:
-            if not equals and i + 1 < len(arguments):
-                return arguments[i + 1]
-            return value
+            return value if equals else next(iter(arguments[i + 1 : i + 2]), None)
     return None
 
 
 def _one_line(text: str) -> str:
     """tyro's framed message as one line: what was wrong, then the names it suggests."""
-    lines = [line.strip("│╭╮╰╯ ").strip() for line in text.splitlines()]
+    lines = [line.strip("│╭╮╰╯|+ ").strip() for line in text.splitlines()]  # the frame is ASCII on some terminals
     sections: list[list[str]] = [[]]
     for line in lines:
-        if re.fullmatch(r"─{3,}", line):
+        if re.fullmatch(r"[─-]{3,}", line):
             sections.append([])
-        elif line and "──" not in line:
+        elif line and not re.search(r"[─-]{3,}$", line):
             sections[-1].append(line)
+    if "╭" not in text and len(sections) > 1:
+        del sections[0]  # the title, which otherwise stands in the frame
     message = " ".join(sections[0]) if sections[0] else "the command line was not understood"
     message = re.sub(r"^Unrecognized options: ([^, ]+).*", r"unknown option \1", message)
     near = []

@@ -38,15 +38,18 @@ def load_weights(path: str | Path, expected: Mapping[str, Tensor] | None = None)
     path = Path(path)
     try:
         with path.open("rb") as file:
-            start = file.read(8)
+            start = file.read(9)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    # A safetensors file begins with the length of its header and "{": the length may look like a pickle's or a zip's
+    # first bytes, but theirs are never such a length.
+    plausible = int.from_bytes(start[:8], "little") <= MAX_HEADER and start[8:] == b"{"
+    if not plausible and (start[:2] == b"PK" or start[:1] == b"\x80"):
         weights = _load_torch(path)
         if expected is not None:
             _compare(path, {k: (list(v.shape), v.dtype) for k, v in weights.items()}, expected)
         return weights
-    header = _header(path, start)
+    header = _header(path, start[:8])
     if expected is not None:
         _compare(path, {k: (v.get("shape"), _DTYPES.get(v.get("dtype"))) for k, v in header.items()}, expected)
     try:
@@ -97,7 +100,10 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the file makes the unpickler raise
-        first = printable(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        first = printable(
+            next((line for line in said if "GLOBAL" in line or "Unsupported" in line), said[0])
+        )  # names what it wanted
         raise UserError(
             f"{path}: refused: it is damaged, or holds more than tensors and would have to execute code to be read "
             f"({first}). Ask for a safetensors file or one that holds only tensors"
