@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import _run, bench_step
+from benchmarks import _machine, _run, bench_step
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -162,7 +162,7 @@ def test_compare_finds_every_kind_of_difference():
 
 def test_peak_memory_is_the_childs_own():
     """A big parent must not show in the figure of its child, as it does in ``ru_maxrss`` on Linux."""
-    code = "from benchmarks._run import peak_resident; print(peak_resident())"
+    code = "from benchmarks._machine import peak_resident; print(peak_resident())"
     ballast = torch.ones(250_000_000)  # 1 GB in this process
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert int(done.stdout) < ballast.numel() * 4
@@ -173,8 +173,8 @@ def test_percent_of_peak():
         name="n", shape="s", dtype="bfloat16", device="cuda", providers={}, reference="", tolerances={}, flops=312e9,
         bytes=1.0,
     )  # fmt: skip
-    assert _run.percent_of_peak(case, 2.0, "NVIDIA A100-SXM4-80GB") == pytest.approx(50.0)
-    assert _run.percent_of_peak(case, 2.0, "some other card") is None
+    assert _machine.percent_of_peak(case, 2.0, "NVIDIA A100-SXM4-80GB") == pytest.approx(50.0)
+    assert _machine.percent_of_peak(case, 2.0, "some other card") is None
 
 
 # ------------------------------------------------------------------------------------------------- the step benchmark

@@ -1,0 +1,96 @@
+"""What a figure depends on besides the code: machine, versions, commit, the card's peaks, this process's memory."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PEAKS = {  # the maker's dense peaks of the SXM cards: FLOP/s by dtype (no TF32), bytes/s
+    "A100": {"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12, "bytes": 2.039e12},
+    "H100": {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12, "bytes": 3.35e12},
+    "H200": {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12, "bytes": 4.8e12},
+}
+
+
+def environment() -> dict:
+    """What a figure depends on besides the code: machine, devices, threads, versions, commit."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "triton", "transformers", "numpy", "scipy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _commit() -> str | None:
+    """Short commit of the repository, with ``+`` when tracked files differ from it; None outside one."""
+
+    def git(*arguments):
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD")
+        return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except OSError:
+        return None
+
+
+def percent_of_peak(case, time_ms: float, gpu: str | None) -> float | None:
+    """Share of the card's arithmetic or memory peak, whichever is closer; None where work or peak is unknown.
+
+    case: a ``_run.Case`` with ``device``, ``dtype``, ``flops``, ``bytes``.
+    """
+    peak = next((p for card, p in PEAKS.items() if gpu and card in gpu), None)
+    if peak is None or case.device != "cuda":
+        return None
+    seconds, shares = time_ms * 1e-3, []
+    if case.flops and case.dtype in peak:
+        shares.append(case.flops / seconds / peak[case.dtype])
+    if case.bytes:
+        shares.append(case.bytes / seconds / peak["bytes"])
+    return round(100 * max(shares), 2) if shares else None
+
+
+def peak_resident() -> int:
+    """Bytes this process had resident at its peak: ``ru_maxrss``, as far as it is its own.
+
+    Linux carries the peak of the process that started it over into ``ru_maxrss`` (exec keeps it, and a child made by
+    vfork begins with its parent's memory), so a child of a process with two models would never report less than those.
+    ``VmHWM`` is the same quantity of the new memory alone.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
