@@ -197,6 +197,31 @@ def _backward(ctx, grad) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(g.to(ctx.dtype) for g in grads)
 
 
+class _SingleKeyCpu(torch.autograd.Function):
+    """Sk = 1: the softmax is 1 whatever q and k are, so the result is v under an independent dropout for every batch
+    entry, query and head, and the gradients of q and k are exactly zero."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, key_padding_mask, dropout_p, seed):
+        batch, queries, heads, _ = q.shape
+        kept = torch.ones(batch, heads, queries, 1, dtype=v.dtype)
+        if dropout_p > 0.0:
+            kept = keep_mask(kept.shape, dropout_p, seed).to(v.dtype).mul_(keep_scale(dropout_p))
+        if key_padding_mask is not None:
+            kept.masked_fill_(key_padding_mask[:, None, None, :], 0.0)
+        kept = kept.transpose(1, 2)
+        ctx.save_for_backward(kept)
+        ctx.shapes = q.shape, k.shape
+        return v * kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (kept,) = ctx.saved_tensors
+        zeros = (grad.new_zeros(shape) if wanted else None for shape, wanted in zip(ctx.shapes, ctx.needs_input_grad))
+        return *zeros, (grad * kept).sum(1, keepdim=True), None, None, None
+
+
 def _attention_few(q, k, v, key_padding_mask, dropout_p, seed) -> Tensor:
     """All scores at once, backward by autograd."""
     batch, queries, heads, width = q.shape
@@ -222,6 +247,8 @@ def attention_cpu(
     """The same result as ``attention_reference``, dropout decisions included. Arithmetic in at least float32."""
     if q.numel() == 0 or k.numel() == 0:
         return attention_reference(q, k, v, key_padding_mask, dropout_p, seed)
+    if k.shape[1] == 1:
+        return _SingleKeyCpu.apply(q, k, v, key_padding_mask, dropout_p, seed)
     if q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1] < FEW:
         return _attention_few(q, k, v, key_padding_mask, dropout_p, seed)
     return _AttentionCpu.apply(q, k, v, key_padding_mask, dropout_p, seed)
