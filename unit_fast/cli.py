@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    package = logging.getLogger("unit_fast")
+    level = package.level
     try:
         return _dispatch(arguments)
     except UserError as error:
@@ -40,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, e.g. head, has gone
         sys.stderr.close()
         return 0
+    finally:  # a command may have made the package quieter
+        package.setLevel(level)
 
 
 def _dispatch(arguments: list[str]) -> int:

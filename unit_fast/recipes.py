@@ -14,6 +14,7 @@ from unit_fast.config import (
     DataConfig,
     DecoderConfig,
     EncoderConfig,
+    LossConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -274,3 +275,61 @@ def small() -> RunConfig:
             crop_min=128, crop_max=213,
         ),
     )  # fmt: skip
+
+
+DEMO_SCALE = {"demo": 1.0, "demo_quick": 0.1}
+"""Recipe -> size of the world that ``unit-fast demo`` generates for it."""
+
+
+@register
+def demo() -> RunConfig:
+    """Eight tasks of the generated world in minutes on two CPU cores (not in the paper)."""
+    from unit_fast.data import synthetic, synthetic_text
+
+    width, ffn = 96, 192
+    tasks = tasks_of("coco", "vg", queries=10) | tasks_of("vqa2", "snli_ve", queries=4)
+    tasks |= tasks_of("qnli", "mnli", "qqp", "sst2", queries=1)
+    outputs = {"vqa2": len(synthetic_text.ANSWERS), "detection_visual_genome": len(synthetic.VG_OBJECT_IDS) + 2}
+    tasks = {name: dataclasses.replace(task, outputs=outputs.get(name, task.outputs)) for name, task in tasks.items()}
+    return RunConfig(
+        steps=4000,
+        batch_per_process=16,
+        task_batch={get_task(name).name: 32 for name in ("qnli", "mnli", "qqp", "sst2")},
+        ratios={
+            get_task(name).name: ratio
+            for name, ratio in {
+                "coco": 0.22, "vg": 0.16, "vqa2": 0.24, "snli_ve": 0.10, "qnli": 0.07, "mnli": 0.09, "qqp": 0.08,
+                "sst2": 0.04,
+            }.items()
+        },
+        eval_every=0,
+        eval_batch=50,
+        save_every=0,
+        log_every=50,
+        criterion="mean",
+        threads=2,
+        model=ModelConfig(
+            backbone=BackboneConfig(depth=14, width=16, norm="group", stride=8, first_trained_stage=0),
+            encoder=EncoderConfig(width=width, layers=2, heads=4, ffn_width=ffn, dropout=0.0),
+            text=TextConfig(
+                width=width, layers=2, heads=4, ffn_width=ffn, vocab_size=len(synthetic_text.VOCABULARY),
+                max_positions=64, dropout=0.0, init_std=0.1,
+            ),
+            decoder=DecoderConfig(
+                width=width, layers=3, heads=4, ffn_width=ffn, dropout=0.0, classifier_dropout=0.0
+            ),
+            loss=LossConfig(
+                ce_normalisation="per_process", weight_bbox=2.5, weight_giou=1.0,
+                attribute_outputs=len(synthetic.VG_ATTRIBUTE_IDS) + 1, attribute_embedding=32, attribute_hidden=64,
+            ),
+            tasks=tasks,
+        ),
+        optim=OptimConfig(lr=1e-3, lr_backbone=1e-3, max_norm=1.0, warmup_steps=100, unused="skip"),
+        data=DataConfig(short_side=64, max_side=128, augment=False),
+    )  # fmt: skip
+
+
+@register
+def demo_quick() -> RunConfig:
+    """The demo in about a minute: the same model, fewer steps; it learns little (not in the paper)."""
+    return dataclasses.replace(demo(), steps=160)

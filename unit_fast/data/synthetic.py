@@ -24,17 +24,14 @@ MARKER = ".generated_world.json"
 _FORMAT = 1
 _PARTS = ("coco", "visual_genome", "vqa2", "snli_ve", "glue", "bert")
 
-COCO_CATEGORIES = {"circle": 1, "square": 18, "triangle": 37, "star": 44, "cross": 62, "ring": 90}
-"""Category name -> id, with gaps as in COCO. Diamonds are squares here; Visual Genome tells them apart."""
+COCO_CATEGORIES = {"red": 1, "green": 18, "blue": 37, "yellow": 44, "purple": 62, "white": 90}
+"""Category -> id, with gaps as in COCO. COCO's categories are the colours here, Visual Genome's the shapes."""
 
 _VG_OBJECTS = (
-    ("circle", "disc"),
     ("square", "box"),
     ("triangle", "wedge"),
-    ("star",),
     ("cross", "plus"),
     ("ring", "hoop"),
-    ("diamond",),
 )
 _VG_ATTRIBUTES = (*((color,) for color in COLORS), ("small", "little"), ("large", "big"))
 VG_OBJECT_IDS = {names[0]: i + 1 for i, names in enumerate(_VG_OBJECTS)}
@@ -158,19 +155,17 @@ class _World:
                 }
             )  # fmt: skip
             for thing in scene.things:
-                category = COCO_CATEGORIES["square" if thing.kind == "diamond" else thing.kind]
+                category = COCO_CATEGORIES[thing.color]
                 outline = [v for point in thing.polygon for v in point]
                 record = {"segmentation": [outline], "area": thing.area, "iscrowd": 0, "bbox": list(thing.box)}
                 annotations.append({**record, "image_id": image_id, "category_id": category})
             if scene.crowd:
                 segmentation, area, box = crowd_region(scene)
-                kind = scene.crowd[0].kind
-                category = COCO_CATEGORIES["square" if kind == "diamond" else kind]
+                category = COCO_CATEGORIES[scene.crowd[0].color]
                 record = {"segmentation": segmentation, "area": area, "iscrowd": 1, "bbox": box}
                 annotations.append({**record, "image_id": image_id, "category_id": category})
         first = 1 if split == "train" else 1_000_001
         annotations = [{**a, "id": first + i} for i, a in enumerate(annotations)]
-        round_kinds = ("circle", "ring")
         _write_json(
             self.folder("coco", "annotations") / f"instances_{year}.json",
             {
@@ -179,8 +174,7 @@ class _World:
                 "images": records,
                 "annotations": annotations,
                 "categories": [
-                    {"supercategory": "round" if name in round_kinds else "angular", "id": i, "name": name}
-                    for name, i in COCO_CATEGORIES.items()
+                    {"supercategory": "shape", "id": i, "name": name} for name, i in COCO_CATEGORIES.items()
                 ],
             },
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
-KINDS = ("circle", "square", "triangle", "star", "cross", "ring", "diamond")
+KINDS = ("square", "triangle", "cross", "ring")
 COLORS = {
     "red": (214, 40, 40),
     "green": (44, 170, 60),
@@ -78,19 +78,13 @@ class Scene:
 
 def _outline(kind: str) -> list[tuple[float, float]]:
     """Corners of ``kind`` inside [-1, 1] x [-1, 1]."""
-    if kind in ("circle", "ring"):
+    if kind == "ring":
         angles = (2 * math.pi * i / 24 for i in range(24))
         return [(math.cos(a), math.sin(a)) for a in angles]
     if kind == "square":
         return [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]
-    if kind == "diamond":
-        return [(0.0, -1.0), (0.85, 0.0), (0.0, 1.0), (-0.85, 0.0)]
     if kind == "triangle":
         return [(0.0, -1.0), (1.0, 0.8), (-1.0, 0.8)]
-    if kind == "star":
-        radii = (1.0, 0.42)
-        angles = (math.pi * i / 5 - math.pi / 2 for i in range(10))
-        return [(radii[i % 2] * math.cos(a), radii[i % 2] * math.sin(a)) for i, a in enumerate(angles)]
     arm = 0.36
     quarter = [(arm, -1.0), (arm, -arm), (1.0, -arm)]
     return [
@@ -106,7 +100,7 @@ def _rotate(x: float, y: float, angle: float) -> tuple[float, float]:
 
 def _place(rng, kind, color, size, half, width, height, taken, area=None) -> Thing | None:
     """A shape of half side ``half`` at a free place, or None when thirty places were taken."""
-    angle = 0.0 if kind in ("circle", "ring") else rng.uniform(-0.15, 0.15)
+    angle = 0.0 if kind == "ring" else rng.uniform(-0.15, 0.15)
     stretch_x, stretch_y = rng.uniform(0.88, 1.12), rng.uniform(0.88, 1.12)
     corners = [_rotate(x * half * stretch_x, y * half * stretch_y, angle) for x, y in _outline(kind)]
     left, top = min(x for x, _ in corners), min(y for _, y in corners)

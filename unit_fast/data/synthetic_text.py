@@ -18,14 +18,14 @@ ANSWERS = ("<unk>", "yes", "no", "0", "1", "2", "3", "4", "5", *COLORS, *KINDS, 
 """The VQA answer list; index 0 is the unknown answer."""
 
 QUESTION_KINDS = {
-    "color of kind": 0.27,
-    "kind of color": 0.23,
-    "pair": 0.12,
+    "color of kind": 0.22,
+    "kind of color": 0.18,
+    "pair": 0.10,
     "kind": 0.08,
-    "count kind": 0.08,
-    "count": 0.07,
-    "beside": 0.07,
-    "ground": 0.08,
+    "count kind": 0.07,
+    "count": 0.12,
+    "beside": 0.05,
+    "ground": 0.18,
 }
 """Kind of question -> how often it is asked, where the scene allows it."""
 
@@ -58,7 +58,8 @@ def ask(rng: random.Random, scene: Scene, asked: str) -> tuple[str, str, str, st
             answer = "yes" if pair in zip(colors, kinds) else "no"
             return f"Is there a {pair[0]} {pair[1]}?", answer, "is there a", "yes/no"
     elif asked == "kind":
-        kind = rng.choice(kinds if rng.random() < 0.5 else [k for k in KINDS if k not in kinds])
+        absent = [k for k in KINDS if k not in kinds]
+        kind = rng.choice(kinds if not absent or rng.random() < 0.5 else absent)
         text = rng.choice(("Is there a {}?", "Do you see a {}?")).format(kind)
         return text, "yes" if kind in kinds else "no", "is there a", "yes/no"
     elif asked == "count kind":
@@ -149,12 +150,13 @@ def hypothesis(rng: random.Random, scene: Scene, label: str) -> str:
                 f"The {noun} was made in {rng.choice(CITIES)}.",
             )
         )
-    form = rng.choices(("pair", "kind", "color", "number", "ground"), (0.4, 0.2, 0.2, 0.1, 0.1))[0]
+    form = rng.choices(("pair", "kind", "color", "number", "ground"), (0.2, 0.1, 0.4, 0.1, 0.2))[0]
     if form == "pair":
         color, kind = present_pair(rng, scene) if true else absent_pair(rng, scene)
         return rng.choice((f"There is a {color} {kind}.", f"A {color} {kind} is in the picture."))
-    if form == "kind":
-        kind = rng.choice(sorted(kinds) if true else [k for k in KINDS if k not in kinds])
+    absent = [k for k in KINDS if k not in kinds]
+    if form == "kind" and (true or absent):
+        kind = rng.choice(sorted(kinds) if true else absent)
         return rng.choice((f"There is a {kind}.", f"A {kind} is in the picture."))
     if form == "color":
         color = rng.choice(sorted(colors) if true else [c for c in COLORS if c not in colors])
