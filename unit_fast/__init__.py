@@ -7,6 +7,7 @@ import importlib
 
 __version__ = "0.1.0"
 
+# No name here may be a module's too: `unit_fast.train` is the module, the function is `unit_fast.train.train`.
 _HOME = {
     "UniT": "unit_fast.model",
     "Batch": "unit_fast.batch",
@@ -16,8 +17,6 @@ _HOME = {
     "ModelConfig": "unit_fast.config",
     "RunConfig": "unit_fast.config",
     "recipe": "unit_fast.recipes",
-    "train": "unit_fast.train",
-    "evaluate": "unit_fast.evaluate",
     "load": "unit_fast.predict",
     "kernels": "unit_fast.ops",
     "UserError": "unit_fast.errors",

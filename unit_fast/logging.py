@@ -114,14 +114,17 @@ class RunLog:
     def note(self, text: str) -> None:
         """What is going on, on the live line of a terminal; nowhere else."""
         if self.live:
-            self.live.update(text)
+            self._update(text)
+
+    def _update(self, text: str) -> None:
+        import rich.text
+
+        self.live.update(rich.text.Text(text, no_wrap=True, overflow="ellipsis"))
 
     def _status(self, text: str) -> None:
         """The state of the run: replaces the live line, or is a line of its own."""
         if self.live:
-            import rich.text
-
-            self.live.update(rich.text.Text(text, no_wrap=True, overflow="ellipsis"))
+            self._update(text)
             self.to_file(text)
         else:
             self.line(text)

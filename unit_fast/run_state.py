@@ -142,7 +142,8 @@ class RunState:
             f"{'bf16' if self.bf16 else 'fp32'}, {torch.get_num_threads()} threads | seed {config.seed}"
         )
         self.log.line(
-            f"effective batch {config.effective_batch} ({config.batch_per_process} x {config.accumulate} accumulated), "
+            f"effective batch {config.effective_batch} ({config.batch_per_process} x {config.accumulate} accumulated"
+            f"{''.join(f', {get_task(n).short} {b * config.accumulate}' for n, b in config.task_batch.items())}), "
             f"the paper's is 64 | ratio and training samples: {tasks}"
         )
         if source:
