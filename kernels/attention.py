@@ -23,7 +23,7 @@ BLOCK = 1 << 19
 # Up to this many scores the weights are saved for the backward (24 MiB in float32); beyond, they are computed again.
 SAVED = 6 << 20
 # Below this many scores the overhead of blocks outweighs what they save: plain products under autograd are taken.
-FEW = 1 << 16
+FEW = 1 << 18
 
 
 def attention_reference(
