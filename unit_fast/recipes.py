@@ -292,14 +292,14 @@ def demo() -> RunConfig:
     outputs = {"vqa2": len(synthetic_text.ANSWERS), "detection_visual_genome": len(synthetic.VG_OBJECT_IDS) + 2}
     tasks = {name: dataclasses.replace(task, outputs=outputs.get(name, task.outputs)) for name, task in tasks.items()}
     return RunConfig(
-        steps=4000,
+        steps=3200,
         batch_per_process=16,
         task_batch={get_task(name).name: 32 for name in ("qnli", "mnli", "qqp", "sst2")},
         ratios={
             get_task(name).name: ratio
             for name, ratio in {
-                "coco": 0.22, "vg": 0.16, "vqa2": 0.24, "snli_ve": 0.10, "qnli": 0.07, "mnli": 0.09, "qqp": 0.08,
-                "sst2": 0.04,
+                "coco": 0.30, "vg": 0.20, "vqa2": 0.24, "snli_ve": 0.06, "qnli": 0.05, "mnli": 0.05, "qqp": 0.07,
+                "sst2": 0.03,
             }.items()
         },
         eval_every=0,
@@ -309,7 +309,7 @@ def demo() -> RunConfig:
         criterion="mean",
         threads=2,
         model=ModelConfig(
-            backbone=BackboneConfig(depth=14, width=16, norm="group", stride=8, first_trained_stage=0),
+            backbone=BackboneConfig(depth=14, width=16, norm="group", stride=16, first_trained_stage=0),
             encoder=EncoderConfig(width=width, layers=2, heads=4, ffn_width=ffn, dropout=0.0),
             text=TextConfig(
                 width=width, layers=2, heads=4, ffn_width=ffn, vocab_size=len(synthetic_text.VOCABULARY),
@@ -324,7 +324,7 @@ def demo() -> RunConfig:
             ),
             tasks=tasks,
         ),
-        optim=OptimConfig(lr=1e-3, lr_backbone=1e-3, max_norm=1.0, warmup_steps=100, unused="skip"),
+        optim=OptimConfig(lr=5e-4, lr_backbone=5e-4, max_norm=1.0, warmup_steps=100, unused="skip"),
         data=DataConfig(short_side=64, max_side=128, augment=False),
     )  # fmt: skip
 
