@@ -61,7 +61,14 @@ def draw_curves(run: Run, published: dict[str, float] | None = None) -> str:
         _rates(parts[-1].subplots(1, 3), run, tasks, end)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
-    return text.getvalue()
+    return _numbered_ids(text.getvalue())
+
+
+def _numbered_ids(svg: str) -> str:
+    """``svg`` with clip paths and markers numbered in order: matplotlib names them after memory addresses."""
+    names = dict.fromkeys(re.findall(r'id="([pm][0-9a-f]{10})"', svg))
+    order = {name: f"{name[0]}{i}" for i, name in enumerate(sorted(names, key=lambda n: svg.index(n)))}
+    return re.sub(r"\b[pm][0-9a-f]{10}\b", lambda m: order.get(m[0], m[0]), svg)
 
 
 def write_curves(run: Run, published: dict[str, float] | None = None) -> str:
