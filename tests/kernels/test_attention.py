@@ -162,6 +162,20 @@ def test_single_key_gradients_of_query_and_key_are_zero():
     assert grad_v.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SIZES)
+def test_evaluation(name, dtype):
+    """No gradient and no dropout; with a mask, with one that masks nothing and without."""
+    inputs, _, mask = _inputs(name, dtype)
+    low = [x.to(dtype) for x in inputs]
+    for m in {None, mask, torch.zeros(len(low[0]), low[1].shape[1], dtype=torch.bool)}:
+        exact, eager = ([attention_reference(*x, m)] for x in (inputs, low))
+        if dtype == torch.float64:
+            torch.testing.assert_close(attention_cpu(*low, m), exact[0], rtol=1e-12, atol=1e-13)
+        else:
+            assert_as_good_as_eager([attention_cpu(*low, m)], eager, exact, dtype)
+
+
 def test_without_gradient_and_used_twice():
     inputs, _, mask = _inputs("odd")
     with torch.no_grad():
