@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unit_fast.batch import Batch, Output
+from unit_fast.detection.boxes import cxcywh_to_xywh, image_scale
 from unit_fast.metrics import Accuracy, VqaAccuracy, best_answer, coco_average_precision
 from unit_fast.tasks import Task
 
@@ -33,8 +34,7 @@ def detections(output: Output, orig_size: Tensor) -> tuple[Tensor, Tensor, Tenso
     scores, classes = probabilities.max(-1)
     boxes = full_precision(output.boxes[-1])
     size = orig_size.to(boxes)[:, None, [1, 0, 1, 0]]
-    corner = boxes[..., :2] - boxes[..., 2:] / 2
-    return scores, classes, torch.cat([corner, boxes[..., 2:]], -1) * size
+    return scores, classes, cxcywh_to_xywh(boxes) * size
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -103,9 +103,8 @@ class Detection:
         height, width = (int(x) for x in sample["orig_size"])
         truth = None
         if self.labelled(sample):
-            boxes = torch.as_tensor(sample["boxes"]).double().reshape(-1, 4)
-            boxes[:, :2] -= boxes[:, 2:] / 2
-            boxes *= boxes.new_tensor([width, height, width, height])
+            boxes = cxcywh_to_xywh(torch.as_tensor(sample["boxes"]).double().reshape(-1, 4))
+            boxes = boxes * image_scale(height, width, boxes)
             labels = torch.as_tensor(sample["labels"]).tolist()
             truth = [
                 {"label": self._name(label), "bbox": [round(x, 2) for x in box]}

@@ -196,7 +196,7 @@ class Trainer(RunState):
         begun = time.monotonic()
         self.item = next(batches)
         self.wait_s = time.monotonic() - begun
-        return self.item.task, [_moved(batch, self.device) for batch in self.item.batches]
+        return self.item.task, [batch.to(self.device) for batch in self.item.batches]
 
     def _count(self, update: Update) -> None:
         """An update is done: move the counters on and hand its figures to the log, unread."""
@@ -296,10 +296,3 @@ class Trainer(RunState):
             f"({printable(str(error).splitlines()[0])}). In this order: halve --batch and double --accumulate; use "
             "--precision bf16; lower --data.max-side and --data.train-short-sides"
         )
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    batch = batch.to(device)
-    if batch.image is not None:
-        batch.image = batch.image.contiguous(memory_format=torch.channels_last)
-    return batch
