@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_runs import log_of, make_world, rows, small_config, state_hash
+from tests.small_runs import log_of, rows, small_config, state_hash
 from unit_fast import cli
 from unit_fast.cli_train import Train, _base_config, _with_shortcuts
 from unit_fast.command_line import parse, split_lists, value_of
@@ -18,11 +18,6 @@ from unit_fast.errors import UserError
 from unit_fast.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("data") / "world")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.small_runs import log_of, make_world, rows, small_config, state_hash
+from tests.small_runs import log_of, rows, small_config, state_hash
 from unit_fast import checkpoint, faults
 from unit_fast.config import to_json
 from unit_fast.errors import UserError
@@ -24,17 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 120
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("data") / "world")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _disarmed():
     yield
-    torch.set_num_threads(before)
     faults.disarm()
 
 

@@ -7,23 +7,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.small_runs import make_world, rows, small_config, state_hash
+from tests.small_runs import rows, small_config, state_hash
 from unit_fast import checkpoint
 from unit_fast.errors import UserError
 from unit_fast.train import train
 
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("data") / "world")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(config, out, **options):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.small_runs import ALL, log_of, make_world, rows, small_config
+from tests.small_runs import ALL, log_of, rows, small_config
 from unit_fast import checkpoint
 from unit_fast.data import collate, open_dataset
 from unit_fast.errors import UserError
@@ -21,17 +21,7 @@ from unit_fast.train import NonFinite, Trainer, train, train_step
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("data") / "world")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(config, out, **options):

@@ -1,0 +1,20 @@
+"""Fixtures of the tests that train."""
+
+import pytest
+import torch
+
+from tests.small_runs import make_world
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("data") / "world")
+
+
+@pytest.fixture
+def one_thread():
+    """One thread within the test: the bits of a run depend on the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
