@@ -80,7 +80,7 @@ def build(config: RunConfig, device: torch.device, *, pretrained: bool = True) -
     model = UniT(config.model)
     if pretrained:
         config = dataclasses.replace(config, started_from=_load_initial(model, config))
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=model.backbone.memory_format)
     freeze(model, config)
     return model, make_optimizer(model, config.optim), config
 
