@@ -1,18 +1,27 @@
 """The public operators: validate, choose an implementation, call. The only door to the kernels.
 
-An operator has a ``reference`` (its specification, plain PyTorch) and may have ``cpu`` (same result, fast on a CPU).
-``UNIT_FAST_KERNELS=auto|reference``, or ``with kernels("reference"):``, chooses; what was taken, and why, is logged
-once. Arguments that do not fit raise ``ValueError`` with the operator's and the argument's name and the remedy.
+An operator has a ``reference`` (its specification, plain PyTorch) and may have ``cpu`` (same result, fast on a CPU) and
+``fused`` (Triton). ``UNIT_FAST_KERNELS=auto|fused|reference``, or ``with kernels("fused"):``, chooses:
+
+- ``auto``: fused on CUDA where it supports the arguments, cpu on a CPU, else the reference;
+- ``fused``: fused on CUDA, under Triton's interpreter (``TRITON_INTERPRET=1``) and on fake tensors; anything else raises;
+- ``reference``: the reference everywhere.
+
+What was taken, and why, is logged once. Arguments that do not fit raise ``ValueError`` with the operator's and the
+argument's name and the remedy.
 """
 
 import contextlib
 import contextvars
 import logging
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from unit_fast_kernels import _triton
 from unit_fast_kernels.assignment import assignment_reference
 from unit_fast_kernels.attention import attention_cpu, attention_reference
 from unit_fast_kernels.bias_act_dropout import ACTIVATIONS, bias_act_dropout_cpu, bias_act_dropout_reference
@@ -22,7 +31,7 @@ from unit_fast_kernels.residual_norm import residual_norm_cpu, residual_norm_ref
 
 from unit_fast.errors import UserError, nearest
 
-MODES = ("auto", "reference")
+MODES = ("auto", "fused", "reference")
 _IMPLEMENTATIONS = {
     "attention": {"reference": attention_reference, "cpu": attention_cpu},
     "cross_attention": {"reference": attention_reference, "cpu": attention_cpu},
@@ -54,7 +63,7 @@ def _checked(name: str) -> str:
 
 @contextlib.contextmanager
 def kernels(name: str):
-    """Within the block operators run as ``name`` says: ``auto`` or ``reference``."""
+    """Within the block operators run as ``name`` says: ``auto``, ``fused`` or ``reference``."""
     token = _mode.set(_checked(name))
     try:
         yield
@@ -73,25 +82,34 @@ class Implementation(NamedTuple):
     why: str
 
 
-def _choose(op: str, device_type: str) -> tuple[str, str]:
-    """(implementation, reason) of ``op`` for tensors on a ``device_type``."""
-    known = _IMPLEMENTATIONS[op]
-    if mode() == "reference":
+def _choose(op: str, device_type: str, unfit: Callable[[], str | None] = lambda: None, fake: bool = False):
+    """(implementation, reason) of ``op``; ``unfit`` says why its kernels cannot take the arguments, or None."""
+    known, now = _IMPLEMENTATIONS[op], mode()
+    if now == "reference":
         return "reference", "the mode is reference"
     if len(known) == 1:
         return "reference", "the only one"
+    if "fused" in known and (now == "fused" or device_type == "cuda"):
+        why_not = unfit()
+        if why_not is None and device_type != "cuda" and not (_triton.INTERPRETING or fake):
+            why_not = f"tensors are on {device_type}: move them to CUDA, or start Python with TRITON_INTERPRET=1"
+        if why_not is None:
+            return "fused", f"tensors on {device_type}"
+        if now == "fused":
+            raise ValueError(f"{op}: the mode is fused, but {why_not}")
+        return "reference", why_not
     if device_type in known:
         return device_type, f"tensors on {device_type}"
     return "reference", f"no other for {device_type}"
 
 
 def implementations(device_type: str = "cpu") -> list[Implementation]:
-    """Every operator: what exists, what a call with tensors on ``device_type`` takes now, and why."""
+    """Every operator: what exists, what a call with tensors on ``device_type`` that fit takes now, and why."""
     return [Implementation(op, tuple(known), *_choose(op, device_type)) for op, known in _IMPLEMENTATIONS.items()]
 
 
-def _implementation(op: str, tensor: Tensor):
-    name, why = _choose(op, tensor.device.type)
+def _implementation(op: str, tensor: Tensor, unfit: Callable[[], str | None] = lambda: None):
+    name, why = _choose(op, tensor.device.type, unfit, isinstance(tensor, FakeTensor))
     if (op, name, why) not in _logged:
         _logged.add((op, name, why))
         _log.info("%s: %s (%s)", op, name, why)
