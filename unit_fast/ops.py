@@ -4,7 +4,7 @@ An operator has a ``reference`` (its specification, plain PyTorch) and may have 
 ``fused`` (Triton). ``UNIT_FAST_KERNELS=auto|fused|reference``, or ``with kernels("fused"):``, chooses:
 
 - ``auto``: fused on CUDA where it supports the arguments, cpu on a CPU, else the reference;
-- ``fused``: fused on CUDA, under Triton's interpreter (``TRITON_INTERPRET=1``) and on fake tensors; anything else raises;
+- ``fused``: fused on CUDA, under Triton's interpreter (``TRITON_INTERPRET=1``) and on fake tensors; else it raises;
 - ``reference``: the reference everywhere.
 
 What was taken, and why, is logged once. Arguments that do not fit raise ``ValueError`` with the operator's and the
