@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from unit_fast_kernels import _triton
+from unit_fast_kernels._attention_cpu import attention_cpu
 from unit_fast_kernels.assignment import assignment_reference
-from unit_fast_kernels.attention import attention_cpu, attention_reference
+from unit_fast_kernels.attention import attention_reference
 from unit_fast_kernels.bias_act_dropout import ACTIVATIONS, bias_act_dropout_cpu, bias_act_dropout_reference
 from unit_fast_kernels.dropout import dropout_cpu, dropout_reference
 from unit_fast_kernels.match_cost import match_cost_reference, pairwise_giou
