@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import _machine, _run, bench_step
+from benchmarks import _machine, _run, bench_step, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -265,3 +265,20 @@ def test_memory_child(one_thread):
     figures = json.loads(done.stdout.splitlines()[-1])
     assert 0.1 < figures["host_gib"] < 4
     assert figures["device_gib"] is None
+
+
+def test_readme_tables_are_those_of_the_results(tmp_path, capsys):
+    assert tables.main(["--check"]) == 0
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- results: bench_step -->\nold\n<!-- end of results -->\nb\n")
+    assert tables.main(["--check", "--file", str(readme)]) == 1
+    assert "python -m benchmarks.tables" in capsys.readouterr().err
+    assert tables.main(["--file", str(readme)]) == 0
+    made = readme.read_text()
+    assert made.startswith("a\n<!-- results: bench_step -->\n| problem |")
+    assert made.endswith(".\n<!-- end of results -->\nb\n")
+    rows = tables.load("bench_step")
+    ours, eager = (next(r for r in rows if (r["case"], r["provider"]) == ("coco", p)) for p in ("ours", "eager"))
+    assert f"| {ours['time_ms'] / eager['time_ms']:.2f} |" in made
+    with pytest.raises(FileNotFoundError, match="run: python -m benchmarks.bench_nothing"):
+        tables.load("bench_nothing")

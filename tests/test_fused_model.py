@@ -1,0 +1,104 @@
+"""The whole model on the Triton kernels: outputs, losses and gradients of every task type against float64.
+
+Runs under the interpreter (``TRITON_INTERPRET=1``) or on a GPU (``-m gpu``); a plain CPU run has nothing to launch.
+"""
+
+import pytest
+import torch
+from unit_fast_kernels._triton import INTERPRETING
+
+from tests.models import random_batch, small_config
+from unit_fast import ops
+from unit_fast.config import DecoderConfig, EncoderConfig, TextConfig
+from unit_fast.model.unit import UniT
+from unit_fast.tasks import TASKS
+
+CPU = pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1"))
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+def _config(dropout: float = 0.0):
+    """UniT's own head widths: 32 in the image encoder, 64 in the text encoder, 96 in the decoder."""
+    return small_config(
+        dropout=dropout,
+        encoder=EncoderConfig(width=64, layers=2, heads=2, ffn_width=48, dropout=dropout),
+        text=TextConfig(width=128, layers=2, heads=2, ffn_width=40, vocab_size=200, max_positions=140, dropout=dropout),
+        decoder=DecoderConfig(width=192, layers=2, heads=2, ffn_width=56, dropout=dropout, classifier_dropout=dropout),
+    )
+
+
+def _run(model, batch, matching=None) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """Outputs, loss terms and gradients by name; the matching that was used."""
+    model.zero_grad()
+    out = model(batch)
+    if matching is None and out.logits is not None:
+        matching = model.match(out, batch)
+    losses = model.losses(out, batch, matching)
+    sum(losses.values()).backward()
+    values = {"hidden_states": out.hidden_states, "logits": out.logits, "boxes": out.boxes, "scores": out.scores}
+    values |= losses | {f"grad/{n}": p.grad for n, p in model.named_parameters()}
+    return {k: v.detach().double().cpu() for k, v in values.items() if v is not None}, matching
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+@pytest.mark.parametrize("name", TASKS)
+def test_equals_the_reference(name, device):
+    torch.manual_seed(0)
+    model = UniT(_config()).train()
+    exact_model = UniT(_config()).double().train()
+    exact_model.load_state_dict({k: v.double() if v.is_floating_point() else v for k, v in model.state_dict().items()})
+    model.to(device)
+    batch = random_batch(name, model.config)
+    wide = random_batch(name, model.config, dtype=torch.float64)
+    for field in ("image", "boxes", "answer_scores"):  # the same numbers in both precisions
+        if getattr(batch, field) is not None:
+            setattr(wide, field, getattr(batch, field).double())
+    batch = batch.to(device)
+    with ops.kernels("reference"):
+        exact, matching = _run(exact_model, wide)
+        on_device = None if matching is None else matching.to(device)
+        eager, _ = _run(model, batch, on_device)
+    with ops.kernels("fused"):
+        ours, _ = _run(model, batch, on_device)
+    assert ours.keys() == exact.keys() == eager.keys()
+    # A model adds up errors of many operators: judge each kind of value by its worst relative error over all tensors.
+    for kind in ("grad/", ""):
+        keys = [k for k in exact if k.startswith("grad/") == bool(kind) and exact[k].abs().max() > 0]
+        errors = {
+            which: max(float((values[k] - exact[k]).abs().max() / exact[k].abs().max()) for k in keys)
+            for which, values in (("ours", ours), ("eager", eager))
+        }
+        band = 4 * torch.finfo(torch.float32).eps
+        assert errors["ours"] <= 2 * errors["eager"] + band, (kind or "values", errors)
+        zero = [k for k in exact if k.startswith("grad/") == bool(kind) and k not in keys]
+        assert all(ours[k].abs().max() <= 1e-6 for k in zero)
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+@pytest.mark.parametrize("name", ["detection_coco", "vqa2", "glue_qnli"])
+def test_dropout_replays_from_the_seed(name, device):
+    """One step twice from one state of the generator is bit-equal; another state gives other values."""
+    torch.manual_seed(0)
+    model = UniT(_config(dropout=0.2)).train().to(device)
+    batch = random_batch(name, model.config).to(device)
+    steps = []
+    with ops.kernels("fused"):
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            steps.append(_run(model, batch)[0])
+    first, same, other = steps
+    assert all(torch.equal(first[k], same[k]) for k in first)
+    assert not torch.equal(first["hidden_states"], other["hidden_states"])
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_every_operator_that_has_a_kernel_runs_it(device, monkeypatch):
+    monkeypatch.setattr(ops, "_logged", set())
+    torch.manual_seed(0)
+    model = UniT(_config(dropout=0.2)).train().to(device)
+    with ops.kernels("fused"):
+        for name in ("detection_coco", "vqa2", "glue_qnli"):
+            _run(model, random_batch(name, model.config).to(device))
+    taken = {op: how for op, how, _ in ops._logged}
+    fused = {row.op for row in ops.implementations() if "fused" in row.implementations}
+    assert {op for op, how in taken.items() if how == "fused"} == fused
