@@ -17,8 +17,10 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 demo: venv
 	$(BIN)/unit-fast demo
 
+# The second run takes the Triton kernels through Triton's interpreter, which must be chosen before Python starts.
 test: venv
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/test_fused_model.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ def test_thirty_real_coco_images_are_overfitted(tmp_path):
     coco = {"detection_coco": config.model.tasks["detection_coco"]}
     config = dataclasses.replace(
         config,
-        threads=2,
+        threads=1,
         batch_per_process=10,
         log_every=1,
         eval_split="train",

@@ -94,5 +94,5 @@ def get_task(name: str) -> Task:
     """The task called ``name`` (data set key or short name). ``UserError`` with the nearest names otherwise."""
     found = TASKS.get(name) or _SHORT.get(name)
     if found is None:
-        raise UserError(f"unknown task {name!r}; {nearest(name, [*_SHORT, *TASKS])}")
+        raise UserError(f"unknown task {name!r}; {nearest(name, dict.fromkeys([*_SHORT, *TASKS]))}")
     return found
