@@ -1,0 +1,355 @@
+"""Kernels without a card: what a launcher launches, and the binary that comes of it for sm_80 and sm_90.
+
+``record`` runs a launcher on fake CUDA tensors and keeps every launch as Triton's own ``run`` would specialise it
+(types, constants, which integers and pointers are divisible by 16), so that what ``assemble`` compiles is the binary
+that runs. Registers and stack come from ``cuobjdump``, spilled bytes from the ``ptxas`` run that made the binary,
+shared memory from Triton's metadata (``cuobjdump`` does not see dynamic shared memory), instructions from ``nvdisasm``;
+all of these tools are in Triton's wheel. Compiling happens in child processes with a time limit and is cached by the
+source of the kernel and everything else the binary depends on.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+from torch._subclasses import FakeTensorMode
+from unit_fast_kernels import _assemble_worker, _tuned
+from unit_fast_kernels._triton import INTERPRETING, WHY_NOT, triton
+
+ARCHITECTURES = {"sm_80": ("a100",), "sm_90": ("h100", "h200")}
+"""Architecture -> the cards whose launch parameters are assembled for it."""
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+"""Bytes of shared memory that one block may use."""
+_SHARED_TOTAL = {"sm_80": 164 * 1024, "sm_90": 228 * 1024}
+MAX_WARPS = 64
+LIMIT_SECONDS = 60.0
+
+
+class AssemblyError(RuntimeError):
+    """A kernel did not compile, or not in time; the message names kernel, architecture and launch."""
+
+
+def require() -> None:
+    """``AssemblyError`` with the remedy where kernels cannot be assembled."""
+    if triton is None:
+        raise AssemblyError(WHY_NOT)
+    if INTERPRETING:
+        raise AssemblyError("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
+
+
+# ------------------------------------------------------------------------------------------------------------ record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One launch of a kernel, specialised as Triton specialises it."""
+
+    kernel: str
+    """``module:function``."""
+    source: str
+    """Hash of the kernel's source and of the functions it calls."""
+    signature: Mapping[str, str]
+    """Argument -> ``*bf16``, ``i32``, ``fp32``, ``constexpr`` ..."""
+    constexprs: Mapping[str, object]
+    """Constants, and the integers that are 1 and pointers that are None; a dtype is {"dtype": name}."""
+    aligned: tuple[str, ...]
+    """Arguments known to be divisible by 16."""
+    options: Mapping[str, object]
+    """``num_warps``, ``num_stages`` ... as the launcher gave them."""
+    grid: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The kernel's function without its module."""
+        return self.kernel.partition(":")[2]
+
+    @property
+    def warps(self) -> int:
+        """Warps in a block."""
+        return int(self.options.get("num_warps", 4))
+
+    @property
+    def programs(self) -> int:
+        """Blocks of the grid."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    def job(self, arch: str) -> dict:
+        """What the child process gets: everything that the binary depends on, but for the source."""
+        return {
+            "kernel": self.kernel, "arch": int(arch.removeprefix("sm_")), "signature": dict(self.signature),
+            "constexprs": dict(self.constexprs), "aligned": list(self.aligned), "options": dict(self.options),
+        }  # fmt: skip
+
+    def key(self, arch: str) -> str:
+        """Hash of everything that the binary and its figures depend on."""
+        parts = [self.job(arch), self.source, triton.__version__, _taker()]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _taker() -> str:
+    """The source of the child process: another one may take other figures."""
+    return Path(_assemble_worker.__file__).read_text(encoding="utf-8")
+
+
+def _plain(value):
+    if isinstance(value, triton.language.constexpr):
+        value = value.value
+    if isinstance(value, triton.language.dtype):
+        return {"dtype": value.name}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a constant of a kernel is a {type(value).__name__}; it must be a number, string or dtype")
+
+
+class _Pointer:
+    """A fake tensor as Triton's specialisation looks at it; allocations are aligned to more than 16 bytes."""
+
+    def __init__(self, tensor):
+        self.dtype, self._offset = tensor.dtype, tensor.storage_offset() * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self._offset
+
+
+def _launch(function, arguments, grid, keywords) -> Launch:
+    """The launch ``function[grid](*arguments, **keywords)``, through the code that Triton specialises with."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", 80, 32))
+    binder = create_function_from_signature(function.signature, function.params, backend)
+    pointers = [_Pointer(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+    named = {k: _Pointer(x) if isinstance(x, torch.Tensor) else x for k, x in keywords.items()}
+    bound, specialization, _ = binder(*pointers, **named)
+    given = {k: v for k, v in keywords.items() if k not in bound}
+    _, signature, constexprs, attributes = function._pack_args(backend, dict(given), bound, specialization, None)
+    if any(len(path) != 1 for path in (*constexprs, *attributes)):
+        raise TypeError(f"{function.__name__}: a kernel takes no tuples as arguments")
+    names = [p.name for p in function.params]
+    grid = grid(bound) if callable(grid) else tuple(grid)
+    return Launch(
+        kernel=f"{function.__module__}:{function.__name__}",
+        source=function.cache_key,
+        signature=signature,
+        constexprs={names[path[0]]: _plain(value) for path, value in constexprs.items()},
+        aligned=tuple(names[path[0]] for path, value in attributes.items() if value),
+        options={k: _plain(v) for k, v in given.items()},
+        grid=(*grid, 1, 1)[:3],
+    )
+
+
+def record(function: Callable[[], object], card: str, into: list[Launch] | None = None) -> list[Launch]:
+    """The launches that ``function()`` makes, with the launch parameters of ``card``; nothing runs on a device.
+
+    ``function`` makes its tensors itself, on ``cuda:0``: they are fake within the call. The launches are appended to
+    ``into``, as they come, and returned.
+    """
+    require()
+    from triton.runtime.jit import JITFunction
+
+    launches = [] if into is None else into
+
+    def run(self, *arguments, grid, warmup, **keywords):
+        launches.append(_launch(self, arguments, grid, keywords))
+
+    original = JITFunction.run
+    JITFunction.run = run
+    try:
+        with _tuned.assume(card), FakeTensorMode():
+            function()
+    finally:
+        JITFunction.run = original
+    return launches
+
+
+# ---------------------------------------------------------------------------------------------------------- assemble
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembled:
+    """The binary of one launch."""
+
+    arch: str
+    warps: int
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    shared_bytes: int
+    ptx_bytes: int
+    instructions: Mapping[str, int]
+    """Opcode -> how many the whole kernel has."""
+    loops: tuple[Mapping[str, int], ...]
+    """The same of each innermost loop."""
+
+    @property
+    def resident_warps(self) -> int:
+        """Warps that fit on a multiprocessor at once, of 64; 0 where not even one block does."""
+        return resident_warps(self.arch, self.registers, self.shared_bytes, self.warps)
+
+    @property
+    def occupancy(self) -> float:
+        """``resident_warps`` as a share of 64."""
+        return self.resident_warps / MAX_WARPS
+
+
+def resident_warps(arch: str, registers: int, shared_bytes: int, warps: int) -> int:
+    """Warps of a multiprocessor that blocks of ``warps`` warps fill: 65536 registers in four parts, given out in 256 a
+    warp, shared memory in 128 bytes with 1 KiB a block for the system, at most 32 blocks and 64 warps."""
+    if shared_bytes > SHARED_LIMIT[arch]:
+        return 0
+    a_warp = -(-32 * registers // 256) * 256
+    by_registers = 4 * (16384 // a_warp) // warps if a_warp else MAX_WARPS
+    by_shared = _SHARED_TOTAL[arch] // (-(-shared_bytes // 128) * 128 + 1024)
+    return warps * min(by_registers, by_shared, MAX_WARPS // warps, 32)
+
+
+def cache_folder() -> Path:
+    """Where assembled figures are kept: ``unit_fast/assembly`` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "unit_fast" / "assembly"
+
+
+class _Worker:
+    """A child process that compiles one launch after the other."""
+
+    def __init__(self, folder: str):
+        # Variables that change what the compiler does would give other binaries than a clean environment.
+        prefixes = ("TRITON_", "MLIR_", "LLVM_", "DISABLE_", "PTXAS_", "NVPTX_")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(prefixes)}
+        environment |= {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+        environment |= {"TRITON_CACHE_DIR": folder, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "unit_fast_kernels._assemble_worker"], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def answer(self, job: dict, limit: float) -> dict | None:
+        """The worker's answer, None when it did not come within ``limit`` seconds or the worker died."""
+        try:
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        if not select.select([self.process.stdout], [], [], limit)[0]:
+            return None
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def kill(self) -> int | None:
+        """End the process and what it started; its exit status where it had ended by itself."""
+        status = self.process.poll()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+        return status
+
+
+def _told(launch: Launch, arch: str) -> str:
+    constants = ", ".join(f"{k}={v}" for k, v in launch.constexprs.items())
+    options = ", ".join(f"{k}={v}" for k, v in launch.options.items())
+    return f"{launch.name} for {arch} ({options}; {constants})"
+
+
+def assemble_all(
+    wanted: Iterable[tuple[Launch, str]],
+    *,
+    workers: int | None = None,
+    limit_seconds: float = LIMIT_SECONDS,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Assembled]:
+    """Assemble every (launch, architecture); what is not cached is compiled in parallel. Keyed by ``Launch.key(arch)``.
+
+    ``progress(done, all)`` counts different binaries. ``AssemblyError`` for the first that cannot be made.
+    """
+    require()
+    jobs = {launch.key(arch): (launch, arch) for launch, arch in wanted}
+    found: dict[str, dict] = {key: figures for key in jobs if (figures := _cached(key)) is not None}
+    missing = {key: job for key, job in jobs.items() if key not in found}
+    tell = progress or (lambda done, total: None)
+    tell(len(found), len(jobs))
+    if missing:
+        _compile(missing, workers or max(2, min(8, len(os.sched_getaffinity(0)))), limit_seconds, found, tell)
+    return {
+        key: Assembled(arch=arch, warps=launch.warps, **{**found[key], "loops": tuple(found[key]["loops"])})
+        for key, (launch, arch) in jobs.items()
+    }
+
+
+def _compile(missing, workers: int, limit_seconds: float, found: dict, tell) -> None:
+    """Add the figures of ``missing`` {key: (launch, arch)} to ``found``."""
+    total = len(found) + len(missing)
+    started: list[_Worker] = []
+    idle: SimpleQueue[_Worker | None] = SimpleQueue()
+
+    def one(key: str, launch: Launch, arch: str) -> tuple[str, dict]:
+        worker = idle.get()
+        if worker is None:
+            worker = _Worker(folder)
+            started.append(worker)
+        answer = worker.answer(launch.job(arch), limit_seconds)
+        if answer is None:
+            status = worker.kill()
+            idle.put(None)
+            why = f"did not compile within {limit_seconds:g} s" if status is None else f"ended its compiler ({status})"
+            raise AssemblyError(f"{_told(launch, arch)} {why}")
+        idle.put(worker)
+        if "error" in answer:
+            raise AssemblyError(f"{_told(launch, arch)} does not compile: {answer['error']}")
+        _keep(key, answer)
+        return key, answer
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        count = min(len(missing), workers)
+        for _ in range(count):
+            idle.put(None)
+        pool = ThreadPoolExecutor(count)
+        try:
+            for done in as_completed([pool.submit(one, key, *job) for key, job in missing.items()]):
+                key, answer = done.result()
+                found[key] = answer
+                tell(len(found), total)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in list(started):
+                worker.kill()
+            pool.shutdown()
+
+
+def assemble(launch: Launch, arch: str, **options) -> Assembled:
+    """``assemble_all`` for one."""
+    return assemble_all([(launch, arch)], **options)[launch.key(arch)]
+
+
+def _cached(key: str) -> dict | None:
+    try:
+        return json.loads((cache_folder() / f"{key}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # absent, or cut off by a crash: compile again
+        return None
+
+
+def _keep(key: str, figures: dict) -> None:
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".new", delete=False, encoding="utf-8") as file:
+            json.dump(figures, file)
+        os.replace(file.name, folder / f"{key}.json")
+    except OSError:  # a read-only home: the next run compiles again
+        return
