@@ -116,12 +116,13 @@ class Row:
     assembled: Assembled
 
     @property
-    def _size(self):
+    def size(self) -> tuple:
+        """The numbers behind the shape's name."""
         return module(self.planned.op).SHAPES[self.planned.shape]
 
     def _work(self, what: str, *arguments) -> float:
         suffix = "_bwd" if "bwd" in self.planned.operator else ""
-        return getattr(module(self.planned.op), what + suffix)(self._size, *arguments)
+        return getattr(module(self.planned.op), what + suffix)(self.size, *arguments)
 
     @cached_property
     def bytes(self) -> int:
@@ -166,7 +167,7 @@ class Row:
         """How often a warp goes through the hot loop, summed over all warps: all scores of the shape are computed."""
         if self.scores_per_thread is None:
             return None
-        return module(self.planned.op).scores(self._size) / (32 * self.scores_per_thread)
+        return module(self.planned.op).scores(self.size) / (32 * self.scores_per_thread)
 
     def issue_us(self, card: str) -> float | None:
         """Time to issue the hot loop's instructions for all scores, or, of a kernel without a loop, all of its own.

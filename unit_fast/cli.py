@@ -1,7 +1,7 @@
 """``unit-fast``: parse, call, print.
 
-Exit codes: 0 done, 1 ``data check`` found errors, 2 a mistake in the input, 3 training was not finite, 5 out of memory,
-75 stopped and saved (``--resume auto`` goes on), 130 stopped at once.
+Exit codes: 0 done, 1 ``data check`` found errors or ``kernels`` a budget exceeded, 2 a mistake in the input, 3 training
+was not finite, 5 out of memory, 75 stopped and saved (``--resume auto`` goes on), 130 stopped at once.
 """
 
 import json
@@ -162,6 +162,35 @@ def _env(arguments: list[str], prog: str) -> int:
     return 0
 
 
+@dataclass(kw_only=True)
+class Kernels:
+    """Assemble every Triton kernel for A100 and H100/H200 and print what it takes and what it could reach.
+
+    Needs no GPU. Exit code 1 if a kernel takes more than its budget.
+    """
+
+    op: str | None = None
+    """Only these operators, e.g. attention,residual_norm; default all."""
+    arch: str | None = None
+    """sm_80 (A100), sm_90 (H100, H200) or both, the default."""
+    dtype: str | None = None
+    """bfloat16, float16, float32; default all."""
+    json: bool = False
+    """Print a list of JSON objects."""
+
+
+def _kernels(arguments: list[str], prog: str) -> int:
+    command = parse(Kernels, arguments, prog=prog)
+    from unit_fast.report.kernels import as_object, assembled_rows, show
+
+    rows, wrong = assembled_rows(command.op, command.arch, command.dtype)
+    if command.json:
+        print(json.dumps([as_object(row) for row in rows], indent=1))
+    else:
+        show(rows, wrong)
+    return 1 if wrong else 0
+
+
 COMMANDS = {
     "demo": (run_demo, "generate a world, train all eight tasks on it, write a report"),
     "train": (run_train, "train a recipe"),
@@ -171,5 +200,6 @@ COMMANDS = {
     "data generate": (_data_generate, "write the generated eight-task world"),
     "recipes": (_recipes, "list the recipes, or print one as JSON"),
     "convert": (run_convert, "weights of MMF, DETR, torchvision and BERT to ours and back"),
+    "kernels": (_kernels, "assemble the Triton kernels without a GPU: registers, spills, bounds"),
     "env": (_env, "versions and machine, to paste into an issue"),
 }
