@@ -30,6 +30,7 @@ from rich.panel import Panel
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks import _tune
 from benchmarks._machine import ROOT, environment, peak_resident, percent_of_peak
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -327,10 +328,17 @@ def main(
 ) -> int:
     """Run a benchmark. ``build`` gets the parsed options; ``options`` is its parser (default: the common one).
 
+    A benchmark that is called as its op is (``bench_<op>``) has ``--tune`` where the op has launch parameters to try.
     Exit status: 0, or 1 when the gate refused a provider (no figure is printed then), 2 on a wrong option.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    args = (options or parser(build.__doc__ or "")).parse_args(arguments)
+    options = options or parser(build.__doc__ or "")
+    op = _tune.op_of(_module_of(build))
+    if op is not None:
+        _tune.add_tune(options)
+    args = options.parse_args(arguments)
+    if op is not None and args.tune:
+        return _tune.main(op)
     if args.quick:
         args.rounds, args.warmup = min(args.rounds, 2), 1
     if args.rounds < 1 or args.threads < 1:
@@ -376,6 +384,12 @@ def main(
     if benchmark.summary is not None:
         benchmark.summary(all_rows, console)
     return 0
+
+
+def _module_of(build: Callable) -> str:
+    """The module of a benchmark, also where it was started with ``python -m``."""
+    specification = getattr(sys.modules.get(build.__module__), "__spec__", None)
+    return specification.name if specification else build.__module__
 
 
 def append(rows: Sequence[dict], path: Path) -> None:

@@ -17,6 +17,9 @@ import torch
 FOLDER = Path(__file__).resolve().parent / "tuned"
 CARDS = ("a100", "h100", "h200")
 _assumed: contextvars.ContextVar[str | None] = contextvars.ContextVar("unit_fast_card", default=None)
+_tried: contextvars.ContextVar[Mapping[tuple[str, str], Mapping[str, int]] | None] = contextvars.ContextVar(
+    "unit_fast_tried", default=None
+)
 
 
 @contextlib.contextmanager
@@ -29,6 +32,16 @@ def assume(card: str):
         yield
     finally:
         _assumed.reset(token)
+
+
+@contextlib.contextmanager
+def trying(parameters: Mapping[tuple[str, str], Mapping[str, int]]):
+    """Within the block launchers take these, by (operator, bucket), instead of what the table says: for tuning."""
+    token = _tried.set(parameters)
+    try:
+        yield
+    finally:
+        _tried.reset(token)
 
 
 @functools.cache
@@ -72,7 +85,10 @@ def table(card_name: str) -> Mapping[str, Mapping[str, Mapping[str, int]]]:
 
 def launch_parameters(op: str, bucket: str, default: Mapping[str, int], device: torch.device) -> dict[str, int]:
     """``default`` with what the table of ``device`` says for (op, bucket); keys unknown to ``default`` are an error."""
-    found = table(card(device)).get(op, {}).get(bucket, {})
+    tried = _tried.get()
+    found = None if tried is None else tried.get((op, bucket))
+    if found is None:
+        found = table(card(device)).get(op, {}).get(bucket, {})
     unknown = set(found) - set(default)
     if unknown:
         raise ValueError(

@@ -1,0 +1,235 @@
+"""Tuning: what is timed, what is left out, what is written; the suite for a machine with a card."""
+
+import argparse
+import json
+import sys
+from io import StringIO
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from unit_fast_kernels import _tuned
+from unit_fast_kernels._op import REGISTERED
+
+from benchmarks import _run, _tune, gpu_suite
+
+CPU = torch.device("cpu")
+
+# -------------------------------------------------------------------------------------------------------------- tuning
+
+
+class Op:
+    """An op with one operator and two entries; its launcher notes what it was launched with."""
+
+    SHAPES = {"small": (8,), "large": (64,), "larger": (80,)}
+
+    def __init__(self, monkeypatch):
+        self.launched = []
+        monkeypatch.setitem(REGISTERED, "planted_fwd", SimpleNamespace(launch=self.launch))
+
+    @staticmethod
+    def bucket(size):
+        return "few" if size < 10 else "many"
+
+    def launch(self, x, factor):
+        taken = _tuned.launch_parameters("planted", self.bucket(len(x)), {"block": 4, "warps": 1}, CPU)
+        if taken["block"] == 999:
+            raise RuntimeError("out of resource: shared memory")
+        self.last = taken
+        self.launched.append((len(x), taken["block"], taken["warps"]))
+        return x * factor + (1.0 if taken["block"] == 666 else 0.0)
+
+    def launches(self, shape, dtype, device):
+        return [("planted_fwd", (torch.ones(*shape, dtype=dtype, device=device), 2.0))]
+
+    def candidates(self, shape):
+        blocks = (4, 8, 16, 666, 999)
+        return [
+            {"op": "planted", "bucket": self.bucket(shape[0]), "parameters": {"block": b, "warps": w}}
+            for b in blocks
+            for w in (1, 2)
+        ]
+
+
+@pytest.fixture
+def op(monkeypatch, tmp_path):
+    monkeypatch.setattr(_tuned, "FOLDER", tmp_path)
+    _tuned.table.cache_clear()
+    yield Op(monkeypatch)
+    _tuned.table.cache_clear()
+
+
+def timer_for(op, milliseconds):
+    def timer(function):
+        function()
+        return milliseconds(op.last["block"], op.last["warps"])
+
+    return timer
+
+
+def tuned(op, tmp_path, milliseconds, allowed=lambda *arguments: True):
+    console = Console(file=StringIO(), width=120)
+    found = _tune.tune(
+        op, "h100", CPU, timer_for(op, milliseconds), console, allowed=allowed, folder=tmp_path, rounds=3
+    )
+    return found, console.file.getvalue()
+
+
+def test_entries_and_who_looks_them_up(op):
+    few, many = _tune.buckets(op, torch.float32, CPU)
+    assert (few.op, few.name, [c[0] for c in few.cases]) == ("planted", "few", ["small"])
+    assert (many.name, [c[0] for c in many.cases]) == ("many", ["large", "larger"])
+    assert few.candidates[0] == {"block": 4, "warps": 1}
+    assert len(few.candidates) == 10
+
+
+def test_candidates_that_nothing_looks_up_are_an_error(op, monkeypatch):
+    monkeypatch.setattr(Op, "SHAPES", {"small": (8,)})
+    monkeypatch.setattr(Op, "candidates", lambda self, shape: [{"op": "planted", "bucket": "x", "parameters": {}}])
+    with pytest.raises(ValueError, match="candidates for planted/x, which no launch"):
+        _tune.buckets(op, torch.float32, CPU)
+
+
+def test_the_fastest_is_written_and_used(op, tmp_path):
+    (tmp_path / "h100.json").write_text('{"other": {"b": {"warps": 8}}}')
+    found, said = tuned(op, tmp_path, lambda block, warps: 1.0 / (block + warps))
+    assert found == {("planted", "few"): {"block": 16, "warps": 2}, ("planted", "many"): {"block": 16, "warps": 2}}
+    assert json.loads((tmp_path / "h100.json").read_text()) == {
+        "other": {"b": {"warps": 8}},
+        "planted": {"few": {"block": 16, "warps": 2}, "many": {"block": 16, "warps": 2}},
+    }
+    assert list(tmp_path.iterdir()) == [tmp_path / "h100.json"]
+    assert "block=16, warps=2 <-" in said
+    assert "6 of 10 candidates ran" in said
+    with _tuned.assume("h100"):
+        assert _tuned.launch_parameters("planted", "few", {"block": 4, "warps": 1}, CPU) == {"block": 16, "warps": 2}
+
+
+def test_wrong_and_failing_candidates_are_left_out(op, tmp_path):
+    """Even where they would be the fastest by far."""
+    found, _ = tuned(op, tmp_path, lambda block, warps: 1.0 / block)
+    assert all(parameters["block"] == 16 for parameters in found.values())
+
+
+def test_what_does_not_fit_is_left_out(op, tmp_path):
+    found, _ = tuned(op, tmp_path, lambda block, warps: 1.0 / block, lambda m, b, p, card: p["block"] < 16)
+    assert all(parameters["block"] == 8 for parameters in found.values())
+    with pytest.raises(RuntimeError, match="planted/few: no candidate stays within the limits"):
+        tuned(op, tmp_path, lambda block, warps: 1.0, lambda *arguments: False)
+
+
+def test_an_illegal_access_is_not_a_candidate_left_out(op, tmp_path, monkeypatch):
+    def launch(x, factor):
+        taken = _tuned.launch_parameters("planted", op.bucket(len(x)), {"block": 4, "warps": 1}, CPU)
+        if taken["block"] == 8:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        op.last = taken
+        return x
+
+    monkeypatch.setitem(REGISTERED, "planted_fwd", SimpleNamespace(launch=launch))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tuned(op, tmp_path, lambda block, warps: 1.0)
+
+
+def test_rounds_are_interleaved(op, tmp_path):
+    few = _tune.buckets(op, torch.float32, CPU)[0]
+    few.candidates = few.candidates[:3]
+    op.launched.clear()
+    timed = _tune.time_candidates(few, timer_for(op, lambda block, warps: float(block)), rounds=2)
+    order = [(8, 4, 1), (8, 4, 2), (8, 8, 1)]
+    assert op.launched == [order[0], *order, *order, *order]  # the expected result, a run each, two rounds
+    assert [t.ratio for t in timed] == pytest.approx([1.0, 1.0, 2.0])
+
+
+def test_a_launcher_takes_what_is_tried():
+    default = {"block": 4}
+    with _tuned.trying({("planted", "few"): {"block": 8}}):
+        assert _tuned.launch_parameters("planted", "few", default, CPU) == {"block": 8}
+        assert _tuned.launch_parameters("planted", "many", default, CPU) == default
+        with pytest.raises(ValueError, match="'blok'"), _tuned.trying({("planted", "few"): {"blok": 8}}):
+            _tuned.launch_parameters("planted", "few", default, CPU)
+    assert _tuned.launch_parameters("planted", "few", default, CPU) == default
+
+
+@pytest.mark.parametrize("card", _tuned.CARDS)
+def test_every_card_has_a_table(card):
+    assert isinstance(json.loads((_tuned.FOLDER / f"{card}.json").read_text(encoding="utf-8")), dict)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a card says")
+def test_without_a_card_there_is_one_clear_line(capsys, monkeypatch):
+    def build(args):
+        raise AssertionError("nothing may be built")
+
+    monkeypatch.setattr(_tune, "op_of", lambda module: "residual_norm")
+    assert _run.main(build, ["--tune"]) == 2
+    assert capsys.readouterr().err == (
+        "--tune needs a CUDA device: it times the kernels on the card; this machine has none\n"
+    )
+
+
+def test_only_benchmarks_of_ops_have_the_option(monkeypatch):
+    assert _tune.op_of("benchmarks.bench_residual_norm") == "residual_norm"
+    assert _tune.op_of("benchmarks.bench_step") is None
+    assert _tune.op_of("benchmarks.residual_norm") is None
+    parser = argparse.ArgumentParser()
+    _tune.add_tune(parser)
+    assert parser.parse_args(["--tune"]).tune
+
+
+# --------------------------------------------------------------------------------------------------------------- suite
+
+
+def script(code):
+    return (sys.executable, "-c", code)
+
+
+def test_the_suite_keeps_what_it_has(tmp_path, capsys):
+    sleep = "import subprocess, sys, time; subprocess.Popen(['sleep', '60']); print('here', flush=True); time.sleep(60)"
+    todo = [
+        gpu_suite.Step("fine", script("print('done')"), 60),
+        gpu_suite.Step("bad", script("raise SystemExit(3)"), 60),
+        gpu_suite.Step("long", script(sleep), 3),
+    ]
+    done = gpu_suite.run(todo, tmp_path, 600)
+    assert [(row["status"], row["exit_code"]) for row in done] == [("ok", 0), ("failed", 3), ("cut off", None)]
+    assert (tmp_path / "fine.log").read_text() == "done\n"
+    assert (tmp_path / "long.log").read_text() == "here\n"
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == done
+    assert summary["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert not (tmp_path / "summary.new").exists()
+
+
+def test_the_suite_ends_in_time(tmp_path):
+    done = gpu_suite.run([gpu_suite.Step("late", script("1"), 60)], tmp_path, 1)
+    assert [row["status"] for row in done] == ["not started"]
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == done
+
+
+def test_the_order_of_the_suite(tmp_path):
+    for name in ("bench_step", "bench_zeta", "bench_residual_norm", "bench_attention", "bench_alpha"):
+        (tmp_path / "benchmarks").mkdir(exist_ok=True)
+        (tmp_path / "benchmarks" / f"{name}.py").touch()
+    (tmp_path / "kernels").mkdir()
+    for op in ("alpha", "attention", "residual_norm", "zeta"):
+        (tmp_path / "kernels" / f"{op}.py").touch()
+    ordered = ["pytest", "bench_attention", "bench_residual_norm", "bench_alpha", "bench_zeta"]
+    found = gpu_suite.steps(tmp_path, quick=False, cuda=True, folder=tmp_path)
+    assert [step.name for step in found] == ordered
+    assert not any("--quick" in step.command for step in found)
+    found = gpu_suite.steps(tmp_path, quick=True, cuda=False, folder=tmp_path)
+    assert [step.name for step in found] == ordered[1:]
+    assert all("--quick" in step.command for step in found)
+    found = gpu_suite.steps(tmp_path, quick=True, cuda=False, folder=tmp_path, only=["bench_zeta"])
+    assert [step.name for step in found] == ["bench_zeta"]
+    with pytest.raises(ValueError, match="--only: unknown bench_eta; known: bench_attention"):
+        gpu_suite.steps(tmp_path, quick=True, cuda=False, folder=tmp_path, only=["bench_eta"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a card says")
+def test_the_suite_needs_a_card(tmp_path, capsys):
+    assert gpu_suite.main(["--out", str(tmp_path / "x")]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
