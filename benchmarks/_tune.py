@@ -71,21 +71,14 @@ class Bucket:
     op: str
     name: str
     candidates: list[dict[str, int]] = field(default_factory=list)
-    """The defaults first."""
+    """The launcher's default on this card first."""
     cases: list[tuple[str, str, tuple]] = field(default_factory=list)
     """(shape, registered operator, arguments) that look this entry up."""
 
 
-class _Asked(dict):
-    """No parameters, but a note of which were asked for."""
-
-    def __init__(self):
-        super().__init__()
-        self.keys_asked: list[tuple[str, str]] = []
-
-    def get(self, key, default=None):
-        self.keys_asked.append(key)
-        return default
+def _only(bucket: Bucket, parameters: Mapping[str, int]):
+    """Within the block the entry has these parameters, the others what they had."""
+    return _tuned.trying(lambda op, name, default: parameters if (op, name) == (bucket.op, bucket.name) else None)
 
 
 def buckets(module, dtype: torch.dtype, device: torch.device) -> list[Bucket]:
@@ -98,12 +91,14 @@ def buckets(module, dtype: torch.dtype, device: torch.device) -> list[Bucket]:
             if candidate["parameters"] not in bucket.candidates:
                 bucket.candidates.append(dict(candidate["parameters"]))
         for operator, arguments in module.launches(size, dtype, device):
-            asked = _Asked()
-            with _tuned.trying(asked):
+            asked: dict[tuple[str, str], dict[str, int]] = {}
+            with _tuned.trying(lambda op, name, default, asked=asked: asked.setdefault((op, name), dict(default))):
                 REGISTERED[operator].launch(*arguments)
-            for key in dict.fromkeys(asked.keys_asked):
+            for key, default in asked.items():
                 if key in found:
-                    found[key].cases.append((shape, operator, arguments))
+                    bucket = found[key]
+                    bucket.cases.append((shape, operator, arguments))
+                    bucket.candidates = [default, *(c for c in bucket.candidates if c != default)]
     unused = [f"{b.op}/{b.name}" for b in found.values() if not b.cases]
     if unused:
         raise ValueError(f"candidates for {', '.join(unused)}, which no launch of these shapes looks up")
@@ -111,7 +106,7 @@ def buckets(module, dtype: torch.dtype, device: torch.device) -> list[Bucket]:
 
 
 def _results(bucket: Bucket, parameters: Mapping[str, int]) -> list[list[torch.Tensor]]:
-    with _tuned.trying({(bucket.op, bucket.name): parameters}):
+    with _only(bucket, parameters):
         outputs = [REGISTERED[operator].launch(*arguments) for _, operator, arguments in bucket.cases]
     return [[x for x in (out if isinstance(out, tuple | list) else (out,)) if x is not None] for out in outputs]
 
@@ -166,7 +161,7 @@ def time_candidates(bucket: Bucket, timer: Callable, rounds: int = ROUNDS) -> li
     taken = [[[] for _ in bucket.cases] for _ in running]
     for _ in range(rounds):
         for number, parameters in enumerate(running):
-            with _tuned.trying({(bucket.op, bucket.name): parameters}):
+            with _only(bucket, parameters):
                 for case, (_, operator, arguments) in enumerate(bucket.cases):
                     launch = functools.partial(REGISTERED[operator].launch, *arguments)
                     taken[number][case].append(timer(launch))
@@ -189,7 +184,7 @@ def fits(module, bucket: Bucket, parameters: Mapping[str, int], card: str) -> bo
                 for operator, arguments in module.launches(module.SHAPES[shape], dtype, "cuda:0"):
                     REGISTERED[operator].launch(*arguments)
 
-        with _tuned.trying({(bucket.op, bucket.name): parameters}):
+        with _only(bucket, parameters):
             launches = _assemble.record(passes, card)
         for binary in _assemble.assemble_all([(launch, arch) for launch in launches]).values():
             spilled = binary.spill_bytes or binary.stack_bytes

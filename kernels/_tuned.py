@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,9 +17,7 @@ import torch
 FOLDER = Path(__file__).resolve().parent / "tuned"
 CARDS = ("a100", "h100", "h200")
 _assumed: contextvars.ContextVar[str | None] = contextvars.ContextVar("unit_fast_card", default=None)
-_tried: contextvars.ContextVar[Mapping[tuple[str, str], Mapping[str, int]] | None] = contextvars.ContextVar(
-    "unit_fast_tried", default=None
-)
+_tried: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("unit_fast_tried", default=None)
 
 
 @contextlib.contextmanager
@@ -35,8 +33,9 @@ def assume(card: str):
 
 
 @contextlib.contextmanager
-def trying(parameters: Mapping[tuple[str, str], Mapping[str, int]]):
-    """Within the block launchers take these, by (operator, bucket), instead of what the table says: for tuning."""
+def trying(parameters: Callable[[str, str, Mapping[str, int]], Mapping[str, int] | None]):
+    """Within the block launchers take what ``parameters(operator, bucket, default)`` returns instead of what the table
+    says, unless it is None: for tuning."""
     token = _tried.set(parameters)
     try:
         yield
@@ -86,7 +85,7 @@ def table(card_name: str) -> Mapping[str, Mapping[str, Mapping[str, int]]]:
 def launch_parameters(op: str, bucket: str, default: Mapping[str, int], device: torch.device) -> dict[str, int]:
     """``default`` with what the table of ``device`` says for (op, bucket); keys unknown to ``default`` are an error."""
     tried = _tried.get()
-    found = None if tried is None else tried.get((op, bucket))
+    found = None if tried is None else tried(op, bucket, default)
     if found is None:
         found = table(card(device)).get(op, {}).get(bucket, {})
     unknown = set(found) - set(default)

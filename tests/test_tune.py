@@ -142,14 +142,24 @@ def test_rounds_are_interleaved(op, tmp_path):
     assert [t.ratio for t in timed] == pytest.approx([1.0, 1.0, 2.0])
 
 
+def test_the_default_of_the_card_is_the_baseline(op, monkeypatch):
+    """Also where ``candidates`` does not know it or names another first."""
+    monkeypatch.setattr(
+        Op, "candidates", lambda self, shape: [
+            {"op": "planted", "bucket": self.bucket(shape[0]), "parameters": {"block": b, "warps": 1}} for b in (8, 4)
+        ],
+    )  # fmt: skip
+    assert _tune.buckets(op, torch.float32, CPU)[0].candidates == [{"block": 4, "warps": 1}, {"block": 8, "warps": 1}]
+
+
 def test_a_launcher_takes_what_is_tried():
     default = {"block": 4}
-    with _tuned.trying({("planted", "few"): {"block": 8}}):
+    with _tuned.trying(lambda op, bucket, given: {"block": 2 * given["block"]} if bucket == "few" else None):
         assert _tuned.launch_parameters("planted", "few", default, CPU) == {"block": 8}
         assert _tuned.launch_parameters("planted", "many", default, CPU) == default
-        with pytest.raises(ValueError, match="'blok'"), _tuned.trying({("planted", "few"): {"blok": 8}}):
-            _tuned.launch_parameters("planted", "few", default, CPU)
     assert _tuned.launch_parameters("planted", "few", default, CPU) == default
+    with pytest.raises(ValueError, match="'blok'"), _tuned.trying(lambda *given: {"blok": 8}):
+        _tuned.launch_parameters("planted", "few", default, CPU)
 
 
 @pytest.mark.parametrize("card", _tuned.CARDS)
