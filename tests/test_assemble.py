@@ -2,6 +2,8 @@
 
 import ast
 import json
+import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,63 @@ from unit_fast_kernels import _assemble, _bounds, _budgets
 from tests.planted_kernels import launch_matmul, launch_scale, needs_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# ---------------------------------------------------------------------------------------------------- every kernel
+
+
+def representative(op: str, dtype: str, shape: str) -> bool:
+    """What CI assembles: bf16 of every shape, the other dtypes of the op's first. The rest is marked long."""
+    return dtype == "bfloat16" or shape == next(iter(_budgets.module(op).SHAPES))
+
+
+def assert_within_budget(rows):
+    wrong, better = _budgets.check(rows, _budgets.load())
+    if better:
+        warnings.warn("better than its budget: " + "; ".join(better), stacklevel=2)
+    assert not wrong, "\n".join(wrong)
+
+
+@needs_compiler
+@pytest.mark.parametrize("op", _budgets.ops())
+def test_kernels_assemble_within_their_budgets(op):
+    assert_within_budget(_budgets.rows(_budgets.plan([op], wanted=representative)))
+
+
+@needs_compiler
+@pytest.mark.long
+@pytest.mark.parametrize("op", _budgets.ops())
+def test_all_dtypes_of_all_shapes_assemble_within_their_budgets(op):
+    assert_within_budget(_budgets.rows(_budgets.plan([op])))
+
+
+@pytest.fixture(scope="module")
+def everything():
+    """All launches of all ops, recorded and not assembled."""
+    return _budgets.plan()
+
+
+@needs_compiler
+def test_the_table_has_exactly_what_is_launched(everything):
+    def places(table, place=()):
+        if len(place) == 4:
+            return {place}
+        return {found for key in table for found in places(table[key], (*place, key))}
+
+    assert places(_budgets.load()) == {planned.place for planned in everything}
+
+
+@needs_compiler
+def test_every_kernel_and_operator_takes_part(everything):
+    """No kernel is left out because no shape launches it."""
+    kernels, operators = set(), set()
+    for path in (ROOT / "kernels").glob("*.py"):
+        module = _budgets.module(path.stem)
+        kernels |= {name for name in vars(module) if name.endswith("_kernel") and hasattr(module, "jit")}
+        operators |= set(re.findall(r"register\(\s*\"(\w+)\"", path.read_text(encoding="utf-8")))
+    assert {planned.launch.name for planned in everything} == kernels
+    assert {planned.operator for planned in everything} == operators
+    assert {planned.arch for planned in everything} == set(_assemble.ARCHITECTURES)
+
 
 # ----------------------------------------------------------------------------------------------- what must be caught
 

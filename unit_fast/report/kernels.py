@@ -17,7 +17,7 @@ from unit_fast_kernels._assemble import ARCHITECTURES, AssemblyError, require
 from unit_fast.errors import UserError, nearest
 
 WIDTH = 150
-"""Characters a line where the output is no terminal."""
+"""Least characters a line: narrower terminals wrap, so that nothing is cut."""
 
 
 def choose(text: str | None, known: Sequence[str], option: str) -> list[str]:
@@ -90,21 +90,20 @@ def as_object(row: _budgets.Row) -> dict:
 
 
 def show(rows: Sequence[_budgets.Row], wrong: Sequence[str]) -> None:
-    """Print the table of each op, the instructions per score of those that have scores, and whether budgets hold."""
+    """Print the table of each op and architecture, the instructions per score of those that have scores, and whether
+    budgets hold."""
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
+    console = Console(highlight=False, width=max(WIDTH, console.width))
     objects = [as_object(row) for row in rows]
-    for op in dict.fromkeys(found["op"] for found in objects):
-        here = [found for found in objects if found["op"] == op]
-        console.print(_resources(op, here))
+    for op, arch in dict.fromkeys((found["op"], found["arch"]) for found in objects):
+        here = [found for found in objects if (found["op"], found["arch"]) == (op, arch)]
+        console.print(_resources(f"{op}, {arch}; us: {' / '.join(ARCHITECTURES[arch]).upper()}", here))
         if any(found["per_score"] for found in here):
-            console.print(_scores(op, [found for found in here if found["per_score"]]))
+            console.print(_scores(f"{op}, {arch}: instructions per score", [x for x in here if x["per_score"]]))
     console.print(
-        "occ: warps that fit on a multiprocessor, of 64. MB, GFLOP, roofline: of the whole forward or backward pass. "
-        "issue: one instruction a cycle\nand scheduler; pipes: the four arithmetic pipes' busy times added up; both of "
-        "the one kernel, - where its loops cannot be counted. us are\nA100 on sm_80, H100 / H200 on sm_90: arithmetic "
-        "on assembled code, not measured."
+        "occ: warps that fit on a multiprocessor, of 64. MB, GFLOP, roofline: of the whole forward or backward pass.\n"
+        "issue: one instruction a cycle and scheduler; pipes: busy times of the four arithmetic pipes added up; both\n"
+        "of the one kernel, - where its loops cannot be counted. Arithmetic on assembled code, not measured."
     )
     for line in wrong:
         console.print(f"[red]over budget:[/] {line}", soft_wrap=True)
@@ -115,41 +114,52 @@ def show(rows: Sequence[_budgets.Row], wrong: Sequence[str]) -> None:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for column in columns:
-        left = column in ("kernel", "arch", "dtype", "shape")
+        left = column in ("kernel", "dtype", "shape")
         table.add_column(column, justify="left" if left else "right", no_wrap=True)
     return table
 
 
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
 def _labels(found: dict) -> tuple[str, ...]:
-    return found["kernel"].strip("_"), found["arch"], found["dtype"], found["shape"]
+    name = found["kernel"].strip("_").removeprefix(f"{found['op']}_").removesuffix("_kernel")
+    return name, _SHORT[found["dtype"]], found["shape"]
 
 
 def _times(by_card: dict | None) -> str:
     return "-" if by_card is None else " / ".join(f"{us:.3g}" if us < 1000 else f"{us:.0f}" for us in by_card.values())
 
 
-def _resources(op: str, objects: Sequence[dict]) -> Table:
+def _resources(title: str, objects: Sequence[dict]) -> Table:
     table = _table(
-        op, "kernel", "arch", "dtype", "shape", "warps", "reg", "spill", "shared", "occ", "MB", "GFLOP", "roofline us",
-        "issue us", "pipes us",
+        title, "kernel", "dtype", "shape", "warps", "reg", "spill", "shared", "occ", "issue us", "pipes us", "MB",
+        "GFLOP", "roofline us",
     )  # fmt: skip
+    last = None
     for found in objects:
+        whole = tuple(found[key] for key in ("operator", "dtype", "shape"))  # said once for the kernels of a pass
         table.add_row(
             *_labels(found),
             str(found["warps"]),
             str(found["registers"]),
             str(found["spill_bytes"]),
-            f"{found['shared_bytes'] / 1024:.1f} K",
+            f"{found['shared_bytes'] / 1024:.0f} K",
             str(found["resident_warps"]),
-            f"{found['bytes'] / 1e6:.4g}",
-            f"{found['flops'] / 1e9:.3g}",
-            *(_times(found[key]) for key in ("bound_us", "issue_us", "pipes_us")),
+            _times(found["issue_us"]),
+            _times(found["pipes_us"]),
+            *(
+                ()
+                if whole == last
+                else (f"{found['bytes'] / 1e6:.4g}", f"{found['flops'] / 1e9:.3g}", _times(found["bound_us"]))
+            ),
         )
+        last = whole
     return table
 
 
-def _scores(op: str, objects: Sequence[dict]) -> Table:
-    table = _table(f"{op}: instructions per score", "kernel", "arch", "dtype", "shape", "sum", *_bounds.PIPES)
+def _scores(title: str, objects: Sequence[dict]) -> Table:
+    table = _table(title, "kernel", "dtype", "shape", "sum", *_bounds.PIPES)
     for found in objects:
         counts = (found["instructions_per_score"], *found["per_score"].values())
         table.add_row(*_labels(found), *(f"{count:.2f}" for count in counts))
