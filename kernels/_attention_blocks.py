@@ -138,6 +138,12 @@ def query_columns(BM: tl.constexpr):
 
 
 @jit
+def column_of_query(i):
+    """Where ``query_columns`` puts query i."""
+    return (i // 16) * 16 + (i % 8) * 2 + i % 16 // 8
+
+
+@jit
 def blocks_of(count, BN: tl.constexpr):
     """(number of blocks whose keys are all real, number of blocks with a real key)."""
     full = (count // 128) * (128 // BN)
@@ -160,9 +166,41 @@ def random_words(head, query, key, seed_ptr, BM: tl.constexpr, BN: tl.constexpr)
     w3 = w3.reshape(BM // 16, 1, 8, BN // 32, 1, 8, 1)
     # Which word is a matter of the place alone: in tensor-core layouts these selects fold away (a join would not).
     first = tl.arange(0, 2) == 0
-    i8, j8 = first.reshape(1, 2, 1, 1, 1, 1, 1), first.reshape(1, 1, 1, 1, 2, 1, 1)
+    i8, j8 = first[None, :, None, None, None, None, None], first[None, None, None, None, :, None, None]
     words = tl.where(i8, tl.where(j8, w0, w1), tl.where(j8, w2, w3))
     return words.broadcast_to(BM // 16, 2, 8, BN // 32, 2, 8, 2).reshape(BM, BN)
+
+
+@jit
+def random_words_t(head, query, key, seed_ptr, BM: tl.constexpr, BN: tl.constexpr, DROP: tl.constexpr):
+    """uint32 [BN,BM], ``rows`` x ``query_columns``: as ``random_words``, for the transposed form. DROP 2: compiled."""
+    call = (key >> 7) * 32 + ((key >> 4) & 3) * 8 + tl.arange(0, BN // 4)
+    lane = (head << 16) + (query >> 1) + tl.arange(0, BM // 2)
+    w0, w1, w2, w3 = philox(call[:, None], lane[None, :], seed_ptr)
+    # Neighbouring columns are queries 8 apart, whose numbers are halves of different words: put them into one.
+    low_even, high_even = _halves(w0, w2, DROP)
+    low_odd, high_odd = _halves(w1, w3, DROP)
+    low_even = low_even.reshape(1, BN // 32, 1, 8, BM // 2, 1)
+    low_odd = low_odd.reshape(1, BN // 32, 1, 8, BM // 2, 1)
+    high_even = high_even.reshape(1, BN // 32, 1, 8, BM // 2, 1)
+    high_odd = high_odd.reshape(1, BN // 32, 1, 8, BM // 2, 1)
+    first = tl.arange(0, 2) == 0
+    j64, j8 = first[:, None, None, None, None, None], first[None, None, :, None, None, None]
+    words = tl.where(j64, tl.where(j8, low_even, low_odd), tl.where(j8, high_even, high_odd))
+    return words.broadcast_to(2, BN // 32, 2, 8, BM // 2, 2).reshape(BN, BM)
+
+
+@jit
+def _halves(a, b, DROP: tl.constexpr):
+    """(the low halves of a and b in one word, their high halves)."""
+    if DROP == 2:
+        low, high = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;",
+            "=&r,=r,r,r", [a, b], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        low, high = (a & 0xFFFF) | (b << 16), (a >> 16) | (b & 0xFFFF0000)
+    return low, high
 
 
 @jit
@@ -178,22 +216,35 @@ def drop_pairs(p, words, limit, BF16: tl.constexpr):
     """``where(keep_block(words, limit), p, 0)`` in bf16 or fp16, p fp32; for limit <= 0x7C00, compiled code only."""
     bits = (0xFC00 - limit) * 0x10001
     if BF16:
-        return tl.inline_asm_elementwise(
+        out = tl.inline_asm_elementwise(
             "{ .reg .b32 m, t; set.geu.u32.f16x2 m, $3, $5; cvt.rn.bf16x2.f32 t, $2, $1; and.b32 $0, m, t; }",
-            "=r,r,r,r,r,r,r",
-            [p, words, bits],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=2,
-        )
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 m, t; set.geu.u32.f16x2 m, $3, $5; cvt.rn.f16x2.f32 t, $2, $1; and.b32 $0, m, t; }",
-        "=r,r,r,r,r,r,r",
-        [p, words, bits],
-        dtype=tl.float16,
-        is_pure=True,
-        pack=2,
-    )
+            "=r,f,f,r,r,r,r", [p, words, bits], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        out = tl.inline_asm_elementwise(
+            "{ .reg .b32 m, t; set.geu.u32.f16x2 m, $3, $5; cvt.rn.f16x2.f32 t, $2, $1; and.b32 $0, m, t; }",
+            "=r,f,f,r,r,r,r", [p, words, bits], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return out
+
+
+@jit
+def select_pairs(p, kept, dropped, words, limit, BF16: tl.constexpr):
+    """``p * where(keep_block(words, limit), kept, dropped)`` in bf16 or fp16, all fp32; as ``drop_pairs``."""
+    bits = (0xFC00 - limit) * 0x10001
+    if BF16:
+        out = tl.inline_asm_elementwise(
+            "{ .reg .pred a, b; .reg .f32 x, y; setp.geu.f16x2 a|b, $7, $9; selp.f32 x, $3, $5, a; "
+            "selp.f32 y, $4, $6, b; mul.f32 x, x, $1; mul.f32 y, y, $2; cvt.rn.bf16x2.f32 $0, y, x; }",
+            "=r,f,f,f,f,f,f,r,r,r,r", [p, kept, dropped, words, bits], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        out = tl.inline_asm_elementwise(
+            "{ .reg .pred a, b; .reg .f32 x, y; setp.geu.f16x2 a|b, $7, $9; selp.f32 x, $3, $5, a; "
+            "selp.f32 y, $4, $6, b; mul.f32 x, x, $1; mul.f32 y, y, $2; cvt.rn.f16x2.f32 $0, y, x; }",
+            "=r,f,f,f,f,f,f,r,r,r,r", [p, kept, dropped, words, bits], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return out
 
 
 def dropout_unfit(batch: int, heads: int, queries: int) -> str | None:
