@@ -85,7 +85,7 @@ def test_instructions_per_score_are_shown_where_there_are_scores(capsys):
 
 @needs_compiler
 def test_a_budget_that_is_exceeded(capsys, monkeypatch):
-    monkeypatch.setattr(_budgets, "load", lambda: {})
+    monkeypatch.setattr(_budgets, "load", dict)
     code, out, _ = call(capsys, *CHOSEN)
     assert code == 1
     assert "over budget: residual_norm/_residual_norm_fwd_kernel sm_90 bfloat16" in out
