@@ -37,6 +37,39 @@ def philox(call, lane, seed_ptr):
     return c0, c1, c2, c3
 
 
+@jit
+def keep_rows(row, start, C: tl.constexpr, BLOCK: tl.constexpr, limit, seed_ptr):
+    """bool [R,BLOCK]: the rule of ``keep_elements`` for columns start .. start + BLOCK - 1 of rows ``row`` (int64 [R])
+    of a tensor of C columns. start is a multiple of 8, BLOCK a power of two, limit ``limit(p)``."""
+    if C % 8 == 0 and BLOCK % 8 == 0:
+        # One call serves 8 neighbours of a row. In a thread that holds all 8 the selects are by constants and cost
+        # nothing: 12 instructions an element with the draw, where tl.split takes more.
+        R: tl.constexpr = row.shape[0]
+        call = row[:, None] * (C // 8) + (start // 8 + tl.arange(0, BLOCK // 8))[None, :]
+        c0, c1, c2, c3 = philox(call.to(tl.uint32), (call >> 32).to(tl.uint32), seed_ptr)
+        slot = tl.arange(0, 8)[None, None, :]
+        low = tl.where(slot < 2, c0[:, :, None], c1[:, :, None])
+        word = tl.where(slot < 4, low, tl.where(slot < 6, c2[:, :, None], c3[:, :, None]))
+        return tl.reshape(_kept(word, slot, limit), [R, BLOCK])
+    else:
+        element = row[:, None] * C + (start + tl.arange(0, BLOCK))[None, :]
+        call, slot = element >> 3, (element & 7).to(tl.int32)
+        c0, c1, c2, c3 = philox(call.to(tl.uint32), (call >> 32).to(tl.uint32), seed_ptr)
+        word = tl.where(slot < 4, tl.where(slot < 2, c0, c1), tl.where(slot < 6, c2, c3))
+        return _kept(word, slot, limit)
+
+
+@jit
+def _kept(word, slot, limit):
+    # The low half is compared in the high half's place, so that neither needs its other half masked away.
+    return tl.where(slot % 2 == 0, word << 16, word) >= limit.to(tl.uint32)
+
+
+def limit(p: float) -> int:
+    """What ``keep_rows`` compares with: ``threshold(p)`` in the upper half of 32 bits."""
+    return threshold(p) << 16
+
+
 def numbers(call: Tensor, lane: Tensor, seed: Tensor) -> Tensor:
     """The eight 16-bit numbers of each call: call, lane int64 (broadcast), seed int64[2] -> int64 [..., 8]."""
     low = 0xFFFFFFFF

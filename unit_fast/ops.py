@@ -24,20 +24,30 @@ from torch._subclasses.fake_tensor import FakeTensor
 from unit_fast_kernels import _triton
 from unit_fast_kernels._attention_cpu import attention_cpu
 from unit_fast_kernels.assignment import assignment_reference
-from unit_fast_kernels.attention import attention_reference
+from unit_fast_kernels.attention import attention_fused, attention_reference, attention_unfit
 from unit_fast_kernels.bias_act_dropout import ACTIVATIONS, bias_act_dropout_cpu, bias_act_dropout_reference
-from unit_fast_kernels.dropout import dropout_cpu, dropout_reference
+from unit_fast_kernels.cross_attention import (
+    cross_attention_fused,
+    cross_attention_reference,
+    cross_attention_unfit,
+)
+from unit_fast_kernels.dropout import dropout_cpu, dropout_fused, dropout_reference, dropout_unfit
 from unit_fast_kernels.match_cost import match_cost_reference, pairwise_giou
-from unit_fast_kernels.residual_norm import residual_norm_cpu, residual_norm_reference
+from unit_fast_kernels.residual_norm import (
+    residual_norm_cpu,
+    residual_norm_fused,
+    residual_norm_reference,
+    residual_norm_unfit,
+)
 
 from unit_fast.errors import UserError, nearest
 
 MODES = ("auto", "fused", "reference")
 _IMPLEMENTATIONS = {
-    "attention": {"reference": attention_reference, "cpu": attention_cpu},
-    "cross_attention": {"reference": attention_reference, "cpu": attention_cpu},
-    "dropout": {"reference": dropout_reference, "cpu": dropout_cpu},
-    "residual_norm": {"reference": residual_norm_reference, "cpu": residual_norm_cpu},
+    "attention": {"reference": attention_reference, "cpu": attention_cpu, "fused": attention_fused},
+    "cross_attention": {"reference": cross_attention_reference, "cpu": attention_cpu, "fused": cross_attention_fused},
+    "dropout": {"reference": dropout_reference, "cpu": dropout_cpu, "fused": dropout_fused},
+    "residual_norm": {"reference": residual_norm_reference, "cpu": residual_norm_cpu, "fused": residual_norm_fused},
     "bias_act_dropout": {"reference": bias_act_dropout_reference, "cpu": bias_act_dropout_cpu},
     "match_cost": {"reference": match_cost_reference},
     "giou": {"reference": pairwise_giou},
@@ -170,7 +180,7 @@ def attention(
     int64[2] where dropout_p > 0: the same seed drops the same. Returns [B,Sq,H,D]; rows whose keys are all masked are
     zero. ``ValueError`` on arguments that do not fit.
     """
-    return _attention("attention", q, k, v, key_padding_mask, dropout_p, seed)
+    return _attention("attention", attention_unfit, q, k, v, key_padding_mask, dropout_p, seed)
 
 
 def cross_attention(
@@ -182,10 +192,10 @@ def cross_attention(
     seed: Tensor | None = None,
 ) -> Tensor:
     """``attention`` for few queries and many keys (the decoder's)."""
-    return _attention("cross_attention", q, k, v, key_padding_mask, dropout_p, seed)
+    return _attention("cross_attention", cross_attention_unfit, q, k, v, key_padding_mask, dropout_p, seed)
 
 
-def _attention(op, q, k, v, key_padding_mask, dropout_p, seed) -> Tensor:
+def _attention(op, unfit, q, k, v, key_padding_mask, dropout_p, seed) -> Tensor:
     _shape(op, "q", q, (None,) * 4, "[B,Sq,H,D]")
     batch, _, heads, width = q.shape
     _shape(op, "k", k, (batch, None, heads, width), "[B,Sk,H,D]")
@@ -199,7 +209,8 @@ def _attention(op, q, k, v, key_padding_mask, dropout_p, seed) -> Tensor:
             _fail(op, "key_padding_mask", key_padding_mask.dtype, "it must be bool, True = ignore")
     _one_device(op, q, k=k, v=v, key_padding_mask=key_padding_mask)
     _dropout(op, dropout_p, seed)
-    return _implementation(op, q)(q, k, v, key_padding_mask, dropout_p, seed)
+    arguments = q, k, v, key_padding_mask, dropout_p, seed
+    return _implementation(op, q, lambda: unfit(*arguments))(*arguments)
 
 
 def dropout(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -209,7 +220,7 @@ def dropout(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     """
     _floating("dropout", x=x)
     _dropout("dropout", dropout_p, seed)
-    return _implementation("dropout", x)(x, dropout_p, seed)
+    return _implementation("dropout", x, lambda: dropout_unfit(x))(x, dropout_p, seed)
 
 
 def residual_norm(
@@ -238,7 +249,8 @@ def residual_norm(
         _fail(op, "pos", f"of shape {list(pos.shape)}", f"it must broadcast to x, {list(x.shape)}")
     _one_device(op, x, branch=branch, weight=weight, bias=bias, pos=pos)
     _dropout(op, dropout_p, seed)
-    return _implementation(op, x)(x, branch, weight, bias, eps, dropout_p, pos, seed)
+    chosen = _implementation(op, x, lambda: residual_norm_unfit(x, branch, weight, bias, pos))
+    return chosen(x, branch, weight, bias, eps, dropout_p, pos, seed)
 
 
 def bias_act_dropout(
