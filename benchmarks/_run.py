@@ -338,7 +338,7 @@ def main(
         _tune.add_tune(options)
     args = options.parse_args(arguments)
     if op is not None and args.tune:
-        return _tune.main(op)
+        return _tune.main(op, args.tune_minutes)
     if args.quick:
         args.rounds, args.warmup = min(args.rounds, 2), 1
     if args.rounds < 1 or args.threads < 1:

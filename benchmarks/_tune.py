@@ -1,9 +1,11 @@
 """``--tune``: times an op's launch parameters on this card and writes the best into ``kernels/tuned/<card>.json``.
 
-For each (operator, bucket) that the op's ``candidates(shape)`` name: every candidate is launched on every shape of the
-bucket, in interleaved rounds with a cold L2 cache; the one with the least time relative to the defaults wins. One that
-fails, or whose result is not the default's, is left out; so is one that, in any dtype, needs more shared memory than a
-block has, or spills where kernels may not. Tables are replaced in one step, entries of other buckets stay.
+For each (operator, bucket) that the op's ``candidates(shape)`` name, a walk: from the launcher's default to candidates
+near it, from the best of those on, until none is better. They are assembled in parallel first (the binaries then wait
+in Triton's cache), and one that spills or takes more shared memory than a block has is not timed. Timing is in
+interleaved rounds with a cold L2 cache on every shape of the bucket; the least time relative to the default wins. A
+candidate that fails, or whose result is not the default's, is left out; so is one that does not fit in another dtype.
+Tables are replaced in one step, entries of other buckets stay.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from unit_fast_kernels._op import REGISTERED
 ROUNDS = 15
 DTYPE = torch.bfloat16
 OTHERS = (torch.float16, torch.float32)
+MINUTES = 20.0
 _CLOSE = 0.02
 """Largest difference from the default's result, relative to its largest value: another order of sums, not a fault."""
 
@@ -49,6 +52,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tune", action="store_true", help="time launch parameters on this card, write kernels/tuned/; nothing else"
     )
+    parser.add_argument("--tune-minutes", type=float, default=MINUTES, help="no further entry is begun after these")
 
 
 def why_not() -> str | None:
@@ -145,19 +149,22 @@ class Timed:
     """Time relative to the defaults, geometric mean over the cases."""
 
 
-def time_candidates(bucket: Bucket, timer: Callable, rounds: int = ROUNDS) -> list[Timed]:
-    """The candidates that run and give the default's result, fastest first."""
-    expected = _results(bucket, bucket.candidates[0])
-    running = []
-    for parameters in bucket.candidates:
+def time_candidates(
+    bucket: Bucket, candidates: Sequence[dict[str, int]], timer: Callable, rounds: int = ROUNDS
+) -> list[Timed]:
+    """The default, and those of the candidates that run and give the default's result, in the order given."""
+    default = bucket.candidates[0]
+    expected = _results(bucket, default)
+    if not _close(_results(bucket, default), expected):
+        raise RuntimeError(f"{bucket.op}/{bucket.name}: two runs with the default parameters differ")
+    running = [default]
+    for parameters in candidates:
         try:
-            if _close(_results(bucket, parameters), expected):
+            if parameters != default and _close(_results(bucket, parameters), expected):
                 running.append(parameters)
         except Exception as error:  # Triton has several for what a card cannot take; none says that the card is ill
             if "illegal" in str(error) or "misaligned" in str(error):
                 raise
-    if bucket.candidates[0] not in running:
-        raise RuntimeError(f"{bucket.op}/{bucket.name}: two runs with the default parameters differ")
     taken = [[[] for _ in bucket.cases] for _ in running]
     for _ in range(rounds):
         for number, parameters in enumerate(running):
@@ -166,31 +173,75 @@ def time_candidates(bucket: Bucket, timer: Callable, rounds: int = ROUNDS) -> li
                     launch = functools.partial(REGISTERED[operator].launch, *arguments)
                     taken[number][case].append(timer(launch))
     medians = [tuple(statistics.median(t) for t in cases) for cases in taken]
-    timed = [
+    return [
         Timed(p, m, math.exp(statistics.fmean(math.log(a / b) for a, b in zip(m, medians[0]))))
         for p, m in zip(running, medians)
     ]
-    return sorted(timed, key=lambda t: t.ratio)
 
 
-def fits(module, bucket: Bucket, parameters: Mapping[str, int], card: str) -> bool:
-    """Whether the launches with these parameters stay within shared memory and do not spill, in every dtype."""
+def near(a: Mapping[str, int], b: Mapping[str, int]) -> bool:
+    """Whether a and b differ in at most two parameters, each by a factor of two at most, or by being 0 or not."""
+    changed = [(a[k], b[k]) for k in a if a[k] != b[k]]
+    return len(changed) <= 2 and all(min(x, y) == 0 or max(x, y) <= 2 * min(x, y) for x, y in changed)
+
+
+def walk(bucket: Bucket, timer: Callable, fitting: Callable[[list], list], rounds: int = ROUNDS) -> list[Timed]:
+    """What was timed, fastest first. ``fitting`` says which of a list of candidates are worth it."""
+    timed: dict[str, Timed] = {}
+    seen: list[dict[str, int]] = []
+    best = bucket.candidates[0]
+    while True:
+        new = [c for c in bucket.candidates if c not in seen and (near(c, best) or c == best)]
+        if not new:
+            break
+        seen += new
+        for found in time_candidates(bucket, fitting(new), timer, rounds):
+            timed.setdefault(json.dumps(found.parameters), found)
+        first = min(timed.values(), key=lambda t: t.ratio).parameters
+        if first == best:
+            break
+        best = first
+    return sorted(timed.values(), key=lambda t: t.ratio)
+
+
+def fitting(module, bucket: Bucket, candidates: Sequence[dict], card: str, dtypes: Sequence[torch.dtype]) -> list[dict]:
+    """The candidates with which the kernels that they change compile, do not spill (float32 may) and stay within a
+    block's shared memory, in these dtypes."""
     (arch,) = (a for a, cards in _assemble.ARCHITECTURES.items() if card in cards)
     shapes = dict.fromkeys(shape for shape, *_ in bucket.cases)
-    for dtype in (DTYPE, *OTHERS):
 
-        def passes(dtype=dtype):
+    def launches(parameters, dtype) -> dict[str, list]:
+        def passes():
             for shape in shapes:
                 for operator, arguments in module.launches(module.SHAPES[shape], dtype, "cuda:0"):
                     REGISTERED[operator].launch(*arguments)
 
         with _only(bucket, parameters):
-            launches = _assemble.record(passes, card)
-        for binary in _assemble.assemble_all([(launch, arch) for launch in launches]).values():
-            spilled = binary.spill_bytes or binary.stack_bytes
-            if binary.shared_bytes > _assemble.SHARED_LIMIT[arch] or (spilled and dtype != torch.float32):
+            recorded = _assemble.record(passes, card)
+        return {name: [x for x in recorded if x.name == name] for name in {x.name for x in recorded}}
+
+    kept = list(candidates)
+    for dtype in dtypes:
+        with_default = launches(bucket.candidates[0], dtype)
+        by_candidate = [launches(parameters, dtype) for parameters in kept]
+        changed = {n for found in by_candidate for n in found if found[n] != with_default.get(n)}
+        jobs = [[x for n in found if n in changed for x in found[n]] for found in by_candidate]
+        failed: dict[str, Exception] = {}
+        folder = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")
+        binaries = _assemble.assemble_all(
+            [(x, arch) for wanted in jobs for x in wanted], failed=failed, triton_cache=folder
+        )
+
+        def good(wanted, dtype=dtype, failed=failed, binaries=binaries) -> bool:
+            keys = [x.key(arch) for x in wanted]
+            if any(key in failed for key in keys):
                 return False
-    return True
+            found = [binaries[key] for key in keys]
+            spilled = any(x.spill_bytes or x.stack_bytes for x in found) and dtype != torch.float32
+            return not spilled and all(x.shared_bytes <= _assemble.SHARED_LIMIT[arch] for x in found)
+
+        kept = [parameters for parameters, wanted in zip(kept, jobs) if good(wanted)]
+    return kept
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -217,23 +268,26 @@ def write(card: str, entries: Mapping[tuple[str, str], Mapping[str, int]], folde
 
 
 def tune(
-    module, card: str, device: torch.device, timer: Callable, console: Console, *,
-    allowed: Callable = fits, folder: Path = _tuned.FOLDER, rounds: int = ROUNDS,
+    module, card: str, device: torch.device, timer: Callable, console: Console, *, fits: Callable = fitting,
+    folder: Path = _tuned.FOLDER, rounds: int = ROUNDS, minutes: float = MINUTES,
 ) -> dict[tuple[str, str], dict[str, int]]:  # fmt: skip
-    """Time, choose and write every entry of ``module``; each is written as soon as it is known."""
-    chosen = {}
+    """Time, choose and write the entries of ``module`` in the order of its shapes, each as soon as it is known."""
+    chosen, begun = {}, time.perf_counter()
     for bucket in buckets(module, DTYPE, device):
         started = time.perf_counter()
-        timed = time_candidates(bucket, timer, rounds)
-        best = next((t for t in timed if allowed(module, bucket, t.parameters, card)), None)
+        if started - begun > 60 * minutes:
+            console.print(f"{bucket.op}/{bucket.name}: left for another run (--tune-minutes)", highlight=False)
+            continue
+        timed = walk(bucket, timer, lambda found, b=bucket: fits(module, b, found, card, (DTYPE,)), rounds)
+        best = next((t for t in timed if fits(module, bucket, [t.parameters], card, (DTYPE, *OTHERS))), None)
         if best is None:
             raise RuntimeError(f"{bucket.op}/{bucket.name}: no candidate stays within the limits, nor do the defaults")
         chosen[bucket.op, bucket.name] = best.parameters
         path = write(card, {(bucket.op, bucket.name): best.parameters}, folder)
         console.print(_shown(bucket, timed, best))
         console.print(
-            f"{path.name}: {bucket.op}/{bucket.name} = {best.parameters}; "
-            f"{len(timed)} of {len(bucket.candidates)} candidates ran; {time.perf_counter() - started:.0f} s",
+            f"{path.name}: {bucket.op}/{bucket.name} = {best.parameters}; timed {len(timed)} of "
+            f"{len(bucket.candidates)} candidates in {time.perf_counter() - started:.0f} s",
             highlight=False,
         )
     return chosen
@@ -253,7 +307,7 @@ def _shown(bucket: Bucket, timed: Sequence[Timed], best: Timed) -> Table:
     return table
 
 
-def main(op: str) -> int:
+def main(op: str, minutes: float = MINUTES) -> int:
     """Tune the kernels of ``op`` on this machine's first card. Exit status 2 where there is none."""
     problem = why_not()
     if problem:
@@ -261,5 +315,5 @@ def main(op: str) -> int:
         return 2
     device = torch.device("cuda:0")
     module = importlib.import_module(f"unit_fast_kernels.{op}")
-    tune(module, _tuned.card(device), device, cuda_timer(device), Console())
+    tune(module, _tuned.card(device), device, cuda_timer(device), Console(), minutes=minutes)
     return 0

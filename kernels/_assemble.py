@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,10 +273,13 @@ def assemble_all(
     workers: int | None = None,
     limit_seconds: float = LIMIT_SECONDS,
     progress: Callable[[int, int], None] | None = None,
+    failed: dict[str, AssemblyError] | None = None,
+    triton_cache: str | None = None,
 ) -> dict[str, Assembled]:
     """Assemble every (launch, architecture); what is not cached is compiled in parallel. Keyed by ``Launch.key(arch)``.
 
-    ``progress(done, all)`` counts different binaries. ``AssemblyError`` for the first that cannot be made.
+    ``progress(done, all)`` counts different binaries. ``AssemblyError`` for the first that cannot be made, or, with
+    ``failed``, an entry there for each. What is compiled is left in the folder ``triton_cache``, if it is given.
     """
     require()
     jobs = {launch.key(arch): (launch, arch) for launch, arch in wanted}
@@ -285,20 +288,30 @@ def assemble_all(
     tell = progress or (lambda done, total: None)
     tell(len(found), len(jobs))
     if missing:
-        _compile(missing, workers or max(2, min(8, len(os.sched_getaffinity(0)))), limit_seconds, found, tell)
+        count = workers or max(2, min(8, len(os.sched_getaffinity(0))))
+        for key, answer in _compile(missing, count, limit_seconds, triton_cache):
+            if isinstance(answer, AssemblyError):
+                if failed is None:
+                    raise answer
+                failed[key] = answer
+            else:
+                found[key] = answer
+            tell(len(found) + len(failed or ()), len(jobs))
     return {
         key: Assembled(arch=arch, warps=launch.warps, **{**found[key], "loops": tuple(found[key]["loops"])})
         for key, (launch, arch) in jobs.items()
+        if key in found
     }
 
 
-def _compile(missing, workers: int, limit_seconds: float, found: dict, tell) -> None:
-    """Add the figures of ``missing`` {key: (launch, arch)} to ``found``."""
-    total = len(found) + len(missing)
+def _compile(
+    missing: Mapping[str, tuple[Launch, str]], workers: int, limit_seconds: float, triton_cache: str | None
+) -> Iterator[tuple[str, dict | AssemblyError]]:
+    """(key, figures or what went wrong) of each, as they come."""
     started: list[_Worker] = []
     idle: SimpleQueue[_Worker | None] = SimpleQueue()
 
-    def one(key: str, launch: Launch, arch: str) -> tuple[str, dict]:
+    def one(key: str, launch: Launch, arch: str) -> tuple[str, dict | AssemblyError]:
         worker = idle.get()
         if worker is None:
             worker = _Worker(folder)
@@ -308,23 +321,22 @@ def _compile(missing, workers: int, limit_seconds: float, found: dict, tell) -> 
             status = worker.kill()
             idle.put(None)
             why = f"did not compile within {limit_seconds:g} s" if status is None else f"ended its compiler ({status})"
-            raise AssemblyError(f"{_told(launch, arch)} {why}")
+            return key, AssemblyError(f"{_told(launch, arch)} {why}")
         idle.put(worker)
         if "error" in answer:
-            raise AssemblyError(f"{_told(launch, arch)} does not compile: {answer['error']}")
+            return key, AssemblyError(f"{_told(launch, arch)} does not compile: {answer['error']}")
         _keep(key, answer)
         return key, answer
 
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        folder = triton_cache or temporary
         count = min(len(missing), workers)
         for _ in range(count):
             idle.put(None)
         pool = ThreadPoolExecutor(count)
         try:
             for done in as_completed([pool.submit(one, key, *job) for key, job in missing.items()]):
-                key, answer = done.result()
-                found[key] = answer
-                tell(len(found), total)
+                yield done.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in list(started):

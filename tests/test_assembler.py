@@ -154,6 +154,14 @@ def test_a_kernel_that_does_not_compile_is_named(tmp_path, monkeypatch):
     said = r"(?s)^wrong for sm_90 \(; BLOCK=8\) does not compile: .*Loop-carried variable total"
     with pytest.raises(_assemble.AssemblyError, match=said):
         _assemble.assemble(launch, "sm_90")
+    (fine,) = _assemble.record(launch_scale, "h100")
+    failed, told = {}, []
+    found = _assemble.assemble_all(
+        [(launch, "sm_90"), (fine, "sm_90")], failed=failed, progress=lambda *given: told.append(given)
+    )
+    assert list(found) == [fine.key("sm_90")]
+    assert list(failed) == [launch.key("sm_90")]
+    assert told == [(0, 2), (1, 2), (2, 2)]
 
 
 @needs_compiler

@@ -13,6 +13,7 @@ from unit_fast_kernels import _tuned
 from unit_fast_kernels._op import REGISTERED
 
 from benchmarks import _run, _tune, gpu_suite
+from tests.planted_kernels import launch_matmul, needs_compiler
 
 CPU = torch.device("cpu")
 
@@ -44,7 +45,7 @@ class Op:
         return [("planted_fwd", (torch.ones(*shape, dtype=dtype, device=device), 2.0))]
 
     def candidates(self, shape):
-        blocks = (4, 8, 16, 666, 999)
+        blocks = (4, 8, 16, 32, 666, 999) if shape[0] > 10 else (4, 8, 666, 999)
         return [
             {"op": "planted", "bucket": self.bucket(shape[0]), "parameters": {"block": b, "warps": w}}
             for b in blocks
@@ -68,10 +69,10 @@ def timer_for(op, milliseconds):
     return timer
 
 
-def tuned(op, tmp_path, milliseconds, allowed=lambda *arguments: True):
+def tuned(op, tmp_path, milliseconds, fits=lambda module, bucket, found, card, dtypes: found, **options):
     console = Console(file=StringIO(), width=120)
     found = _tune.tune(
-        op, "h100", CPU, timer_for(op, milliseconds), console, allowed=allowed, folder=tmp_path, rounds=3
+        op, "h100", CPU, timer_for(op, milliseconds), console, fits=fits, folder=tmp_path, rounds=3, **options
     )
     return found, console.file.getvalue()
 
@@ -81,7 +82,7 @@ def test_entries_and_who_looks_them_up(op):
     assert (few.op, few.name, [c[0] for c in few.cases]) == ("planted", "few", ["small"])
     assert (many.name, [c[0] for c in many.cases]) == ("many", ["large", "larger"])
     assert few.candidates[0] == {"block": 4, "warps": 1}
-    assert len(few.candidates) == 10
+    assert len(few.candidates) == 8
 
 
 def test_candidates_that_nothing_looks_up_are_an_error(op, monkeypatch):
@@ -94,29 +95,90 @@ def test_candidates_that_nothing_looks_up_are_an_error(op, monkeypatch):
 def test_the_fastest_is_written_and_used(op, tmp_path):
     (tmp_path / "h100.json").write_text('{"other": {"b": {"warps": 8}}}')
     found, said = tuned(op, tmp_path, lambda block, warps: 1.0 / (block + warps))
-    assert found == {("planted", "few"): {"block": 16, "warps": 2}, ("planted", "many"): {"block": 16, "warps": 2}}
+    best = {("planted", "few"): {"block": 8, "warps": 2}, ("planted", "many"): {"block": 32, "warps": 2}}
+    assert found == best  # 32 is three steps from the default
     assert json.loads((tmp_path / "h100.json").read_text()) == {
         "other": {"b": {"warps": 8}},
-        "planted": {"few": {"block": 16, "warps": 2}, "many": {"block": 16, "warps": 2}},
+        "planted": {bucket: parameters for (_, bucket), parameters in best.items()},
     }
     assert list(tmp_path.iterdir()) == [tmp_path / "h100.json"]
-    assert "block=16, warps=2 <-" in said
-    assert "6 of 10 candidates ran" in said
+    assert "block=32, warps=2 <-" in said
+    assert "timed 8 of 12 candidates" in said
     with _tuned.assume("h100"):
-        assert _tuned.launch_parameters("planted", "few", {"block": 4, "warps": 1}, CPU) == {"block": 16, "warps": 2}
+        assert _tuned.launch_parameters("planted", "few", {"block": 4, "warps": 1}, CPU) == {"block": 8, "warps": 2}
 
 
-def test_wrong_and_failing_candidates_are_left_out(op, tmp_path):
+def test_the_walk_ends_where_nothing_near_is_better(op, tmp_path):
+    found, said = tuned(op, tmp_path, lambda block, warps: 9.0 if block == 8 else 1.0 / block)
+    assert found["planted", "many"] == {"block": 4, "warps": 1}
+    assert "timed 4 of 12 candidates" in said
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "answer"),
+    [
+        ({"x": 4, "y": 2}, {"x": 8, "y": 1}, True),
+        ({"x": 4, "y": 2}, {"x": 16, "y": 2}, False),
+        ({"x": 0, "y": 2}, {"x": 168, "y": 2}, True),
+        ({"x": 1, "y": 1, "z": 1}, {"x": 2, "y": 2, "z": 2}, False),
+    ],
+)
+def test_what_is_near(a, b, answer):
+    assert _tune.near(a, b) == _tune.near(b, a) == answer
+
+
+def all_near(monkeypatch):
+    monkeypatch.setattr(_tune, "near", lambda a, b: True)
+
+
+def test_wrong_and_failing_candidates_are_left_out(op, tmp_path, monkeypatch):
     """Even where they would be the fastest by far."""
+    all_near(monkeypatch)
     found, _ = tuned(op, tmp_path, lambda block, warps: 1.0 / block)
-    assert all(parameters["block"] == 16 for parameters in found.values())
+    assert {key[1]: parameters["block"] for key, parameters in found.items()} == {"few": 8, "many": 32}
 
 
-def test_what_does_not_fit_is_left_out(op, tmp_path):
-    found, _ = tuned(op, tmp_path, lambda block, warps: 1.0 / block, lambda m, b, p, card: p["block"] < 16)
-    assert all(parameters["block"] == 8 for parameters in found.values())
+def test_what_does_not_fit_is_left_out(op, tmp_path, monkeypatch):
+    all_near(monkeypatch)
+
+    def fits(module, bucket, found, card, dtypes):
+        most = 32 if len(dtypes) == 1 else 16  # the other dtypes take less
+        return [parameters for parameters in found if parameters["block"] <= most]
+
+    found, _ = tuned(op, tmp_path, lambda block, warps: 1.0 / block, fits)
+    assert {key[1]: parameters["block"] for key, parameters in found.items()} == {"few": 8, "many": 16}
     with pytest.raises(RuntimeError, match="planted/few: no candidate stays within the limits"):
-        tuned(op, tmp_path, lambda block, warps: 1.0, lambda *arguments: False)
+        tuned(op, tmp_path, lambda block, warps: 1.0, lambda *arguments: [])
+
+
+def test_entries_are_left_when_time_is_up(op, tmp_path):
+    found, said = tuned(op, tmp_path, lambda block, warps: 1.0, minutes=-1)
+    assert found == {}
+    assert "planted/few: left for another run" in said
+    assert not list(tmp_path.iterdir())
+
+
+@needs_compiler
+def test_what_fits_is_what_assembles(tmp_path, monkeypatch):
+    """A real kernel under candidates that are fine, spill, take too much shared memory, and do not compile."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    default = {"m": 64, "n": 64, "k": 32, "stages": 2, "warps": 4}
+
+    def launch(*arguments):
+        launch_matmul(**_tuned.launch_parameters("planted", "any", default, CPU))
+
+    monkeypatch.setitem(REGISTERED, "planted_fwd", SimpleNamespace(launch=launch))
+    module = SimpleNamespace(SHAPES={"any": ()}, launches=lambda shape, dtype, device: [("planted_fwd", ())])
+    bucket = _tune.Bucket("planted", "any", [default], [("any", "planted_fwd", ())])
+    fine = [default, {**default, "n": 32}]
+    bad = [
+        {"m": 128, "n": 256, "k": 64, "stages": 2, "warps": 4},
+        {"m": 128, "n": 128, "k": 128, "stages": 4, "warps": 8},
+        {"m": 64, "n": 64, "k": 24, "stages": 2, "warps": 4},
+    ]
+    found = _tune.fitting(module, bucket, [*bad, *fine], "a100", (torch.bfloat16, torch.float16))
+    assert found == fine
+    assert list((tmp_path / "triton").iterdir())  # Triton finds them there
 
 
 def test_an_illegal_access_is_not_a_candidate_left_out(op, tmp_path, monkeypatch):
@@ -134,9 +196,9 @@ def test_an_illegal_access_is_not_a_candidate_left_out(op, tmp_path, monkeypatch
 
 def test_rounds_are_interleaved(op, tmp_path):
     few = _tune.buckets(op, torch.float32, CPU)[0]
-    few.candidates = few.candidates[:3]
     op.launched.clear()
-    timed = _tune.time_candidates(few, timer_for(op, lambda block, warps: float(block)), rounds=2)
+    timer = timer_for(op, lambda block, warps: float(block))
+    timed = _tune.time_candidates(few, few.candidates[1:3], timer, rounds=2)
     order = [(8, 4, 1), (8, 4, 2), (8, 8, 1)]
     assert op.launched == [order[0], *order, *order, *order]  # the expected result, a run each, two rounds
     assert [t.ratio for t in timed] == pytest.approx([1.0, 1.0, 2.0])
