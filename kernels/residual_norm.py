@@ -509,6 +509,11 @@ def candidates(shape: tuple) -> list[dict]:
     return [{"op": op, "bucket": f"width{block}", "parameters": parameters} for op, parameters in tried]
 
 
+def loop_turns(kernel: str, constants: dict, shape: tuple) -> int | None:
+    """How often the loop over blocks of rows turns, in all programs together."""
+    return cdiv(shape[0] * shape[1], constants["R"]) if kernel == "_residual_norm_bwd_kernel" else None
+
+
 def _sizes(shape: tuple, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Elements, bytes of an element of the branch, of the stream, and bytes of the statistics."""
     batch, length, width, _, wide = shape
