@@ -10,6 +10,6 @@ setup(
     package_dir={"unit_fast_kernels": "kernels"},
     package_data={
         "unit_fast": ["report/templates/*", "data/files/*"],
-        "unit_fast_kernels": ["tuned/*.json"],
+        "unit_fast_kernels": ["tuned/*.json", "budgets.json"],
     },
 )

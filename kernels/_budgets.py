@@ -2,7 +2,10 @@
 
 A kernel module takes part by having ``SHAPES`` {name: shape} and ``launches(shape, dtype, device) -> [(operator,
 arguments)]``, the registered operators of a forward and a backward pass with arguments for them. ``rows`` assembles
-them; ``budgets.json`` holds what each was allowed to take when it was last looked at, and ``check`` compares.
+them; ``budgets.json`` holds what each was allowed to take when it was last looked at, and ``check`` compares. Optional:
+``score_tile(kernel, constants)`` and ``scores(shape)``, how many scores one turn of a program's inner loop computes and
+how many there are; ``loop_turns(kernel, constants, shape)``, how often the one loop of a kernel without scores turns in
+all programs together.
 
 ``python -m unit_fast_kernels._budgets --write [--op OP]`` rewrites the table.
 """
@@ -163,27 +166,37 @@ class Row:
         """The roofline of the whole pass."""
         return _bounds.roofline_us(self.bytes, self.flops, self.planned.dtype, _bounds.CARDS[card])
 
-    def loop_turns(self) -> float | None:
-        """How often a warp goes through the hot loop, summed over all warps: all scores of the shape are computed."""
-        if self.scores_per_thread is None:
+    @cached_property
+    def warp_instructions(self) -> float | None:
+        """Instructions that all warps issue together: the hot loop's for all scores; else those of the whole kernel by
+        every warp, a loop's as often as the op's ``loop_turns`` says. None where nothing says that."""
+        loop, warps, programs = sum(self.loop.values()), self.planned.launch.warps, self.planned.launch.programs
+        if self.scores_per_thread is not None:
+            return self._warp_turns * loop
+        whole = sum(self.assembled.instructions.values())
+        if not self.assembled.loops:
+            return whole * warps * programs
+        told = getattr(module(self.planned.op), "loop_turns", lambda kernel, constants, shape: None)
+        turns = told(self.planned.launch.name, self.planned.launch.constexprs, self.size)
+        if turns is None or len(self.assembled.loops) > 1:
             return None
+        return warps * (turns * loop + (whole - loop) * programs)
+
+    @property
+    def _warp_turns(self) -> float:
+        """How often warps go through the hot loop, all together, to compute all scores."""
         return module(self.planned.op).scores(self.size) / (32 * self.scores_per_thread)
 
     def issue_us(self, card: str) -> float | None:
-        """Time to issue the hot loop's instructions for all scores, or, of a kernel without a loop, all of its own.
-        None for other kernels: how often their loops turn does not show in the binary."""
-        turns = self.loop_turns()
-        if turns is not None:
-            return _bounds.issue_us(turns * sum(self.loop.values()), _bounds.CARDS[card])
-        if self.assembled.loops:
-            return None
-        count = sum(self.assembled.instructions.values()) * self.planned.launch.warps * self.planned.launch.programs
-        return _bounds.issue_us(count, _bounds.CARDS[card])
+        """Time to issue ``warp_instructions``."""
+        count = self.warp_instructions
+        return None if count is None else _bounds.issue_us(count, _bounds.CARDS[card])
 
     def pipes_us(self, card: str) -> float | None:
         """The sum of the pipes for all scores; None where the op has no scores."""
-        turns = self.loop_turns()
-        return None if turns is None else _bounds.pipes_us(self.loop, turns, _bounds.CARDS[card])
+        if self.scores_per_thread is None:
+            return None
+        return _bounds.pipes_us(self.loop, self._warp_turns, _bounds.CARDS[card])
 
     def figures(self) -> dict[str, float]:
         """The figures that a budget limits."""
@@ -285,8 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="rewrite the table instead")
     parser.add_argument("--op", action="append", choices=ops(), help="only this op (repeatable)")
     options = parser.parse_args(arguments)
-    found = rows(plan(options.op), lambda done, total: print(f"\r{done}/{total} ", end="", file=sys.stderr, flush=True))
-    print(file=sys.stderr)
+    found = rows(plan(options.op))
     if options.write:
         write(found, only=options.op)
     wrong, better = check(found, load())

@@ -233,10 +233,9 @@ def test_bounds_of_a_row(planted, monkeypatch):
     issue = 4096e3 / 32 / 32 * sum(fine.loop.values()) / card.cycles_per_us
     assert fine.issue_us("a100") == pytest.approx(issue)
     assert fine.pipes_us("a100") > 0
-    # Without scores only a kernel without loops has a bound by issue: all instructions of all warps.
-    monkeypatch.setattr(_budgets, "module", lambda op: PlantedOp(scores=False))
-    plain = _budgets.Row(planned=fine.planned, assembled=fine.assembled)
-    assert (plain.issue_us("a100"), plain.pipes_us("a100"), plain.per_score) == (None, None, None)
+    # Without scores: a kernel without loops issues all its instructions once a warp ...
+    without = PlantedOp(scores=False)
+    monkeypatch.setattr(_budgets, "module", lambda op: without)
     (launch,) = _assemble.record(launch_scale, "a100")
     straight = _budgets.Row(
         planned=_budgets.Planned(**{**vars(fine.planned), "launch": launch}),
@@ -244,6 +243,13 @@ def test_bounds_of_a_row(planted, monkeypatch):
     )
     count = sum(straight.assembled.instructions.values()) * 4 * 4
     assert straight.issue_us("a100") == pytest.approx(count / card.cycles_per_us)
+    # ... and one with a loop needs to be told how often that turns.
+    plain = _budgets.Row(planned=fine.planned, assembled=fine.assembled)
+    assert (plain.issue_us("a100"), plain.pipes_us("a100"), plain.per_score) == (None, None, None)
+    without.loop_turns = lambda kernel, constants, shape: 100
+    told = _budgets.Row(planned=fine.planned, assembled=fine.assembled)
+    whole, loop = sum(fine.assembled.instructions.values()), sum(fine.loop.values())
+    assert told.warp_instructions == 4 * (99 * loop + whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------- lint
