@@ -113,9 +113,9 @@ def _launching(kernel: str, q: Tensor) -> tuple[dict, dict]:
 # --- Launchers ------------------------------------------------------------------------------------------------------
 
 
-def _rowwise(x: Tensor) -> Tensor:
-    """x with unit stride along the head."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _rowwise(x: Tensor | None) -> Tensor | None:
+    """x with unit stride in the last dimension."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def _constants(q: Tensor, order: Tensor | None, p: float) -> dict:
@@ -134,7 +134,7 @@ def _fwd_launch(q, k, v, order, count, seed, dropout_p: float) -> tuple[Tensor, 
     batch, queries, heads, width = q.shape
     if q.numel() == 0:
         return out, lse
-    q, k, v = _rowwise(q), _rowwise(k), _rowwise(v)
+    q, k, v, seed = _rowwise(q), _rowwise(k), _rowwise(v), _rowwise(seed)
     blocks, options = _launching("fwd", q)
     _attention_fwd_kernel[cdiv(queries, blocks["BM"]), batch * heads](
         q, k, v, out, lse, order, count, seed, *q.stride()[:3], *_outer(k), *_outer(v), heads, queries, k.shape[1],
@@ -149,9 +149,9 @@ def _bwd_launch(grad, q, k, v, out, lse, order, count, seed, dropout_p: float) -
     batch, queries, heads, width = q.shape
     if q.numel() == 0:
         return grad_q, grad_k.zero_(), grad_v.zero_()
-    grad, q, k, v, out = (_rowwise(x) for x in (grad, q, k, v, out))
+    grad, q, k, v, out, seed = (_rowwise(x) for x in (grad, q, k, v, out, seed))
     keys, padded = k.shape[1], cdiv(queries, 16) * 16
-    stats = lse.new_empty(batch * heads, 2, padded)
+    stats = torch.empty(batch * heads, 2, padded, dtype=lse.dtype, device=lse.device)
     scales = (threshold(dropout_p), keep_scale(dropout_p), keep_scale(dropout_p) / math.sqrt(width))
     numbers = (heads, queries, keys, padded, LOG2E / math.sqrt(width), *scales)
     constants = _constants(q, order, dropout_p)
@@ -160,6 +160,8 @@ def _bwd_launch(grad, q, k, v, out, lse, order, count, seed, dropout_p: float) -
         grad, q, k, v, out, lse, order, count, seed, grad_q, stats, *grad.stride()[:3], *q.stride()[:3], *_outer(k),
         *_outer(v), *out.stride()[:3], *numbers, K_S=k.stride(1), V_S=v.stride(1), **constants, **blocks, **options,
     )  # fmt: skip
+    if keys == 0:
+        return grads
     blocks, options = _launching("bwd_kv", q)
     _attention_bwd_kv_kernel[key_blocks(keys, blocks["BN"]), batch * heads](
         grad, q, k, v, stats, order, count, seed, grad_k, grad_v, *_outer(grad), *_outer(q), *k.stride()[:3],
@@ -189,10 +191,12 @@ def _scores_and_keep(q, k, order, count, seed, dropout_p: float) -> tuple[Tensor
 
 def _fwd_reference(q, k, v, order, count, seed, dropout_p: float) -> tuple[Tensor, Tensor]:
     scores, kept = _scores_and_keep(q, k, order, count, seed, dropout_p)
-    lse = torch.logsumexp(scores / LOG2E, -1) * LOG2E
-    lse = lse.masked_fill(lse == -math.inf, math.inf)
-    out = torch.einsum("bhqk,bkhd->bqhd", (scores - lse[..., None]).exp2() * kept, v.to(scores.dtype))
-    return out.to(q.dtype).contiguous(), lse
+    top = scores.amax(-1, keepdim=True).nan_to_num(nan=math.nan, neginf=0.0) if k.shape[1] else 0.0
+    p = (scores - top).exp2()
+    total = p.sum(-1, keepdim=True)
+    lse = torch.where(total == 0, math.inf, top + total.log2())
+    out = torch.einsum("bhqk,bkhd->bqhd", p * kept / torch.where(total == 0, 1.0, total), v.to(scores.dtype))
+    return out.to(q.dtype).contiguous(), lse[..., 0].contiguous()
 
 
 def _bwd_reference(grad, q, k, v, out, lse, order, count, seed, dropout_p: float) -> tuple[Tensor, Tensor, Tensor]:
