@@ -25,7 +25,13 @@ from unit_fast_kernels import _triton
 from unit_fast_kernels._attention_cpu import attention_cpu
 from unit_fast_kernels.assignment import assignment_reference
 from unit_fast_kernels.attention import attention_fused, attention_reference, attention_unfit
-from unit_fast_kernels.bias_act_dropout import ACTIVATIONS, bias_act_dropout_cpu, bias_act_dropout_reference
+from unit_fast_kernels.bias_act_dropout import (
+    ACTIVATIONS,
+    bias_act_dropout_cpu,
+    bias_act_dropout_fused,
+    bias_act_dropout_reference,
+    bias_act_dropout_unfit,
+)
 from unit_fast_kernels.cross_attention import (
     cross_attention_fused,
     cross_attention_reference,
@@ -48,7 +54,11 @@ _IMPLEMENTATIONS = {
     "cross_attention": {"reference": cross_attention_reference, "cpu": attention_cpu, "fused": cross_attention_fused},
     "dropout": {"reference": dropout_reference, "cpu": dropout_cpu, "fused": dropout_fused},
     "residual_norm": {"reference": residual_norm_reference, "cpu": residual_norm_cpu, "fused": residual_norm_fused},
-    "bias_act_dropout": {"reference": bias_act_dropout_reference, "cpu": bias_act_dropout_cpu},
+    "bias_act_dropout": {
+        "reference": bias_act_dropout_reference,
+        "cpu": bias_act_dropout_cpu,
+        "fused": bias_act_dropout_fused,
+    },
     "match_cost": {"reference": match_cost_reference},
     "giou": {"reference": pairwise_giou},
     "assignment": {"reference": assignment_reference},
@@ -269,7 +279,7 @@ def bias_act_dropout(
         _shape(op, "bias", bias, tuple(x.shape[-1:]), "[C]")
         _one_device(op, x, bias=bias)
     _dropout(op, dropout_p, seed)
-    return _implementation(op, x)(x, bias, act, dropout_p, seed)
+    return _implementation(op, x, lambda: bias_act_dropout_unfit(x, bias))(x, bias, act, dropout_p, seed)
 
 
 def match_cost(
