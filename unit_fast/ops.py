@@ -38,6 +38,7 @@ from unit_fast_kernels.cross_attention import (
     cross_attention_unfit,
 )
 from unit_fast_kernels.dropout import dropout_cpu, dropout_fused, dropout_reference, dropout_unfit
+from unit_fast_kernels.frozen_bn_act import frozen_bn_act_fused, frozen_bn_act_reference, frozen_bn_act_unfit
 from unit_fast_kernels.match_cost import match_cost_reference, pairwise_giou
 from unit_fast_kernels.residual_norm import (
     residual_norm_cpu,
@@ -59,6 +60,7 @@ _IMPLEMENTATIONS = {
         "cpu": bias_act_dropout_cpu,
         "fused": bias_act_dropout_fused,
     },
+    "frozen_bn_act": {"reference": frozen_bn_act_reference, "fused": frozen_bn_act_fused},
     "match_cost": {"reference": match_cost_reference},
     "giou": {"reference": pairwise_giou},
     "assignment": {"reference": assignment_reference},
@@ -280,6 +282,39 @@ def bias_act_dropout(
         _one_device(op, x, bias=bias)
     _dropout(op, dropout_p, seed)
     return _implementation(op, x, lambda: bias_act_dropout_unfit(x, bias))(x, bias, act, dropout_p, seed)
+
+
+def frozen_bn_act(
+    x: Tensor, scale: Tensor | None, shift: Tensor, residual: Tensor | None = None, relu: bool = True
+) -> Tensor:
+    """relu(x * scale + shift + residual): a frozen batch norm with what follows it, one pass over a feature map.
+
+    x, residual [B,C,H,W], floating, channels last where it shall be fast; scale (None: 1), shift [C] constants that get
+    no gradient. The result has the wider dtype of x and residual. ``ValueError`` on arguments that do not fit.
+    """
+    op = "frozen_bn_act"
+    _shape(op, "x", x, (None,) * 4, "[B,C,H,W]")
+    _floating(op, x=x)
+    for argument, constant in (("scale", scale), ("shift", shift)):
+        if constant is not None:
+            _shape(op, argument, constant, (x.shape[1],), "[C]")
+            _floating(op, **{argument: constant})
+            if constant.requires_grad:
+                _fail(op, argument, "a tensor that requires a gradient", "it gets none here: detach it")
+    if residual is not None:
+        _shape(op, "residual", residual, tuple(x.shape), "the shape of x")
+        _floating(op, residual=residual)
+    _one_device(op, x, scale=scale, shift=shift, residual=residual)
+    chosen = _implementation(op, x, lambda: frozen_bn_act_unfit(x, scale, shift, residual))
+    return chosen(x, scale, shift, residual, relu)
+
+
+def fuses_frozen_bn_act(x: Tensor) -> bool:
+    """Whether ``frozen_bn_act`` would run its kernels on a tensor like x. A convolution before it then leaves its bias
+    to the kernel; else a bias of the convolution is the faster way. ``ValueError`` as ``frozen_bn_act``."""
+    return (
+        _choose("frozen_bn_act", x.device.type, lambda: frozen_bn_act_unfit(x), isinstance(x, FakeTensor))[0] == "fused"
+    )
 
 
 def match_cost(

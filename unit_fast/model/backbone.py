@@ -2,7 +2,8 @@
 
 Blocks are torchvision's; only their forward is ours: a frozen batch norm is an affine map with constants, so it is
 folded into the convolution before it, w' = w s, b' = beta - mu s with s = gamma / sqrt(var + eps), which saves a pass
-over every activation in both directions. State-dict names are torchvision's.
+over every activation in both directions; with the fused operators b' is added together with the residual and the ReLU.
+State-dict names are torchvision's.
 """
 
 import functools
@@ -14,19 +15,44 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
+from unit_fast import ops
 from unit_fast.config import BackboneConfig
 from unit_fast.errors import UserError
 
 LAYERS = {14: (1, 1, 1, 1), 18: (2, 2, 2, 2), 26: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
+def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(w', b'): the convolution's weight with the norm's scale in it, and the norm's shift."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
+
+
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """norm(conv(x)), a frozen batch norm folded into the convolution."""
-    if not isinstance(norm, FrozenBatchNorm2d):
-        return norm(conv(x))
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    weight = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, weight, norm.bias - norm.running_mean * scale, conv.stride, conv.padding, conv.dilation)
+    return _convolve(conv, x, *_folded(conv, norm)) if isinstance(norm, FrozenBatchNorm2d) else norm(conv(x))
+
+
+def conv_norm_relu(conv: nn.Conv2d, norm: nn.Module, x: Tensor, block: nn.Module | None = None, identity=None):
+    """relu(norm(conv(x))), or relu(norm(conv(x)) + shortcut) with the shortcut of ``block`` from ``identity``.
+
+    A frozen batch norm's scale is folded into the convolution. Its shift goes with it as a bias, which a CPU's
+    convolution adds on the way; CUDA's adds it in a pass of its own, so there shift (the shortcut's too), sum and ReLU
+    are one pass over the result.
+    """
+    if not isinstance(norm, FrozenBatchNorm2d) or not ops.fuses_frozen_bn_act(x):
+        y = conv_norm(conv, norm, x)
+        return F.relu(y if block is None else y.add_(_shortcut(block, identity)), inplace=True)
+    weight, shift = _folded(conv, norm)
+    residual = identity
+    if block is not None and block.downsample is not None:
+        weight_down, shift_down = _folded(*block.downsample)
+        shift, residual = shift + shift_down, _convolve(block.downsample[0], identity, weight_down, None)
+    return ops.frozen_bn_act(_convolve(conv, x, weight, None), None, shift, residual)
 
 
 def _shortcut(block: nn.Module, x: Tensor) -> Tensor:
@@ -37,19 +63,17 @@ class FoldedBottleneck(Bottleneck):
     """torchvision's bottleneck (stride on the 3x3 convolution)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
-        y = F.relu(conv_norm(self.conv2, self.bn2, y), inplace=True)
-        y = conv_norm(self.conv3, self.bn3, y)
-        return F.relu(y.add_(_shortcut(self, x)), inplace=True)
+        y = conv_norm_relu(self.conv1, self.bn1, x)
+        y = conv_norm_relu(self.conv2, self.bn2, y)
+        return conv_norm_relu(self.conv3, self.bn3, y, self, x)
 
 
 class FoldedBasicBlock(BasicBlock):
     """torchvision's basic block (ResNet-18 and -34)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
-        y = conv_norm(self.conv2, self.bn2, y)
-        return F.relu(y.add_(_shortcut(self, x)), inplace=True)
+        y = conv_norm_relu(self.conv1, self.bn1, x)
+        return conv_norm_relu(self.conv2, self.bn2, y, self, x)
 
 
 def _norm_layer(config: BackboneConfig):
@@ -113,6 +137,6 @@ class Backbone(nn.Module):
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
         x = image_B3HW.contiguous(memory_format=self.memory_format)
-        x = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
+        x = conv_norm_relu(self.conv1, self.bn1, x)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
