@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 _SHARED_TOTAL = {"sm_80": 164 * 1024, "sm_90": 228 * 1024}
 MAX_WARPS = 64
 LIMIT_SECONDS = 60.0
+"""Processor time that compiling one kernel may take; on a busy machine it may wait ``_PATIENCE`` times as long."""
+_PATIENCE = 10
 
 
 class AssemblyError(RuntimeError):
@@ -224,6 +227,22 @@ def cache_folder() -> Path:
     return Path(base) / "unit_fast" / "assembly"
 
 
+def _processor_seconds(pid: int) -> float:
+    """Processor time that a process and its children took, running ones included; 0 of one that has gone."""
+    process = Path(f"/proc/{pid}")
+    try:
+        # After the name, which may hold anything: utime, stime, cutime and cstime are fields 14 to 17.
+        fields = (process / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    children: list[str] = []
+    with contextlib.suppress(OSError):  # it may end now, or the kernel not list children: they count when they end
+        for task in (process / "task").iterdir():
+            children += (task / "children").read_text(encoding="utf-8").split()
+    own = sum(int(x) for x in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+    return own + sum(_processor_seconds(int(child)) for child in children)
+
+
 class _Worker:
     """A child process that compiles one launch after the other."""
 
@@ -239,14 +258,17 @@ class _Worker:
         )  # fmt: skip
 
     def answer(self, job: dict, limit: float) -> dict | None:
-        """The worker's answer, None when it did not come within ``limit`` seconds or the worker died."""
+        """The worker's answer, None when it did not come within ``limit`` seconds of work or the worker died."""
         try:
             self.process.stdin.write(json.dumps(job) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             return None
-        if not select.select([self.process.stdout], [], [], limit)[0]:
-            return None
+        begun, waited = _processor_seconds(self.process.pid), time.monotonic()
+        while not select.select([self.process.stdout], [], [], min(1.0, limit))[0]:
+            worked = _processor_seconds(self.process.pid) - begun
+            if worked > limit or time.monotonic() - waited > _PATIENCE * limit:
+                return None
         line = self.process.stdout.readline()
         return json.loads(line) if line else None
 
@@ -320,7 +342,11 @@ def _compile(
         if answer is None:
             status = worker.kill()
             idle.put(None)
-            why = f"did not compile within {limit_seconds:g} s" if status is None else f"ended its compiler ({status})"
+            why = (
+                f"did not compile within {limit_seconds:g} s of work"
+                if status is None
+                else f"ended its compiler ({status})"
+            )
             return key, AssemblyError(f"{_told(launch, arch)} {why}")
         idle.put(worker)
         if "error" in answer:

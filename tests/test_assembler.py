@@ -1,5 +1,9 @@
 """Launches are recorded as Triton makes them, compiled in children, and their machine code is counted right."""
 
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 from unit_fast_kernels import _assemble, _bounds, _tuned
@@ -168,9 +172,24 @@ def test_a_kernel_that_does_not_compile_is_named(tmp_path, monkeypatch):
 def test_a_kernel_that_takes_too_long_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (launch,) = _assemble.record(launch_scale, "a100")
-    with pytest.raises(_assemble.AssemblyError, match=r"^scale for sm_80 .*did not compile within 0.01 s"):
+    with pytest.raises(_assemble.AssemblyError, match=r"^scale for sm_80 .*did not compile within 0.01 s of work"):
         _assemble.assemble(launch, "sm_80", limit_seconds=0.01)
     assert not (tmp_path / "unit_fast").exists()
+
+
+@needs_compiler
+def test_time_is_the_work_of_a_process_and_its_children():
+    """Waiting is not work: on a busy machine a kernel is not refused for the others' sake."""
+    work = "import time; time.sleep(1.0); t = time.process_time()\nwhile time.process_time() < t + 0.5: 1"
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {work!r}]).wait()"
+    for source in (work + "\ninput()", parent + "; input()"):
+        with subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE) as child:
+            end = time.monotonic() + 60
+            while _assemble._processor_seconds(child.pid) < 0.5 and time.monotonic() < end:
+                time.sleep(0.05)
+            assert 0.5 <= _assemble._processor_seconds(child.pid) < 1.5
+            child.communicate(b"\n")
+    assert _assemble._processor_seconds(child.pid) == 0.0
 
 
 def test_why_nothing_can_be_assembled(monkeypatch):
