@@ -147,7 +147,7 @@ def _cross_attention_fwd_kernel(
             keys, scale, limit, D, DA, DB, BM, BN, LISTED, True, DROP, INTERPRET,
         )  # fmt: skip
     # Without a real key the sum, and so the output, is zero.
-    some = tl.where(total > 0.0, total, 1.0)
+    some = tl.where(total == 0.0, 1.0, total)
     norm = (keep_scale / some)[:, None]
     row = (split * batch + b) * queries
     out_rows = out_ptr + ((row + m) * heads + h) * D
@@ -156,7 +156,7 @@ def _cross_attention_fwd_kernel(
         tl.store(out_rows[:, None] + column_b[None, :], out_b * norm, mask=inside[:, None] & (column_b < D)[None, :])
     # As a whole such a row has the logsumexp +inf, so that 2^(score - lse) is zero; as a part it has no weight.
     nothing = tl.where(splits == 1, float("inf"), float("-inf"))
-    lse = tl.where(total > 0.0, top + tl.log2(some), nothing)
+    lse = tl.where(total == 0.0, nothing, top + tl.log2(some))
     tl.store(lse_ptr + row * heads + h * queries + m, lse, mask=inside)
 
 
@@ -185,7 +185,7 @@ def _cross_attention_join_kernel(
         top = tl.max(lse, 0)
         share = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
         total = tl.sum(share, 0)
-        total = tl.where(total > 0.0, total, 1.0)
+        total = tl.where(total == 0.0, 1.0, total)
         part *= (share / total)[:, None]
         tl.store(lse_ptr + line, tl.where(top == float("-inf"), float("inf"), top + tl.log2(total)))
     tl.store(out_ptr + (row * heads + h) * D + d, tl.sum(part, 0), mask=d < D)

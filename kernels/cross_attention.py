@@ -11,8 +11,9 @@ and of dq are joined, in the order of the splits, so that two runs give the same
 logsumexp, the list of real keys. Padded keys are not visited (``_attention_blocks``), wherever they stand.
 
 Bytes: k and v forward; k, v, dk and dv backward; q, out and their gradients are small beside them. FLOPs: 4 B H Q Sk D
-forward, 10 backward. Limits: those of ``attention``, whose kernels take over where Q > 128; any strides, with a copy
-only where the head is not contiguous (slices of one product over all layers are taken as they are).
+forward, 10 backward. Limits: those of ``attention``, whose kernels take over where the queries are more than a tile
+(128; float32: 32); any strides, with a copy only where the head is not contiguous (slices of one product over all
+layers are taken as they are).
 """
 
 import math
@@ -43,8 +44,8 @@ from unit_fast_kernels.attention import (
     attention_unfit,
 )
 
-MOST_QUERIES = 128
-"""Queries of one tile."""
+MOST_QUERIES = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}
+"""Queries of one tile. Exact float32 products keep their operands in registers: a tile of 128 would spill."""
 
 
 def cross_attention_reference(
@@ -80,10 +81,12 @@ def _default(kernel: str, queries: int, width: int, dtype: torch.dtype, card_nam
     warp for every 16 queries, more would repeat each other's products; ``stages``; ``splits`` of the keys (0: as many
     as ``split_count`` says)."""
     tile = _query_tile(queries)
-    keys, stages = (64, 2) if kernel == "fwd" else (64, 1)
-    if kernel == "bwd" and width > 64 and (tile < 128 or width > 96):
-        keys = 32
-    return {"keys": keys, "second": 32 if width == 96 else 0, "warps": tile // 16, "stages": stages, "splits": 0}
+    parameters = {"keys": 64, "second": 32 if width == 96 else 0, "warps": tile // 16, "stages": 2, "splits": 0}
+    if dtype == torch.float32:
+        return parameters | {"keys": 32, "warps": 4, "stages": 1}
+    if kernel == "fwd":
+        return parameters | ({"keys": 128} if width <= 32 else {})
+    return parameters | {"keys": 32 if width > 64 and (tile < 128 or width > 96) else 64, "stages": 1}
 
 
 def split_count(rows: int, blocks: int, places: int, most: int) -> int:
@@ -135,7 +138,7 @@ def _fwd_launch(q, k, v, order, count, seed, dropout_p: float) -> tuple[Tensor, 
     keys = k.shape[1]
     if q.numel() == 0 or keys == 0:
         return out.zero_(), lse.fill_(math.inf)
-    q, k, v = _rowwise(q), _rowwise(k), _rowwise(v)
+    q, k, v, seed = (_rowwise(x) for x in (q, k, v, seed))
     splits, blocks, options = _launching("fwd", q, keys)
     part, part_lse = out, lse
     if splits > 1:
@@ -158,7 +161,7 @@ def _bwd_launch(grad, q, k, v, out, lse, order, count, seed, dropout_p: float) -
     keys = k.shape[1]
     if q.numel() == 0 or keys == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    grad, q, k, v, out = (_rowwise(x) for x in (grad, q, k, v, out))
+    grad, q, k, v, out, seed = (_rowwise(x) for x in (grad, q, k, v, out, seed))
     splits, blocks, options = _launching("bwd", q, keys)
     part = dq if splits == 1 else torch.empty((splits, *dq.shape), dtype=torch.float32, device=dq.device)
     scale = 1.0 / math.sqrt(width)
@@ -242,12 +245,12 @@ def cross_attention_fused(
     """``cross_attention_reference`` in one launch each way, two where the keys are split, and one for a mask's list.
 
     q [B,Q,H,D], k v [B,Sk,H,D], float32, bfloat16 or float16, D <= 128, any strides; key_padding_mask [B,Sk] bool;
-    seed int64[2] where dropout_p > 0. Returns [B,Q,H,D]; it and the gradients are contiguous. More than 128 queries go
-    to ``attention_fused``. What is dropped is the same there and here, whatever the splits:
+    seed int64[2] where dropout_p > 0. Returns [B,Q,H,D]; it and the gradients are contiguous. More queries than
+    MOST_QUERIES go to ``attention_fused``. What is dropped is the same there and here, whatever the splits:
     ``attention_keep(B, H, Q, Sk, dropout_p, seed, key_padding_mask)``. Arguments are checked in
     ``ops.cross_attention``.
     """
-    if q.shape[1] > MOST_QUERIES:
+    if q.shape[1] > MOST_QUERIES.get(q.dtype, 0):
         return attention_fused(q, k, v, key_padding_mask, dropout_p, seed)
     return _CrossAttention.apply(q, k, v, key_padding_mask, dropout_p, seed)
 
@@ -288,14 +291,16 @@ def make(shape: tuple, dtype: torch.dtype, device) -> dict:
 
 
 def launches(shape: tuple, dtype: torch.dtype, device) -> list[tuple[str, tuple]]:
-    """The registered operators of a forward and a backward pass, with arguments."""
+    """The registered operators of a forward and a backward pass, with arguments: those of ``attention`` where the
+    queries are more than a tile."""
+    op = "cross_attention" if shape[1] <= MOST_QUERIES[dtype] else "attention"
     a = make(shape, dtype, device)
     mask = a["key_padding_mask"]
     order, count = (None, None) if mask is None else _key_list_reference(mask)
     q, k, v, rest = a["q"], a["k"], a["v"], (order, count, a["seed"], a["dropout_p"])
     out, lse = _fwd_fake(q, k, v, *rest)
     backward = (out.normal_(), q, k, v, torch.randn_like(out), lse.fill_(20.0), *rest)
-    return [("cross_attention_fwd", (q, k, v, *rest)), ("cross_attention_bwd", backward)]
+    return [(f"{op}_fwd", (q, k, v, *rest)), (f"{op}_bwd", backward)]
 
 
 def score_tile(kernel: str, constants: dict) -> int | None:
@@ -334,18 +339,18 @@ def flops_bwd(shape: tuple) -> int:
 
 
 def candidates(shape: tuple, dtype: torch.dtype = torch.bfloat16) -> list[dict]:
-    """Launch parameters worth trying: {"op", "bucket", "parameters"}, the default of an A100 first."""
+    """Launch parameters worth trying: {"op", "bucket", "parameters"}, the default of an A100 first. The splits stay
+    with ``split_count``, since a bucket has batches of every size."""
     queries, width = shape[1], shape[4]
     tile, out = _query_tile(queries), []
     for kernel in ("fwd", "bwd"):
         tried = [_default(kernel, queries, width, dtype, name) for name in ("a100", "h100")] + [
-            {"keys": keys, "second": second, "warps": warps, "stages": stages, "splits": splits}
+            {"keys": keys, "second": second, "warps": warps, "stages": stages, "splits": 0}
             for keys in (32, 64, 128)
             for second in ((0, 32) if width == 96 else (0,))
             for warps in (tile // 16, tile // 8)
             if warps <= 8 and 16 <= tile * keys // (32 * warps) <= 64
             for stages in (1, 2, 3)
-            for splits in (0, 1, 2, 4, 8)
         ]
         name = bucket(queries, width, dtype)
         out += [{"op": f"cross_attention_{kernel}", "bucket": name, "parameters": p} for p in tried]
