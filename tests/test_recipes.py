@@ -92,3 +92,18 @@ def test_batch_note_states_the_paper_beside_the_effective_batch():
 
     config = dataclasses.replace(recipe("coco"), batch_per_process=2, accumulate=8)
     assert "effective batch 16 (2 x 8 accumulated), the paper's is 64" in batch_note(config)
+
+
+def test_the_demo_fits_its_world():
+    from unit_fast.data import synthetic, synthetic_scene, synthetic_text
+
+    config, quick = recipe("demo"), recipe("demo_quick")
+    tasks = config.model.tasks
+    assert tasks["vqa2"].outputs == len(synthetic_text.ANSWERS)
+    assert tasks["detection_visual_genome"].outputs == len(synthetic.VG_OBJECT_IDS) + 2
+    assert config.model.loss.attribute_outputs == len(synthetic.VG_ATTRIBUTE_IDS) + 1
+    assert config.model.text.vocab_size == len(synthetic_text.VOCABULARY)
+    assert min(t.queries for n, t in tasks.items() if TASKS[n].is_detection) > synthetic_scene.MOST
+    assert config.data.short_side == config.data.max_side == synthetic_scene.SIDE, "neither scaled nor padded"
+    assert quick.model == config.model
+    assert quick.steps < config.steps / 10

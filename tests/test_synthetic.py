@@ -72,8 +72,8 @@ def test_detection_files_load_with_pycocotools_and_their_boxes_are_inside(world)
         for a in annotations:
             x, y, w, h = a["bbox"]
             image = coco.imgs[a["image_id"]]
-            assert 0 <= x < x + w <= image["width"] <= 96
-            assert 0 <= y < y + h <= image["height"] <= 96
+            assert 0 <= x < x + w <= image["width"] == synthetic_scene.SIDE
+            assert 0 <= y < y + h <= image["height"] == synthetic_scene.SIDE
             assert a["iscrowd"] or (min(w, h) >= 10 and a["area"] > 0)
             if "segmentation" in a:
                 assert abs(coco.annToMask(a).sum() - a["area"]) <= 0.15 * a["area"] + 4
@@ -178,6 +178,18 @@ def test_every_text_is_made_of_words_of_the_vocabulary(world):
 
 
 # ------------------------------------------------------------------------------------- what can and cannot be guessed
+
+
+def test_scenes_have_one_to_three_shapes_and_every_kind_colour_and_size():
+    scenes = [synthetic_scene.draw_scene(random.Random(i)) for i in range(600)]
+    counts = [len(scene.things) for scene in scenes]
+    assert set(counts) == set(range(1, synthetic_scene.MOST + 1))
+    assert min(counts.count(n) for n in set(counts)) > 0.1 * len(scenes), "each number can be asked for"
+    things = [thing for scene in scenes for thing in scene.things]
+    assert {t.kind for t in things} == set(synthetic_scene.KINDS) == set(VG_OBJECT_IDS)
+    assert {t.color for t in things} == set(synthetic_scene.COLORS) == set(COCO_CATEGORIES)
+    assert {t.size for t in things} == set(synthetic_scene.SIZES)
+    assert min(min(t.box[2:]) for t in things) > synthetic_scene.SIDE / 4.5, "a box is wide enough for an IoU of 0.5"
 
 
 def test_answers_are_true_of_the_scenes():

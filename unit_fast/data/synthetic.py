@@ -30,7 +30,6 @@ COCO_CATEGORIES = {"red": 1, "green": 18, "blue": 37, "yellow": 44, "purple": 62
 _VG_OBJECTS = (
     ("square", "box"),
     ("triangle", "wedge"),
-    ("cross", "plus"),
     ("ring", "hoop"),
 )
 _VG_ATTRIBUTES = (*((color,) for color in COLORS), ("small", "little"), ("large", "big"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
-KINDS = ("square", "triangle", "cross", "ring")
+KINDS = ("square", "triangle", "ring")
 COLORS = {
     "red": (214, 40, 40),
     "green": (44, 170, 60),
@@ -22,12 +22,18 @@ COLORS = {
     "white": (240, 240, 240),
 }
 GROUNDS = {"gray": (128, 128, 128), "brown": (118, 78, 46), "black": (34, 34, 38)}
-SIZES = {"small": (8.0, 11.0), "large": (14.0, 20.0)}
+SIZES = {"small": (10.0, 12.0), "large": (14.0, 17.0)}
 """Size name -> range of the half side in pixels; the gap keeps the names unambiguous."""
 
-_COUNTS = (1, 2, 3, 4, 5)
-_COUNT_WEIGHTS = (0.32, 0.32, 0.22, 0.10, 0.04)
+SIDE = 64
+"""Pixels a side of every image: the demo trains on them as they are, without resizing or padding."""
+MOST = 3
+"""Shapes of a scene, at most."""
+
+_COUNT_WEIGHTS = (0.55, 0.33, 0.12)
 _CROWD_SHARE = 0.02
+_ATTEMPTS = 50
+_HOLE = 0.6  # of a ring's radius
 _OVERSAMPLING = 3  # shapes are drawn this much larger and averaged down, which smooths their edges
 
 
@@ -83,15 +89,7 @@ def _outline(kind: str) -> list[tuple[float, float]]:
         return [(math.cos(a), math.sin(a)) for a in angles]
     if kind == "square":
         return [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]
-    if kind == "triangle":
-        return [(0.0, -1.0), (1.0, 0.8), (-1.0, 0.8)]
-    arm = 0.36
-    quarter = [(arm, -1.0), (arm, -arm), (1.0, -arm)]
-    return [
-        point
-        for turn in range(4)
-        for point in (_rotate(x, y, turn * math.pi / 2) for x, y in quarter)
-    ]  # fmt: skip
+    return [(0.0, -1.0), (1.0, 0.8), (-1.0, 0.8)]
 
 
 def _rotate(x: float, y: float, angle: float) -> tuple[float, float]:
@@ -118,40 +116,51 @@ def _place(rng, kind, color, size, half, width, height, taken, area=None) -> Thi
 
 
 def draw_scene(rng: random.Random, *, crowds: bool = False) -> Scene:
-    """A scene of 64 to 96 pixels a side with one to five shapes that do not overlap; ``crowds`` allows a crowd."""
-    width, height = rng.randrange(64, 97), rng.randrange(64, 97)
+    """A scene with one to three shapes that do not overlap; ``crowds`` allows a crowd."""
+    width = height = SIDE
     taken: list = []
     crowd: list = []
     if crowds and rng.random() < _CROWD_SHARE:
-        x, y = rng.uniform(2, width - 34), rng.uniform(2, height - 28)
+        x, y = rng.choice((1, width - 33)), rng.choice((1, height - 25))  # in a corner, out of the way
         kind, color = rng.choice(KINDS), rng.choice(list(COLORS))
         cells = [(x + 8 * column, y + 8 * row) for row in range(3) for column in range(4)]
         for left, top in rng.sample(cells, rng.randrange(7, 12)):
             crowd.append(_place(rng, kind, color, "small", 3.0, width, height, [], (left, top, left + 8, top + 8)))
         taken.append((x, y, x + 32, y + 24))
+    number = rng.choices(range(1, MOST + 1), _COUNT_WEIGHTS)[0]
+    for _ in range(_ATTEMPTS):
+        things = _things(rng, number, width, height, list(taken))
+        if len(things) == number:
+            break
+    return Scene(width, height, rng.choice(list(GROUNDS)), tuple(things), tuple(crowd), rng.getrandbits(32))
+
+
+def _things(rng, number, width, height, taken) -> list[Thing]:
+    """``number`` shapes outside the boxes ``taken``; fewer where one finds no place."""
     things = []
-    for _ in range(rng.choices(_COUNTS, _COUNT_WEIGHTS)[0]):
+    for _ in range(number):
         size = rng.choice(list(SIZES))
         half = rng.uniform(*SIZES[size])
         thing = _place(rng, rng.choice(KINDS), rng.choice(list(COLORS)), size, half, width, height, taken)
-        if thing:
-            things.append(thing)
-    return Scene(width, height, rng.choice(list(GROUNDS)), tuple(things), tuple(crowd), rng.getrandbits(32))
+        if thing is None:
+            break
+        things.append(thing)
+    return things
 
 
 def render(scene: Scene) -> bytes:
     """The scene as a JPEG file."""
     rng = np.random.default_rng(scene.texture_seed)
     height, width = scene.height, scene.width
-    spots = rng.normal(0, 18, (height // 8 + 2, width // 8 + 2)).clip(-40, 40)
+    spots = rng.normal(0, 9, (height // 8 + 2, width // 8 + 2)).clip(-20, 20)
     coarse = Image.fromarray(spots.astype(np.float32))
     texture = np.asarray(coarse.resize((width, height), Image.Resampling.BILINEAR))
-    ground = np.array(GROUNDS[scene.ground], np.float32) + rng.normal(0, 5) + texture[..., None]
+    ground = np.array(GROUNDS[scene.ground], np.float32) + rng.normal(0, 2.5) + texture[..., None]
     image = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
     for thing in scene.crowd + scene.things:
-        color = np.array(COLORS[thing.color]) + rng.normal(0, 9, 3)
+        color = np.array(COLORS[thing.color]) + rng.normal(0, 4.5, 3)
         image.paste(tuple(int(c) for c in color.clip(0, 255)), mask=_mask(thing, width, height))
-    pixels = np.asarray(image, np.float32) + rng.normal(0, 5, (height, width, 1))
+    pixels = np.asarray(image, np.float32) + rng.normal(0, 2.5, (height, width, 1))
     buffer = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=92, subsampling=0)
     return buffer.getvalue()
@@ -163,7 +172,7 @@ def _mask(thing: Thing, width: int, height: int) -> Image.Image:
     draw.polygon([(x * _OVERSAMPLING, y * _OVERSAMPLING) for x, y in thing.polygon], fill=255)
     if thing.kind == "ring":
         cx, cy = thing.center
-        hole = [(cx + 0.5 * (x - cx), cy + 0.5 * (y - cy)) for x, y in thing.polygon]
+        hole = [(cx + _HOLE * (x - cx), cy + _HOLE * (y - cy)) for x, y in thing.polygon]
         draw.polygon([(x * _OVERSAMPLING, y * _OVERSAMPLING) for x, y in hole], fill=0)
     return mask.reduce(_OVERSAMPLING)
 

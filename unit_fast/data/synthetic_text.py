@@ -8,24 +8,24 @@ import random
 import string
 
 from unit_fast.data.synthetic_glue import ANIMALS, CITIES, PEOPLE, WORDS, words_of
-from unit_fast.data.synthetic_scene import COLORS, GROUNDS, KINDS, Scene
+from unit_fast.data.synthetic_scene import COLORS, GROUNDS, KINDS, MOST, Scene
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five")
+NUMBERS = ("zero", "one", "two", "three")
 
 # ------------------------------------------------------------------------------------------- questions about scenes
 
-ANSWERS = ("<unk>", "yes", "no", "0", "1", "2", "3", "4", "5", *COLORS, *KINDS, *GROUNDS)
+ANSWERS = ("<unk>", "yes", "no", *map(str, range(MOST + 1)), *COLORS, *KINDS, *GROUNDS)
 """The VQA answer list; index 0 is the unknown answer."""
 
 QUESTION_KINDS = {
-    "color of kind": 0.22,
+    "color of kind": 0.26,
     "kind of color": 0.18,
-    "pair": 0.10,
-    "kind": 0.08,
-    "count kind": 0.07,
-    "count": 0.12,
-    "beside": 0.05,
-    "ground": 0.18,
+    "pair": 0.06,
+    "kind": 0.10,
+    "count kind": 0.05,
+    "count": 0.10,
+    "beside": 0.03,
+    "ground": 0.22,
 }
 """Kind of question -> how often it is asked, where the scene allows it."""
 
@@ -162,7 +162,7 @@ def hypothesis(rng: random.Random, scene: Scene, label: str) -> str:
         color = rng.choice(sorted(colors) if true else [c for c in COLORS if c not in colors])
         return rng.choice((f"Something is {color}.", f"There is a {color} shape."))
     if form == "number":
-        number = len(things) if true else rng.choice([n for n in (1, 2, 3, 4) if n != len(things)])
+        number = len(things) if true else rng.choice([n for n in range(1, MOST + 1) if n != len(things)])
         return "There is one shape." if number == 1 else f"There are {NUMBERS[number]} shapes."
     ground = scene.ground if true else rng.choice([g for g in GROUNDS if g != scene.ground])
     return f"The background is {ground}."
