@@ -8,6 +8,7 @@ State-dict names are torchvision's.
 
 import functools
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -22,58 +23,74 @@ from unit_fast.errors import UserError
 LAYERS = {14: (1, 1, 1, 1), 18: (2, 2, 2, 2), 26: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
-def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
-    """(w', b'): the convolution's weight with the norm's scale in it, and the norm's shift."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+Constants = Mapping[nn.Module, tuple[Tensor, Tensor]]
+"""Frozen batch norm -> (s, b'), each [channels]."""
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def frozen_constants(modules: Iterable[nn.Module]) -> Constants:
+    """The constants of every frozen batch norm among ``modules``, all at once: one by one they take five kernels each.
+
+    They are computed in every pass, so that a captured step follows its buffers.
+    """
+    norms = [m for m in modules if isinstance(m, FrozenBatchNorm2d)]
+    if not norms:
+        return {}
+    weights, biases, means, variances = zip(*((n.weight, n.bias, n.running_mean, n.running_var) for n in norms))
+    scales = torch._foreach_mul(weights, torch._foreach_rsqrt(torch._foreach_add(variances, norms[0].eps)))
+    shifts = torch._foreach_sub(biases, torch._foreach_mul(means, scales))
+    return dict(zip(norms, zip(scales, shifts)))
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x convolved with the weight times scale."""
+    weight = conv.weight * scale[:, None, None, None]
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
 
 
-def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor, constants: Constants) -> Tensor:
     """norm(conv(x)), a frozen batch norm folded into the convolution."""
-    return _convolve(conv, x, *_folded(conv, norm)) if isinstance(norm, FrozenBatchNorm2d) else norm(conv(x))
+    return _convolve(conv, x, *constants[norm]) if norm in constants else norm(conv(x))
 
 
-def conv_norm_relu(conv: nn.Conv2d, norm: nn.Module, x: Tensor, block: nn.Module | None = None, identity=None):
+def conv_norm_relu(
+    conv: nn.Conv2d, norm: nn.Module, x: Tensor, constants: Constants, block: nn.Module | None = None, identity=None
+) -> Tensor:
     """relu(norm(conv(x))), or relu(norm(conv(x)) + shortcut) with the shortcut of ``block`` from ``identity``.
 
     A frozen batch norm's scale is folded into the convolution. Its shift goes with it as a bias, which a CPU's
     convolution adds on the way; CUDA's adds it in a pass of its own, so there shift (the shortcut's too), sum and ReLU
     are one pass over the result.
     """
-    if not isinstance(norm, FrozenBatchNorm2d) or not ops.fuses_frozen_bn_act(x):
-        y = conv_norm(conv, norm, x)
-        return F.relu(y if block is None else y.add_(_shortcut(block, identity)), inplace=True)
-    weight, shift = _folded(conv, norm)
-    residual = identity
+    if norm not in constants or not ops.fuses("frozen_bn_act", x):
+        y = conv_norm(conv, norm, x, constants)
+        return F.relu(y if block is None else y.add_(_shortcut(block, identity, constants)), inplace=True)
+    scale, shift = constants[norm]
     if block is not None and block.downsample is not None:
-        weight_down, shift_down = _folded(*block.downsample)
-        shift, residual = shift + shift_down, _convolve(block.downsample[0], identity, weight_down, None)
-    return ops.frozen_bn_act(_convolve(conv, x, weight, None), None, shift, residual)
+        conv_down, norm_down = block.downsample
+        scale_down, shift_down = constants[norm_down]
+        identity, shift = _convolve(conv_down, identity, scale_down, None), shift + shift_down
+    return ops.frozen_bn_act(_convolve(conv, x, scale, None), None, shift, identity)
 
 
-def _shortcut(block: nn.Module, x: Tensor) -> Tensor:
-    return x if block.downsample is None else conv_norm(block.downsample[0], block.downsample[1], x)
+def _shortcut(block: nn.Module, x: Tensor, constants: Constants) -> Tensor:
+    return x if block.downsample is None else conv_norm(block.downsample[0], block.downsample[1], x, constants)
 
 
 class FoldedBottleneck(Bottleneck):
     """torchvision's bottleneck (stride on the 3x3 convolution)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = conv_norm_relu(self.conv1, self.bn1, x)
-        y = conv_norm_relu(self.conv2, self.bn2, y)
-        return conv_norm_relu(self.conv3, self.bn3, y, self, x)
+    def forward(self, x: Tensor, constants: Constants) -> Tensor:
+        y = conv_norm_relu(self.conv1, self.bn1, x, constants)
+        y = conv_norm_relu(self.conv2, self.bn2, y, constants)
+        return conv_norm_relu(self.conv3, self.bn3, y, constants, self, x)
 
 
 class FoldedBasicBlock(BasicBlock):
     """torchvision's basic block (ResNet-18 and -34)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = conv_norm_relu(self.conv1, self.bn1, x)
-        return conv_norm_relu(self.conv2, self.bn2, y, self, x)
+    def forward(self, x: Tensor, constants: Constants) -> Tensor:
+        y = conv_norm_relu(self.conv1, self.bn1, x, constants)
+        return conv_norm_relu(self.conv2, self.bn2, y, constants, self, x)
 
 
 def _norm_layer(config: BackboneConfig):
@@ -137,6 +154,9 @@ class Backbone(nn.Module):
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
         x = image_B3HW.contiguous(memory_format=self.memory_format)
-        x = conv_norm_relu(self.conv1, self.bn1, x)
+        constants = frozen_constants(self.modules())
+        x = conv_norm_relu(self.conv1, self.bn1, x, constants)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
+            x = block(x, constants)
+        return x
