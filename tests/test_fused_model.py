@@ -9,7 +9,7 @@ from unit_fast_kernels._triton import INTERPRETING
 
 from tests.models import random_batch, small_config
 from unit_fast import ops
-from unit_fast.config import DecoderConfig, EncoderConfig, TextConfig
+from unit_fast.config import BackboneConfig, DecoderConfig, EncoderConfig, TextConfig
 from unit_fast.model.unit import UniT
 from unit_fast.tasks import TASKS
 
@@ -21,10 +21,23 @@ def _config(dropout: float = 0.0):
     """UniT's own head widths: 32 in the image encoder, 64 in the text encoder, 96 in the decoder."""
     return small_config(
         dropout=dropout,
+        backbone=BackboneConfig(depth=14, width=8, norm="frozen", first_trained_stage=1),
         encoder=EncoderConfig(width=64, layers=2, heads=2, ffn_width=48, dropout=dropout),
         text=TextConfig(width=128, layers=2, heads=2, ffn_width=40, vocab_size=200, max_positions=140, dropout=dropout),
         decoder=DecoderConfig(width=192, layers=2, heads=2, ffn_width=56, dropout=dropout, classifier_dropout=dropout),
     )
+
+
+def _model(dropout: float = 0.0) -> UniT:
+    """With the statistics of a trained backbone: frozen norms that do something."""
+    torch.manual_seed(0)
+    model = UniT(_config(dropout)).train()
+    for name, buffer in model.backbone.named_buffers():
+        if name.endswith(("weight", "running_var")):
+            buffer.uniform_(0.5, 1.5)
+        elif name.endswith(("bias", "running_mean")):
+            buffer.normal_(std=0.2)
+    return model
 
 
 def _run(model, batch, matching=None) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
@@ -43,8 +56,7 @@ def _run(model, batch, matching=None) -> tuple[dict[str, torch.Tensor], torch.Te
 @pytest.mark.parametrize("device", [CPU, CUDA])
 @pytest.mark.parametrize("name", TASKS)
 def test_equals_the_reference(name, device):
-    torch.manual_seed(0)
-    model = UniT(_config()).train()
+    model = _model()
     exact_model = UniT(_config()).double().train()
     exact_model.load_state_dict({k: v.double() if v.is_floating_point() else v for k, v in model.state_dict().items()})
     model.to(device)
@@ -61,25 +73,27 @@ def test_equals_the_reference(name, device):
     with ops.kernels("fused"):
         ours, _ = _run(model, batch, on_device)
     assert ours.keys() == exact.keys() == eager.keys()
-    # A model adds up errors of many operators: judge each kind of value by its worst relative error over all tensors.
-    for kind in ("grad/", ""):
-        keys = [k for k in exact if k.startswith("grad/") == bool(kind) and exact[k].abs().max() > 0]
+    # A model adds up errors of many operators: values and gradients are judged by their worst relative error over all
+    # tensors. Gradients that are zero in exact arithmetic (of keys' biases) are judged on the scale of the others.
+    band = 4 * torch.finfo(torch.float32).eps
+    for gradients in (True, False):
+        keys = [key for key in exact if key.startswith("grad/") == gradients]
+        smallest = 1e-4 * max(exact[key].abs().max() for key in keys)
         errors = {
-            which: max(float((values[k] - exact[k]).abs().max() / exact[k].abs().max()) for k in keys)
+            which: max(
+                float((values[key] - exact[key]).abs().max() / exact[key].abs().max().clamp_min(smallest))
+                for key in keys
+            )
             for which, values in (("ours", ours), ("eager", eager))
         }
-        band = 4 * torch.finfo(torch.float32).eps
-        assert errors["ours"] <= 2 * errors["eager"] + band, (kind or "values", errors)
-        zero = [k for k in exact if k.startswith("grad/") == bool(kind) and k not in keys]
-        assert all(ours[k].abs().max() <= 1e-6 for k in zero)
+        assert errors["ours"] <= 2 * errors["eager"] + band, errors
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
 @pytest.mark.parametrize("name", ["detection_coco", "vqa2", "glue_qnli"])
 def test_dropout_replays_from_the_seed(name, device):
     """One step twice from one state of the generator is bit-equal; another state gives other values."""
-    torch.manual_seed(0)
-    model = UniT(_config(dropout=0.2)).train().to(device)
+    model = _model(dropout=0.2).to(device)
     batch = random_batch(name, model.config).to(device)
     steps = []
     with ops.kernels("fused"):
@@ -94,8 +108,7 @@ def test_dropout_replays_from_the_seed(name, device):
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_every_operator_that_has_a_kernel_runs_it(device, monkeypatch):
     monkeypatch.setattr(ops, "_logged", set())
-    torch.manual_seed(0)
-    model = UniT(_config(dropout=0.2)).train().to(device)
+    model = _model(dropout=0.2).to(device)
     with ops.kernels("fused"):
         for name in ("detection_coco", "vqa2", "glue_qnli"):
             _run(model, random_batch(name, model.config).to(device))

@@ -139,6 +139,19 @@ def _implementation(op: str, tensor: Tensor, unfit: Callable[[], str | None] = l
     return _IMPLEMENTATIONS[op][name]
 
 
+def fuses(op: str, x: Tensor) -> bool:
+    """Whether ``op`` would run its kernels on a tensor like x, "bias_act_dropout" or "frozen_bn_act".
+
+    A product or convolution before it then leaves its bias to the kernel, which adds it in passing and sums its
+    gradient likewise; elsewhere the product adds it for nothing. ``ValueError`` as the operator.
+    """
+    unfit = {
+        "bias_act_dropout": lambda: bias_act_dropout_unfit(x, None),
+        "frozen_bn_act": lambda: frozen_bn_act_unfit(x),
+    }
+    return _choose(op, x.device.type, unfit[op], isinstance(x, FakeTensor))[0] == "fused"
+
+
 # --- Checks ---------------------------------------------------------------------------------------------------------
 
 
@@ -307,14 +320,6 @@ def frozen_bn_act(
     _one_device(op, x, scale=scale, shift=shift, residual=residual)
     chosen = _implementation(op, x, lambda: frozen_bn_act_unfit(x, scale, shift, residual))
     return chosen(x, scale, shift, residual, relu)
-
-
-def fuses_frozen_bn_act(x: Tensor) -> bool:
-    """Whether ``frozen_bn_act`` would run its kernels on a tensor like x. A convolution before it then leaves its bias
-    to the kernel; else a bias of the convolution is the faster way. ``ValueError`` as ``frozen_bn_act``."""
-    return (
-        _choose("frozen_bn_act", x.device.type, lambda: frozen_bn_act_unfit(x), isinstance(x, FakeTensor))[0] == "fused"
-    )
 
 
 def match_cost(

@@ -206,7 +206,7 @@ def test_backbone_with_the_shift_in_the_epilogue(depth, stride, monkeypatch):
         buffer.uniform_(0.5, 1.5) if "var" in name or "weight" in name else buffer.uniform_(-0.5, 0.5)
     image = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     with_bias = _features(backbone, image)
-    monkeypatch.setattr(ops, "fuses_frozen_bn_act", lambda x: True)
+    monkeypatch.setattr(ops, "fuses", lambda op, x: True)
     in_epilogue = _features(backbone, image)
     for a, b in zip(with_bias, in_epilogue, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12 + 1e-9 * float(a.abs().max()))
@@ -217,13 +217,13 @@ def test_backbone_chooses_by_mode():
     backbone = Backbone(BackboneConfig(depth=14, width=8, stride=32))
     image = torch.randn(1, 3, 32, 48)
     plain = _features(backbone, image)
-    assert not ops.fuses_frozen_bn_act(image)
+    assert not ops.fuses("frozen_bn_act", image)
     with ops.kernels("fused"):
         if not INTERPRETING:
             with pytest.raises(ValueError, match="^frozen_bn_act: the mode is fused, but tensors are on cpu"):
                 backbone(image)
             return
-        assert ops.fuses_frozen_bn_act(image)
+        assert ops.fuses("frozen_bn_act", image)
         for a, b in zip(plain, _features(backbone, image), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(a.abs().max()) + 1e-7)
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from unit_fast import ops
 from unit_fast.config import TextConfig
+from unit_fast.model.transformer import linear_act_dropout
 
 LAYER_NORM_EPS = 1e-12
 
@@ -105,7 +106,7 @@ class TextLayer(nn.Module):
         attended = ops.attention(q, k, v, mask_BT, self.dropout if self.training else 0.0, seeds.next())
         attended = packing.pack(attended.flatten(-2))
         x = self._residual(self.attention_norm, x, self.attention_output(attended), seeds)
-        hidden = ops.bias_act_dropout(self.intermediate(x), None, "gelu")
+        hidden = linear_act_dropout(self.intermediate, x, "gelu")
         return self._residual(self.output_norm, x, self.output(hidden), seeds)
 
 
