@@ -8,6 +8,7 @@ all of these tools are in Triton's wheel. Compiling happens in child processes w
 source of the kernel and everything else the binary depends on.
 """
 
+import ast
 import contextlib
 import functools
 import hashlib
@@ -127,6 +128,38 @@ class _Pointer:
         return self._offset
 
 
+def source_of(function) -> str:
+    """Hash of a kernel's source, of the functions of ours that it calls, and of the global values they use.
+
+    Triton's own ``cache_key`` depends on line numbers too, so that a word more in a module's docstring would compile
+    all of its kernels again.
+    """
+    from triton.runtime.jit import JITCallable
+
+    texts: dict[str, str] = {}
+    waiting = [function]
+    while waiting:
+        here = waiting.pop()
+        name = f"{here.__module__}.{here.__qualname__}"
+        if name in texts:
+            continue
+        texts[name] = here.src
+        scope = here.get_capture_scope()
+        for node in ast.walk(here.parse()):
+            if isinstance(node, ast.Name):
+                value = scope.get(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                value = getattr(scope.get(node.value.id), node.attr, None)
+            else:
+                continue
+            if isinstance(value, JITCallable):
+                if not value.__module__.startswith("triton."):  # those change with Triton's version
+                    waiting.append(value)
+            elif isinstance(value, bool | int | float | str | triton.language.constexpr):
+                texts[f"{name}: {ast.unparse(node)}"] = repr(value)
+    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
+
+
 def _launch(function, arguments, grid, keywords) -> Launch:
     """The launch ``function[grid](*arguments, **keywords)``, through the code that Triton specialises with."""
     import torch
@@ -147,7 +180,7 @@ def _launch(function, arguments, grid, keywords) -> Launch:
     grid = grid(bound) if callable(grid) else tuple(grid)
     return Launch(
         kernel=f"{function.__module__}:{function.__name__}",
-        source=function.cache_key,
+        source=source_of(function),
         signature=signature,
         constexprs={names[path[0]]: _plain(value) for path, value in constexprs.items()},
         aligned=tuple(names[path[0]] for path, value in attributes.items() if value),

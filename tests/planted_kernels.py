@@ -10,11 +10,17 @@ needs_compiler = pytest.mark.skipif(
 
 
 @jit
+def product(x, factor):
+    """What ``scale`` calls."""
+    return x * factor
+
+
+@jit
 def scale(x_ptr, y_ptr, n, factor, BLOCK: tl.constexpr):
     """Without a fault: y = factor x."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < n, other=0.0)
-    tl.store(y_ptr + i, x * factor, mask=i < n)
+    tl.store(y_ptr + i, product(x, factor), mask=i < n)
 
 
 @jit

@@ -144,11 +144,29 @@ def test_a_key_depends_on_everything(monkeypatch):
         return launch.key(arch)
 
     keys = [key(), key("sm_90"), key(size=1008), key(offset=1), key(warps=2), key(dtype=torch.float32)]
-    monkeypatch.setattr(planted_kernels.scale, "hash", "another source")
-    keys.append(key())
+    for function, old, new in ((planted_kernels.scale, "other=0.0", "other=1.0"), (planted_kernels.product, "*", "+")):
+        assert old in function.src
+        monkeypatch.setattr(function, "_src", function.src.replace(old, new))
+        keys.append(key())
     monkeypatch.setattr(triton, "__version__", "another version")
     keys.append(key())
     assert len(set(keys)) == len(keys)
+
+
+@needs_compiler
+def test_a_key_depends_on_global_values_and_not_on_lines(monkeypatch):
+    from unit_fast_kernels._philox import philox  # it uses none but Triton's functions
+
+    before = _assemble.source_of(philox)
+    monkeypatch.setattr(philox, "starting_line_number", philox.starting_line_number + 7)
+    assert _assemble.source_of(philox) == before
+    source = philox.src
+    monkeypatch.setattr(philox, "_src", source.replace("tl.load(seed_ptr)", "tl.load(seed_ptr + PLANTED)"))
+    found = []
+    for value in (1, 2):
+        monkeypatch.setitem(philox.__globals__, "PLANTED", triton.language.constexpr(value))
+        found.append(_assemble.source_of(philox))
+    assert len({before, *found}) == 3
 
 
 @needs_compiler
