@@ -70,17 +70,23 @@ def attention_reference(
 
 # --- Launch parameters ----------------------------------------------------------------------------------------------
 
-# (kernel, padded head, wide cards) -> BM, BN, warps, stages, cap of registers: without spills, the fewest instructions.
+# (kernel, padded head) -> by architecture BM, BN, warps, stages, cap of registers (0: none): no spills, then the fewest
+# instructions per score. The cap lets three blocks of the forward share a multiprocessor.
 _DEFAULTS = {
-    ("fwd", 32): {"a100": (64, 128, 4, 2, 168), "h100": (64, 128, 4, 2, 168)},
-    ("fwd", 64): {"a100": (64, 64, 4, 2, 0), "h100": (128, 64, 4, 2, 0)},
-    ("fwd", 128): {"a100": (64, 64, 4, 2, 0), "h100": (64, 64, 4, 2, 0)},
-    ("bwd_q", 32): {"a100": (128, 64, 4, 2, 0), "h100": (128, 64, 4, 2, 0)},
-    ("bwd_q", 64): {"a100": (64, 64, 4, 2, 0), "h100": (64, 64, 4, 2, 0)},
-    ("bwd_q", 128): {"a100": (64, 32, 4, 2, 0), "h100": (64, 32, 4, 2, 0)},
-    ("bwd_kv", 32): {"a100": (32, 128, 4, 2, 0), "h100": (32, 128, 4, 2, 0)},
-    ("bwd_kv", 64): {"a100": (32, 64, 4, 2, 0), "h100": (32, 64, 4, 2, 0)},
-    ("bwd_kv", 128): {"a100": (32, 64, 8, 2, 0), "h100": (32, 64, 8, 2, 0)},
+    ("fwd", 32): {"sm_80": (64, 128, 4, 2, 168), "sm_90": (64, 128, 4, 2, 168)},
+    ("fwd", 64): {"sm_80": (64, 128, 4, 2, 0), "sm_90": (64, 128, 4, 2, 0)},
+    ("fwd", 128): {"sm_80": (128, 64, 8, 2, 0), "sm_90": (128, 64, 8, 2, 0)},
+    ("bwd_q", 32): {"sm_80": (128, 64, 4, 2, 0), "sm_90": (128, 64, 4, 2, 0)},
+    ("bwd_q", 64): {"sm_80": (64, 64, 4, 2, 0), "sm_90": (64, 64, 4, 2, 0)},
+    ("bwd_q", 128): {"sm_80": (128, 32, 8, 2, 0), "sm_90": (128, 64, 8, 2, 0)},
+    ("bwd_kv", 32): {"sm_80": (32, 128, 4, 2, 0), "sm_90": (32, 128, 4, 2, 0)},
+    ("bwd_kv", 64): {"sm_80": (32, 64, 4, 1, 0), "sm_90": (32, 64, 4, 2, 0)},
+    ("bwd_kv", 128): {"sm_80": (32, 128, 8, 1, 0), "sm_90": (32, 128, 8, 2, 0)},
+}
+# The same where nothing is dropped, where it differs: the former would spill.
+_UNDROPPED = {
+    ("fwd", 32): {"sm_80": (64, 128, 4, 2, 0), "sm_90": (64, 128, 4, 2, 0)},
+    ("bwd_q", 32): {"sm_80": (128, 64, 8, 2, 0), "sm_90": (128, 64, 4, 2, 0)},
 }
 _NAMES = ("BM", "BN", "warps", "stages", "registers")
 
@@ -89,23 +95,24 @@ def _padded(width: int) -> int:
     return max(16, power_of_two(width))
 
 
-def _bucket(width: int, dtype: torch.dtype) -> str:
-    return f"head{_padded(width)}" + ("_fp32" if dtype == torch.float32 else "")
+def _bucket(width: int, dtype: torch.dtype, dropout_p: float) -> str:
+    fp32, drop = "_fp32" if dtype == torch.float32 else "", "_drop" if threshold(dropout_p) else ""
+    return f"head{_padded(width)}{fp32}{drop}"
 
 
-def _default(kernel: str, width: int, dtype: torch.dtype, card_name: str) -> dict[str, int]:
+def _default(kernel: str, width: int, dtype: torch.dtype, dropout_p: float, card_name: str) -> dict[str, int]:
     if dtype == torch.float32:
-        values = (32, 32, 4, 1, 0)
-    else:
-        values = _DEFAULTS[kernel, max(32, _padded(width))]["a100" if card_name == "a100" else "h100"]
-    return dict(zip(_NAMES, values))
+        return dict(zip(_NAMES, (32, 32, 4, 1, 0)))
+    key = kernel, max(32, _padded(width))
+    values = _DEFAULTS[key] if threshold(dropout_p) else _UNDROPPED.get(key, _DEFAULTS[key])
+    return dict(zip(_NAMES, values["sm_80" if card_name == "a100" else "sm_90"]))
 
 
-def _launching(kernel: str, q: Tensor) -> tuple[dict, dict]:
+def _launching(kernel: str, q: Tensor, dropout_p: float) -> tuple[dict, dict]:
     """(blocks, options of the launch) of a kernel."""
     width = q.shape[-1]
-    default = _default(kernel, width, q.dtype, card(q.device))
-    found = launch_parameters(f"attention_{kernel}", _bucket(width, q.dtype), default, q.device)
+    default = _default(kernel, width, q.dtype, dropout_p, card(q.device))
+    found = launch_parameters(f"attention_{kernel}", _bucket(width, q.dtype, dropout_p), default, q.device)
     options = {"num_warps": found["warps"], "num_stages": found["stages"], "maxnreg": found["registers"] or None}
     return {"BM": found["BM"], "BN": found["BN"]}, options
 
@@ -135,7 +142,7 @@ def _fwd_launch(q, k, v, order, count, seed, dropout_p: float) -> tuple[Tensor, 
     if q.numel() == 0:
         return out, lse
     q, k, v, seed = _rowwise(q), _rowwise(k), _rowwise(v), _rowwise(seed)
-    blocks, options = _launching("fwd", q)
+    blocks, options = _launching("fwd", q, dropout_p)
     _attention_fwd_kernel[cdiv(queries, blocks["BM"]), batch * heads](
         q, k, v, out, lse, order, count, seed, *q.stride()[:3], *_outer(k), *_outer(v), heads, queries, k.shape[1],
         LOG2E / math.sqrt(width), threshold(dropout_p), keep_scale(dropout_p), K_S=k.stride(1), V_S=v.stride(1),
@@ -155,14 +162,14 @@ def _bwd_launch(grad, q, k, v, out, lse, order, count, seed, dropout_p: float) -
     scales = (threshold(dropout_p), keep_scale(dropout_p), keep_scale(dropout_p) / math.sqrt(width))
     numbers = (heads, queries, keys, padded, LOG2E / math.sqrt(width), *scales)
     constants = _constants(q, order, dropout_p)
-    blocks, options = _launching("bwd_q", q)
+    blocks, options = _launching("bwd_q", q, dropout_p)
     _attention_bwd_q_kernel[cdiv(queries, blocks["BM"]), batch * heads](
         grad, q, k, v, out, lse, order, count, seed, grad_q, stats, *grad.stride()[:3], *q.stride()[:3], *_outer(k),
         *_outer(v), *out.stride()[:3], *numbers, K_S=k.stride(1), V_S=v.stride(1), **constants, **blocks, **options,
     )  # fmt: skip
     if keys == 0:
         return grads
-    blocks, options = _launching("bwd_kv", q)
+    blocks, options = _launching("bwd_kv", q, dropout_p)
     _attention_bwd_kv_kernel[key_blocks(keys, blocks["BN"]), batch * heads](
         grad, q, k, v, stats, order, count, seed, grad_k, grad_v, *_outer(grad), *_outer(q), *k.stride()[:3],
         *v.stride()[:3], *numbers, Q_S=q.stride(1), G_S=grad.stride(1), **constants, **blocks, **options,
@@ -377,9 +384,10 @@ def flops_bwd(shape: tuple) -> int:
 
 def candidates(shape: tuple, dtype: torch.dtype = torch.bfloat16) -> list[dict]:
     """Launch parameters worth trying: {"op", "bucket", "parameters"}, the default of an A100 first."""
-    width, out = shape[4], []
+    width, dropout_p, out = shape[4], shape[6], []
+    bucket = _bucket(width, dtype, dropout_p)
     for kernel in ("fwd", "bwd_q", "bwd_kv"):
-        tried = [_default(kernel, width, dtype, name) for name in ("a100", "h100")] + [
+        tried = [_default(kernel, width, dtype, dropout_p, name) for name in ("a100", "h100")] + [
             dict(zip(_NAMES, (rows, columns, warps, stages, registers)))
             for rows, columns in ((32, 64), (32, 128), (64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128))
             for warps in (4, 8)
@@ -387,5 +395,5 @@ def candidates(shape: tuple, dtype: torch.dtype = torch.bfloat16) -> list[dict]:
             for stages in (1, 2, 3)
             for registers in ((0, 128, 168) if warps == 4 else (0, 128))
         ]
-        out += [{"op": f"attention_{kernel}", "bucket": _bucket(width, dtype), "parameters": p} for p in tried]
+        out += [{"op": f"attention_{kernel}", "bucket": bucket, "parameters": p} for p in tried]
     return out
