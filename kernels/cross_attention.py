@@ -77,16 +77,18 @@ def bucket(queries: int, width: int, dtype: torch.dtype) -> str:
 def _default(kernel: str, queries: int, width: int, dtype: torch.dtype, card_name: str) -> dict[str, int]:
     """Without spills, the fewest instructions a score.
 
-    ``keys`` of a step; ``second`` columns of the head in a part of their own (96 = 64 + 32; 0: one part); ``warps``: a
-    warp for every 16 queries, more would repeat each other's products; ``stages``; ``splits`` of the keys (0: as many
-    as ``split_count`` says)."""
-    tile = _query_tile(queries)
-    parameters = {"keys": 64, "second": 32 if width == 96 else 0, "warps": tile // 16, "stages": 2, "splits": 0}
+    ``keys`` of a step; ``second`` columns of the head in a part of their own (96 = 64 + 32, 128 = 64 + 64; 0: one
+    part); ``warps``: one for every 16 queries, more would repeat each other's products; ``stages``; ``splits`` of the
+    keys (0: as many as ``split_count`` says)."""
+    tile, wide = _query_tile(queries), width > 96
+    tight = dtype == torch.float32 or (kernel == "bwd" and card_name == "a100")  # one part of 128 spills there
+    second = 32 if width == 96 else 64 if wide and tight else 0
+    parameters = {"keys": 64, "second": second, "warps": tile // 16, "stages": 2, "splits": 0}
     if dtype == torch.float32:
         return parameters | {"keys": 32, "warps": 4, "stages": 1}
     if kernel == "fwd":
         return parameters | ({"keys": 128} if width <= 32 else {})
-    return parameters | {"keys": 32 if width > 64 and (tile < 128 or width > 96) else 64, "stages": 1}
+    return parameters | {"keys": 32 if wide or (width > 64 and tile < 128) else 64, "stages": 1}
 
 
 def split_count(rows: int, blocks: int, places: int, most: int) -> int:
@@ -347,7 +349,7 @@ def candidates(shape: tuple, dtype: torch.dtype = torch.bfloat16) -> list[dict]:
         tried = [_default(kernel, queries, width, dtype, name) for name in ("a100", "h100")] + [
             {"keys": keys, "second": second, "warps": warps, "stages": stages, "splits": 0}
             for keys in (32, 64, 128)
-            for second in ((0, 32) if width == 96 else (0,))
+            for second in ((0, 32) if width == 96 else (0, 64) if width > 96 else (0,))
             for warps in (tile // 16, tile // 8)
             if warps <= 8 and 16 <= tile * keys // (32 * warps) <= 64
             for stages in (1, 2, 3)
