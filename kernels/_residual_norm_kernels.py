@@ -1,7 +1,7 @@
 """The Triton kernels of ``residual_norm``: N rows of C columns, R rows and all columns to a program.
 
 BLOCK is the power of two not below C. Statistics and sums are float32. The backward computes the sum and the dropped
-elements again; its program i of P takes the blocks i, i + P, ... of rows and leaves one row of sums for weight and bias.
+elements again; its program i of P takes the blocks i, i + P ... of rows and leaves a row of sums for weight and bias.
 """
 
 from unit_fast_kernels._philox import keep_rows
