@@ -297,7 +297,7 @@ def demo() -> RunConfig:
         ratios={
             get_task(name).name: ratio
             for name, ratio in {
-                "coco": 0.15, "vg": 0.21, "vqa2": 0.27, "snli_ve": 0.08, "qnli": 0.08, "mnli": 0.05, "qqp": 0.11,
+                "coco": 0.15, "vg": 0.18, "vqa2": 0.27, "snli_ve": 0.10, "qnli": 0.08, "mnli": 0.07, "qqp": 0.10,
                 "sst2": 0.05,
             }.items()
         },

@@ -24,7 +24,7 @@ MARKER = ".generated_world.json"
 _FORMAT = 1
 _PARTS = ("coco", "visual_genome", "vqa2", "snli_ve", "glue", "bert")
 
-COCO_CATEGORIES = {"red": 1, "green": 18, "blue": 37, "yellow": 44, "purple": 62, "white": 90}
+COCO_CATEGORIES = {"red": 1, "green": 18, "blue": 37, "yellow": 44, "white": 90}
 """Category -> id, with gaps as in COCO. COCO's categories are the colours here, Visual Genome's the shapes."""
 
 _VG_OBJECTS = (

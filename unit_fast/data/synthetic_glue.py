@@ -61,7 +61,8 @@ def qnli(rng: random.Random) -> tuple[str, str, str]:
     answered = rng.random() < 0.5
     others = rng.sample([f for f in _FACTS if f != asked], 2)
     told = [asked, others[0]] if answered else others
-    told = rng.sample(told, rng.choice((1, 2))) if not answered else told[: rng.choice((1, 2))]
+    number = rng.choice((1, 1, 1, 2))  # facts told; the first is what is asked for, where that is told
+    told = told[:number]
     rng.shuffle(told)
     sentence = f"The {thing} was {made} {' '.join(rng.choice(_FACTS[fact]) for fact in told)}."
     return question, sentence, "entailment" if answered else "not_entailment"
@@ -83,8 +84,8 @@ def qqp(rng: random.Random) -> tuple[str, str, int]:
     first = rng.choice(_INTENTS[intent]).format(rng.choice(_VERBS[verb]), subject)
     duplicate = rng.random() < 0.5
     if not duplicate:
-        # Most pairs that are no duplicates differ in more than one way, a tenth in one only.
-        for changed in rng.sample(("intent", "verb", "subject"), rng.choices((1, 2, 3), (0.1, 0.3, 0.6))[0]):
+        # Most pairs that are no duplicates differ in more than one way, a twentieth in one only.
+        for changed in rng.sample(("intent", "verb", "subject"), rng.choices((1, 2, 3), (0.05, 0.25, 0.7))[0]):
             if changed == "intent":
                 intent = rng.choice([i for i in range(len(_INTENTS)) if i != intent])
             elif changed == "verb":
