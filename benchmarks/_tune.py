@@ -26,7 +26,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from unit_fast_kernels import _assemble, _tuned
+from unit_fast_kernels import _assemble, _record, _tuned
 from unit_fast_kernels._op import REGISTERED
 
 ROUNDS = 15
@@ -217,7 +217,7 @@ def fitting(module, bucket: Bucket, candidates: Sequence[dict], card: str, dtype
                     REGISTERED[operator].launch(*arguments)
 
         with _only(bucket, parameters):
-            recorded = _assemble.record(passes, card)
+            recorded = _record.record(passes, card)
         return {name: [x for x in recorded if x.name == name] for name in {x.name for x in recorded}}
 
     kept = list(candidates)

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 from unit_fast_kernels import _bounds
-from unit_fast_kernels._assemble import ARCHITECTURES, SHARED_LIMIT, Assembled, Launch, assemble_all, record
+from unit_fast_kernels._assemble import ARCHITECTURES, SHARED_LIMIT, Assembled, assemble_all
 from unit_fast_kernels._op import REGISTERED
+from unit_fast_kernels._record import Launch, record
 
 PATH = Path(__file__).resolve().parent / "budgets.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from unit_fast_kernels import _assemble, _bounds, _budgets
+from unit_fast_kernels import _assemble, _bounds, _budgets, _record
 
 from tests.planted_kernels import launch_matmul, launch_scale, needs_compiler
 
@@ -106,7 +106,7 @@ def planted():
     }
     rows = {}
     for name, (arch, function) in launches.items():
-        (launch,) = _assemble.record(function, "a100")
+        (launch,) = _record.record(function, "a100")
         planned = _budgets.Planned(
             op="planted", operator="planted", arch=arch, cards=_assemble.ARCHITECTURES[arch], dtype="bfloat16",
             shape="any", launch=launch,
@@ -236,7 +236,7 @@ def test_bounds_of_a_row(planted, monkeypatch):
     # Without scores: a kernel without loops issues all its instructions once a warp ...
     without = PlantedOp(scores=False)
     monkeypatch.setattr(_budgets, "module", lambda op: without)
-    (launch,) = _assemble.record(launch_scale, "a100")
+    (launch,) = _record.record(launch_scale, "a100")
     straight = _budgets.Row(
         planned=_budgets.Planned(**{**vars(fine.planned), "launch": launch}),
         assembled=_assemble.assemble(launch, "sm_80"),

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from unit_fast_kernels import _assemble, _bounds, _tuned
+from unit_fast_kernels import _assemble, _bounds, _record, _tuned
 from unit_fast_kernels._assemble_worker import loops
 from unit_fast_kernels._triton import triton
 
@@ -18,7 +18,7 @@ from tests.planted_kernels import launch_scale, needs_compiler
 
 @needs_compiler
 def test_a_launch_is_recorded():
-    (launch,) = _assemble.record(lambda: launch_scale(1008, warps=2), "a100")
+    (launch,) = _record.record(lambda: launch_scale(1008, warps=2), "a100")
     assert launch.kernel == "tests.planted_kernels:scale"
     assert launch.signature == {
         "x_ptr": "*bf16", "y_ptr": "*bf16", "n": "i32", "factor": "fp32", "BLOCK": "constexpr"
@@ -40,7 +40,7 @@ def test_a_launch_is_recorded():
     ],
 )
 def test_specialised_by_alignment_and_by_one(size, offset, aligned, constants):
-    (launch,) = _assemble.record(lambda: launch_scale(size, offset), "a100")
+    (launch,) = _record.record(lambda: launch_scale(size, offset), "a100")
     assert launch.aligned == aligned
     assert launch.constexprs == {"BLOCK": 256, **constants}
 
@@ -74,9 +74,7 @@ def test_recorded_as_triton_itself_specialises(monkeypatch, size, offset, n, fac
     kernel.device_caches.clear()
     (_, signature, _, constexprs, options, attributes, _) = handed[0]
 
-    (launch,) = _assemble.record(
-        lambda: kernel[(1,)](*arguments("cuda:0"), BLOCK=64, num_warps=2, num_stages=1), "a100"
-    )
+    (launch,) = _record.record(lambda: kernel[(1,)](*arguments("cuda:0"), BLOCK=64, num_warps=2, num_stages=1), "a100")
     names = kernel.arg_names
     assert launch.signature == signature
     assert launch.constexprs == {names[path[0]]: value for path, value in constexprs.items()}
@@ -89,7 +87,7 @@ def test_recorded_as_triton_itself_specialises(monkeypatch, size, offset, n, fac
 @pytest.mark.parametrize("card", _tuned.CARDS)
 def test_recorded_with_the_parameters_of_the_card(card):
     seen = []
-    _assemble.record(lambda: seen.append(_tuned.card(torch.device("cuda:0"))), card)
+    _record.record(lambda: seen.append(_tuned.card(torch.device("cuda:0"))), card)
     assert seen == [card]
 
 
@@ -99,7 +97,7 @@ def test_recording_leaves_triton_as_it_was():
 
     before = JITFunction.run
     with pytest.raises(ZeroDivisionError):
-        _assemble.record(lambda: 1 / 0, "a100")
+        _record.record(lambda: 1 / 0, "a100")
     assert JITFunction.run is before
 
 
@@ -109,7 +107,7 @@ def test_recording_leaves_triton_as_it_was():
 @needs_compiler
 def test_a_small_kernel_and_its_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (launch,) = _assemble.record(launch_scale, "a100")
+    (launch,) = _record.record(launch_scale, "a100")
     told = []
     figures = _assemble.assemble(launch, "sm_80", progress=lambda done, total: told.append((done, total)))
     assert told == [(0, 1), (1, 1)]
@@ -131,7 +129,7 @@ def test_a_small_kernel_and_its_cache(tmp_path, monkeypatch):
 def test_one_binary_is_compiled_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     launches = [
-        launch for size in (1000, 1001, 1008) for launch in _assemble.record(lambda n=size: launch_scale(n), "a100")
+        launch for size in (1000, 1001, 1008) for launch in _record.record(lambda n=size: launch_scale(n), "a100")
     ]
     assert len(_assemble.assemble_all([(launch, "sm_80") for launch in launches])) == 2
     assert len(list((tmp_path / "unit_fast" / "assembly").iterdir())) == 2
@@ -140,7 +138,7 @@ def test_one_binary_is_compiled_once(tmp_path, monkeypatch):
 @needs_compiler
 def test_a_key_depends_on_everything(monkeypatch):
     def key(arch="sm_80", **arguments):
-        (launch,) = _assemble.record(lambda: launch_scale(**arguments), "a100")
+        (launch,) = _record.record(lambda: launch_scale(**arguments), "a100")
         return launch.key(arch)
 
     keys = [key(), key("sm_90"), key(size=1008), key(offset=1), key(warps=2), key(dtype=torch.float32)]
@@ -157,26 +155,26 @@ def test_a_key_depends_on_everything(monkeypatch):
 def test_a_key_depends_on_global_values_and_not_on_lines(monkeypatch):
     from unit_fast_kernels._philox import philox  # it uses none but Triton's functions
 
-    before = _assemble.source_of(philox)
+    before = _record.source_of(philox)
     monkeypatch.setattr(philox, "starting_line_number", philox.starting_line_number + 7)
-    assert _assemble.source_of(philox) == before
+    assert _record.source_of(philox) == before
     source = philox.src
     monkeypatch.setattr(philox, "_src", source.replace("tl.load(seed_ptr)", "tl.load(seed_ptr + PLANTED)"))
     found = []
     for value in (1, 2):
         monkeypatch.setitem(philox.__globals__, "PLANTED", triton.language.constexpr(value))
-        found.append(_assemble.source_of(philox))
+        found.append(_record.source_of(philox))
     assert len({before, *found}) == 3
 
 
 @needs_compiler
 def test_a_kernel_that_does_not_compile_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (launch,) = _assemble.record(lambda: planted_kernels.wrong[(1,)](torch.empty(8, device="cuda:0"), BLOCK=8), "h100")
+    (launch,) = _record.record(lambda: planted_kernels.wrong[(1,)](torch.empty(8, device="cuda:0"), BLOCK=8), "h100")
     said = r"(?s)^wrong for sm_90 \(; BLOCK=8\) does not compile: .*Loop-carried variable total"
-    with pytest.raises(_assemble.AssemblyError, match=said):
+    with pytest.raises(_record.AssemblyError, match=said):
         _assemble.assemble(launch, "sm_90")
-    (fine,) = _assemble.record(launch_scale, "h100")
+    (fine,) = _record.record(launch_scale, "h100")
     failed, told = {}, []
     found = _assemble.assemble_all(
         [(launch, "sm_90"), (fine, "sm_90")], failed=failed, progress=lambda *given: told.append(given)
@@ -189,8 +187,8 @@ def test_a_kernel_that_does_not_compile_is_named(tmp_path, monkeypatch):
 @needs_compiler
 def test_a_kernel_that_takes_too_long_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (launch,) = _assemble.record(launch_scale, "a100")
-    with pytest.raises(_assemble.AssemblyError, match=r"^scale for sm_80 .*did not compile within 0.01 s of work"):
+    (launch,) = _record.record(launch_scale, "a100")
+    with pytest.raises(_record.AssemblyError, match=r"^scale for sm_80 .*did not compile within 0.01 s of work"):
         _assemble.assemble(launch, "sm_80", limit_seconds=0.01)
     assert not (tmp_path / "unit_fast").exists()
 
@@ -211,12 +209,12 @@ def test_time_is_the_work_of_a_process_and_its_children():
 
 
 def test_why_nothing_can_be_assembled(monkeypatch):
-    monkeypatch.setattr(_assemble, "INTERPRETING", True)
+    monkeypatch.setattr(_record, "INTERPRETING", True)
     if triton is not None:
-        with pytest.raises(_assemble.AssemblyError, match="TRITON_INTERPRET is set"):
-            _assemble.record(lambda: None, "a100")
-    monkeypatch.setattr(_assemble, "triton", None)
-    with pytest.raises(_assemble.AssemblyError, match="Triton is not installed"):
+        with pytest.raises(_record.AssemblyError, match="TRITON_INTERPRET is set"):
+            _record.record(lambda: None, "a100")
+    monkeypatch.setattr(_record, "triton", None)
+    with pytest.raises(_record.AssemblyError, match="Triton is not installed"):
         _assemble.assemble_all([])
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from unit_fast_kernels import _assemble, _bounds, _budgets
+from unit_fast_kernels import _bounds, _budgets, _record
 
 from tests.planted_kernels import needs_compiler
 from unit_fast import cli
@@ -114,7 +114,7 @@ def test_a_mistake_is_one_line(capsys, arguments, said):
 
 def test_a_kernel_that_does_not_compile_is_one_line(capsys, monkeypatch):
     def broken(*arguments):
-        raise _assemble.AssemblyError("k for sm_80 (num_warps=4) does not compile:\n  CompilationError:\n at 3:4")
+        raise _record.AssemblyError("k for sm_80 (num_warps=4) does not compile:\n  CompilationError:\n at 3:4")
 
     monkeypatch.setattr(kernels, "require", lambda: None)
     monkeypatch.setattr(_budgets, "plan", broken)

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from unit_fast_kernels import _bounds, _budgets
-from unit_fast_kernels._assemble import ARCHITECTURES, AssemblyError, require
+from unit_fast_kernels._assemble import ARCHITECTURES
+from unit_fast_kernels._record import AssemblyError, require
 
 from unit_fast.errors import UserError, nearest
 
