@@ -99,6 +99,8 @@ def fwd_defaults(width: int) -> dict[str, int]:
 def bwd_defaults(width: int) -> dict[str, int]:
     """The same, and how many programs share a multiprocessor."""
     block = power_of_two(width)
+    if block > 2048:  # 16 elements to a thread would spill
+        return {"rows": 1, "warps": 16, "programs": 1}
     return {"rows": max(1, 2048 // block), "warps": 8, "programs": 3}
 
 
@@ -377,9 +379,9 @@ def candidates(shape: tuple) -> list[dict]:
     tried += [("residual_norm_bwd", bwd_defaults(width))]
     tried += [
         ("residual_norm_bwd", {"rows": rows, "warps": warps, "programs": programs})
-        for warps in (1, 4, 8)
+        for warps in (1, 4, 8, 16)
         for rows in (1, 2, 4, 8, 16)
-        for programs in (2, 4, 8)
+        for programs in (1, 2, 3, 4, 8)
         if 4 <= rows * block // (32 * warps) <= 32 and programs * warps <= 32
     ]
     return [{"op": op, "bucket": f"width{block}", "parameters": parameters} for op, parameters in tried]
