@@ -143,6 +143,8 @@ def _fwd_launch(q, k, v, order, count, seed, dropout_p: float) -> tuple[Tensor, 
         return out, lse
     q, k, v, seed = _rowwise(q), _rowwise(k), _rowwise(v), _rowwise(seed)
     blocks, options = _launching("fwd", q, dropout_p)
+    if order is None:
+        options["maxnreg"] = None  # plain addresses take more registers: the cap would spill
     _attention_fwd_kernel[cdiv(queries, blocks["BM"]), batch * heads](
         q, k, v, out, lse, order, count, seed, *q.stride()[:3], *_outer(k), *_outer(v), heads, queries, k.shape[1],
         LOG2E / math.sqrt(width), threshold(dropout_p), keep_scale(dropout_p), K_S=k.stride(1), V_S=v.stride(1),
