@@ -101,8 +101,8 @@ def _bucket(width: int, dtype: torch.dtype, dropout_p: float) -> str:
 
 
 def _default(kernel: str, width: int, dtype: torch.dtype, dropout_p: float, card_name: str) -> dict[str, int]:
-    if dtype == torch.float32:
-        return dict(zip(_NAMES, (32, 32, 4, 1, 0)))
+    if dtype == torch.float32:  # exact products keep their operands in registers: small tiles for wide heads
+        return dict(zip(_NAMES, (16, 32, 8, 1, 0) if _padded(width) > 64 else (32, 32, 4, 1, 0)))
     key = kernel, max(32, _padded(width))
     values = _DEFAULTS[key] if threshold(dropout_p) else _UNDROPPED.get(key, _DEFAULTS[key])
     return dict(zip(_NAMES, values["sm_80" if card_name == "a100" else "sm_90"]))
