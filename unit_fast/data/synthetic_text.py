@@ -150,7 +150,7 @@ def hypothesis(rng: random.Random, scene: Scene, label: str) -> str:
                 f"The {noun} was made in {rng.choice(CITIES)}.",
             )
         )
-    form = rng.choices(("pair", "kind", "color", "number", "ground"), (0.15, 0.1, 0.4, 0.1, 0.25))[0]
+    form = rng.choices(("pair", "kind", "color", "number", "ground"), (0.05, 0.05, 0.25, 0.05, 0.6))[0]
     if form == "pair":
         color, kind = present_pair(rng, scene) if true else absent_pair(rng, scene)
         return rng.choice((f"There is a {color} {kind}.", f"A {color} {kind} is in the picture."))
