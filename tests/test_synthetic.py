@@ -252,7 +252,10 @@ def test_hypotheses_are_true_or_false_of_the_scenes():
 def test_the_text_alone_does_not_give_the_answer(world):
     _, summary = world
     assert 0.15 < summary["blind"]["vqa2"] < 0.5
-    assert 0.5 < summary["blind"]["snli_ve"] <= 0.75  # the small world; see the next test for many texts
+    # Neutral texts can be told (one in three), the others are a coin toss: 2/3, and three standard deviations of a few
+    # samples. The next test asks the same of many.
+    samples = summary["counts"]["visual_entailment"]["val"]
+    assert abs(summary["blind"]["snli_ve"] - 2 / 3) < 3 * (2 / 9 / samples) ** 0.5
 
 
 def test_the_best_guess_from_the_text_stays_low_with_many_samples():
