@@ -10,14 +10,12 @@ import sys
 from pathlib import Path
 
 import torch
+from unit_fast_kernels._bounds import CARDS
 
 ROOT = Path(__file__).resolve().parents[1]
 
-PEAKS = {  # the maker's dense peaks of the SXM cards: FLOP/s by dtype (no TF32), bytes/s
-    "A100": {"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12, "bytes": 2.039e12},
-    "H100": {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12, "bytes": 3.35e12},
-    "H200": {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12, "bytes": 4.8e12},
-}
+PEAKS = {name.upper(): {**card.flops, "bytes": card.bandwidth} for name, card in CARDS.items()}
+"""Card -> FLOP/s by dtype and bytes/s."""
 
 
 def environment() -> dict:

@@ -15,7 +15,6 @@ from unit_fast_kernels import bias_act_dropout as kernel
 from benchmarks import _pointwise, _run
 from unit_fast import ops
 
-candidates = kernel.candidates
 CPU_SHAPES = {
     "encoder": (1, 1051, 2048, "relu", False, 0.1),
     "encoder_bias": (1, 1051, 2048, "relu", True, 0.1),

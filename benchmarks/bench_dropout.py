@@ -15,7 +15,6 @@ from unit_fast_kernels import dropout as kernel
 from benchmarks import _pointwise, _run
 from unit_fast import ops
 
-candidates = kernel.candidates
 CPU_SHAPES = {"bert_base_embeddings": (8, 129, 768), "unit_glue_single_key": (8, 25, 8, 1)}
 QUICK_SHAPES = {"bert_base_embeddings": (2, 21, 96)}
 

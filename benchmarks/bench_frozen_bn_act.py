@@ -15,7 +15,6 @@ from unit_fast_kernels import frozen_bn_act as kernel
 from benchmarks import _pointwise, _run
 from unit_fast import ops
 
-candidates = kernel.candidates
 CPU_SHAPES = {
     "inner": (1, 64, 100, 168, False, False),
     "block": (1, 256, 50, 84, True, False),

@@ -15,7 +15,6 @@ from unit_fast_kernels import residual_norm as kernel
 from benchmarks import _pointwise, _run
 from unit_fast import ops
 
-candidates = kernel.candidates
 CPU_SHAPES = {
     "encoder": (1, 1051, 256, False, False),
     "encoder_pos": (1, 1051, 256, True, False),

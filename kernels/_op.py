@@ -12,6 +12,8 @@ import torch
 from unit_fast_kernels._triton import INTERPRETING
 
 _LIBRARY = torch.library.Library("unit_fast", "FRAGMENT")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels take."""
 REGISTERED: dict[str, "Registered"] = {}
 """Name -> what ``register`` was given, for the tests and for the assembly table."""
 

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from unit_fast_kernels import _bounds
 
 FOLDER = Path(__file__).resolve().parent / "tuned"
-CARDS = ("a100", "h100", "h200")
+CARDS = tuple(_bounds.CARDS)
 _assumed: contextvars.ContextVar[str | None] = contextvars.ContextVar("unit_fast_card", default=None)
 _tried: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("unit_fast_tried", default=None)
 
@@ -60,14 +61,11 @@ def card(device: torch.device) -> str:
     return _card_of(device.index or 0) if device.type == "cuda" else "a100"
 
 
-MULTIPROCESSORS = {"a100": 108, "h100": 132, "h200": 132}
-
-
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of ``device``, from the real card where there is one."""
     if _assumed.get() is None and device.type == "cuda":
         return _multiprocessors_of(device.index or 0)
-    return MULTIPROCESSORS[card(device)]
+    return _bounds.CARDS[card(device)].multiprocessors
 
 
 @functools.cache

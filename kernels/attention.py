@@ -33,12 +33,11 @@ from unit_fast_kernels._attention_kernels import (
     _attention_bwd_q_kernel,
     _attention_fwd_kernel,
 )
-from unit_fast_kernels._op import register
+from unit_fast_kernels._op import DTYPES, register
 from unit_fast_kernels._random import keep_mask, keep_scale, threshold
 from unit_fast_kernels._triton import INTERPRETING, cdiv, power_of_two
 from unit_fast_kernels._tuned import card, launch_parameters
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 128
 LOG2E = math.log2(math.e)
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from unit_fast_kernels._op import register
+from unit_fast_kernels._op import DTYPES, register
 from unit_fast_kernels._philox import keep_elements, keep_rows, limit
 from unit_fast_kernels._random import keep_scale
 from unit_fast_kernels._sums import sum_partials
@@ -28,7 +28,6 @@ from unit_fast_kernels._tuned import launch_parameters, multiprocessors
 from unit_fast_kernels.dropout import drop, dropout_cpu, dropout_reference
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 2**20
 
 

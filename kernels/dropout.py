@@ -10,7 +10,7 @@ float16.
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from unit_fast_kernels._op import register
+from unit_fast_kernels._op import DTYPES, register
 from unit_fast_kernels._philox import keep_elements, keep_rows, limit
 from unit_fast_kernels._random import RandomBits, SavedBits, cut, draw, keep_mask, keep_scale
 from unit_fast_kernels._triton import cdiv, jit, tl
@@ -22,7 +22,6 @@ CHUNK = 1 << 18
 FEW = 1 << 16
 # Up to this many the numbers are saved (2 MiB).
 SAVED = 1 << 20
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dropout_reference(x: Tensor, dropout_p: float, seed: Tensor | None, keep: Tensor | None = None) -> Tensor:

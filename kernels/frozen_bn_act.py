@@ -14,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from unit_fast_kernels._op import register
+from unit_fast_kernels._op import DTYPES, register
 from unit_fast_kernels._triton import cdiv, jit, power_of_two, tl
 from unit_fast_kernels._tuned import launch_parameters
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def frozen_bn_act_reference(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from unit_fast_kernels._op import register
+from unit_fast_kernels._op import DTYPES, register
 from unit_fast_kernels._philox import keep_elements, limit
 from unit_fast_kernels._random import keep_scale
 from unit_fast_kernels._residual_norm_kernels import _residual_norm_bwd_kernel, _residual_norm_fwd_kernel
@@ -27,7 +27,6 @@ from unit_fast_kernels._tuned import launch_parameters, multiprocessors
 from unit_fast_kernels.dropout import FEW, drop, dropout_reference, numbers_to_save
 
 MAX_WIDTH = 4096
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def residual_norm_reference(
