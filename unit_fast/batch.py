@@ -1,10 +1,11 @@
-"""The typed things that travel: a batch of samples and the model's output.
+"""The typed things that travel: a batch of samples, the model's output, and the static shapes batches are padded to.
 
 Shapes: B batch, H W pixels, T text tokens, N padded targets of an image, A answers, L decoder layers, Q queries,
 C decoder width, K classes.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,3 +85,160 @@ class Output:
     """[B,K] classifier logits of the last layer (VQA, SNLI-VE, GLUE)."""
     layer_scores: Tensor | None = None
     """[L,B,K] the same of every layer, only with losses on all hidden states."""
+
+
+# ------------------------------------------------------------------------------------------------------- static shapes
+
+PADDING = {
+    "image": 0.0, "pixel_mask": True, "input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": -1,
+    "boxes": 0.0, "attributes": -1,
+}  # fmt: skip
+"""What stands in a padded place of each field that is padded, as ``data.collate`` does it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketSpec:
+    """The static shape of a batch, what a captured step is made for. 0 where the task has no such input."""
+
+    height: int = 0
+    """Pixels."""
+    width: int = 0
+    """Pixels."""
+    text_len: int = 0
+    """Tokens."""
+    max_targets: int = 0
+    """Objects of an image."""
+    batch: int
+    """Samples."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.batch} x"]
+        parts += [f"{self.height}x{self.width} px"] if self.height else []
+        parts += [f"{self.text_len} tokens"] if self.text_len else []
+        parts += [f"{self.max_targets} targets"] if self.max_targets else []
+        return " ".join(parts)
+
+    def empty(self, like: Batch, device) -> Batch:
+        """A batch of this shape with the fields and dtypes of ``like``, nothing but padding, on ``device``."""
+        sides = {
+            "image": (3, self.height, self.width), "pixel_mask": (self.height, self.width),
+            **dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (self.text_len,)),
+            "labels": (self.max_targets,), "boxes": (self.max_targets, 4),
+        }  # fmt: skip
+        fields = like.tensors()
+        if like.image is not None:
+            fields.setdefault("pixel_mask", like.image.new_empty(0, dtype=torch.bool))
+        if like.attributes is not None:
+            sides["attributes"] = (self.max_targets, like.attributes.shape[-1])
+        made = {
+            name: torch.full(
+                (self.batch, *sides.get(name, value.shape[1:])), PADDING.get(name, 0), dtype=value.dtype, device=device
+            )
+            for name, value in fields.items()
+        }
+        return Batch(task=like.task, **made)
+
+
+def fill(static: Batch, batch: Batch) -> None:
+    """Copy ``batch`` into the tensors of ``static``, padding behind it; from pinned memory without waiting.
+
+    ``ValueError`` where ``batch`` does not fit: more samples or longer sides, another task, other fields.
+    """
+    given = batch.tensors()
+    if batch.image is not None and batch.pixel_mask is None:
+        given["pixel_mask"] = batch.image.new_zeros(batch.image[:, 0].shape, dtype=torch.bool)
+    buffers = static.tensors()
+    if batch.task != static.task or given.keys() != buffers.keys():
+        raise ValueError(
+            f"fill: the batch of {batch.task} has {sorted(given)}, the buffers of {static.task} {sorted(buffers)}"
+        )
+    for name, buffer in buffers.items():
+        value = given[name]
+        place = tuple(slice(0, n) for n in value.shape)
+        if value.dim() != buffer.dim() or len(value) != len(buffer) or buffer[place].shape != value.shape:
+            raise ValueError(f"fill: {name} {list(value.shape)} does not fit into {list(buffer.shape)}")
+        if value.shape != buffer.shape:
+            if name not in PADDING:
+                raise ValueError(f"fill: {name} is {list(value.shape)}, it must be {list(buffer.shape)}")
+            buffer.fill_(PADDING[name])
+        buffer[place].copy_(value, non_blocking=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buckets:
+    """The static shapes that the batches of a run are padded to.
+
+    Images: two orientations x ``heights`` short sides x ``widths`` long sides, and squares for batches with images of
+    both orientations. The short sides end at ``short_side``, the long ones at ``max_side``, both rounded up to
+    ``multiple``. Texts: powers of two up to ``text_len``. Targets: powers of two.
+    """
+
+    short_side: int
+    max_side: int
+    text_len: int = 128
+    """Longest text, tokens."""
+    heights: int = 2
+    widths: int = 4
+    least_text: int = 16
+    least_targets: int = 32
+    multiple: int = 32
+    """Sides are multiples of it: the largest stride of a backbone."""
+
+    def __post_init__(self):
+        for name in ("short_side", "max_side", "text_len", "heights", "widths", "least_text", "least_targets"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Buckets: {name} is {getattr(self, name)}; it must be at least 1")
+
+    def images(self) -> list[tuple[int, int]]:
+        """(height, width) of every image bucket, the smallest area first."""
+        short, long = self._up(self.short_side), self._up(max(self.max_side, self.short_side))
+        found = {(long, long)}
+        for i in range(1, self.heights + 1):
+            # Half of the short side is the smallest: below it images are rare (DETR's shortest is 0.6 of its longest).
+            low = self._up(short * (1 - 0.5 * (self.heights - i) / self.heights))
+            for j in range(self.widths):
+                share = j / (self.widths - 1) if self.widths > 1 else 1.0
+                high = self._up(low + (long * low / short - low) * share)
+                found |= {(low, high), (high, low)}
+        return sorted(found, key=lambda side: (side[0] * side[1], side))
+
+    def bucket_of(self, sizes: list[tuple[int, ...]], *, text_len: int = 0, targets: int = 0) -> BucketSpec:
+        """The smallest bucket for samples of these sizes: (height, width) of images, anything else of a text alone.
+
+        An image larger than every bucket gets one of its own, its sides rounded up: it is never cut.
+        """
+        height = width = 0
+        if sizes and len(sizes[0]) == 2:
+            height, width = (max(side) for side in zip(*sizes))
+            fitting = (s for s in self.images() if s[0] >= height and s[1] >= width)
+            height, width = next(fitting, (self._up(height), self._up(width)))
+        return BucketSpec(
+            height=height, width=width, batch=len(sizes),
+            text_len=text_len and max(text_len, min(self.text_len, _power_of_two(max(text_len, self.least_text)))),
+            max_targets=targets and _power_of_two(max(targets, self.least_targets)),
+        )  # fmt: skip
+
+    def of(self, batches: Sequence[Batch]) -> BucketSpec:
+        """The bucket for all of ``batches`` alike; what they hold is not read, only their shapes.
+
+        Detection always has places for targets, also for images without any.
+        """
+        images = [b.image.shape[-2:] for b in batches if b.image is not None]
+        texts = [b.input_ids.shape[1] for b in batches if b.input_ids is not None]
+        targets = [max(1, b.labels.shape[1]) for b in batches if b.labels is not None]
+        size = tuple(max(side) for side in zip(*images)) if images else (0,)
+        return self.bucket_of([size] * len(batches[0]), text_len=max(texts, default=0), targets=max(targets, default=0))
+
+    def _up(self, side: float) -> int:
+        return self.multiple * -(-int(-(-side // 1)) // self.multiple)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def real_share(batch: Batch, bucket: BucketSpec) -> float:
+    """Share of a padded batch's image tokens and text tokens that are real, from ``batch.sizes`` (host only)."""
+    if bucket.height:
+        return sum(h * w for h, w in batch.sizes) / (bucket.batch * bucket.height * bucket.width)
+    return sum(size[0] for size in batch.sizes) / (bucket.batch * bucket.text_len)

@@ -69,8 +69,11 @@ class NoPacking:
 
 
 def packing_of(mask_BT: Tensor) -> Packing | NoPacking:
-    """Packing where at least a tenth of the tokens is padding and reading their number costs nothing."""
-    if mask_BT.device.type != "cpu":
+    """Packing where at least a tenth of the tokens is padding and reading their number costs nothing.
+
+    A step of fused operators reads nothing, also where it runs on a CPU.
+    """
+    if mask_BT.device.type != "cpu" or ops.mode() == "fused":
         return NoPacking()
     packing = Packing(mask_BT)
     return packing if len(packing.index) <= 0.9 * mask_BT.numel() else NoPacking()
