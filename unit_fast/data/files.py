@@ -3,6 +3,7 @@
 Everything raises ``UserError`` naming the file; nothing here runs code from a file.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -148,23 +149,29 @@ def safe_path(root: str | Path, name: str, within: str | Path | None = None) -> 
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise UserError(f"file name {printable(ascii(name))} is empty or holds a NUL character")
-    if len(name) > 4000 or any(len(part.encode("utf-8", "replace")) > 255 for part in Path(name).parts):
+    plain = Path(name)
+    if len(name) > 4000 or any(len(part.encode("utf-8", "replace")) > 255 for part in plain.parts):
         raise UserError(f"file name {printable(name)!r} is longer than a file system allows")
-    parts = Path(name).parts
-    if Path(name).is_absolute() or ".." in parts or name.startswith(("\\", "~")):
+    if plain.is_absolute() or ".." in plain.parts or name.startswith(("\\", "~")):
         raise UserError(f"file name {printable(name)!r} leaves its folder {printable(root, 400)}; use relative names")
     try:
-        base = Path(root).resolve()
-        path = (base / name).resolve()
-        inside = path.is_relative_to(base) or (within is not None and path.is_relative_to(Path(within).resolve()))
+        base = os.path.realpath(root)
+        path = os.path.realpath(os.path.join(base, name))  # strings: this is done for every image read
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)  # links in a circle are an error of their own
+        inside = _is_in(path, base) or (within is not None and _is_in(path, os.path.realpath(within)))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"file name {printable(name)!r} cannot be used ({describe(error)})") from None
     if not inside:
         raise UserError(
-            f"{printable(base / name, 400)} is a link out of the data root; copy the file, or set the folder's path to "
-            f"where the files are"
+            f"{printable(os.path.join(base, name), 400)} is a link out of the data root; copy the file, or set the "
+            f"folder's path to where the files are"
         )
-    return path
+    return Path(path)
+
+
+def _is_in(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 # ------------------------------------------------------------------------------------------------ checked fields
