@@ -1,27 +1,42 @@
-"""Batched exact rectangular assignment.
+"""Batched exact rectangular assignment, for any DETR.
 
 For each of P problems: the minimum-cost one-to-one pairing of min(Q, T) of the Q queries and the T = counts[p] targets.
 
-Shapes: cost [P,Q,T], counts [P], query [P,T], flag [P]. Replaces, per image and decoder layer, a copy of the cost to
-the host and ``scipy.optimize.linear_sum_assignment``. Here too SciPy's Jonker-Volgenant solver runs on the host, in
-float64, after one copy of all costs.
+Shapes: cost [P,Q,T], counts [P] (or [G], P a multiple of it: problem p has counts[p % G], as for P = layers x images),
+query [P,T], flag [P]. Replaces, per image and decoder layer, a copy of the cost to the host and
+``scipy.optimize.linear_sum_assignment``. On a CPU SciPy's Jonker-Volgenant solver runs, in float64.
+
+Fused: one launch, one problem a program, nothing read by the host, results of fixed size on the device. The same
+algorithm in the same order, so that the pairs are SciPy's, ties included (``_assignment_kernels``). The costs are read
+from memory once to look for what is not finite, and then as often as the search scans a row, from cache. It is latency
+that counts: at least one scan a target, one after the other; problems run side by side. FLOPs: 3 a column and scan.
+Limits of the fused path: max(Q, T) <= 1024; fewer than 2^31 problems. Costs of any floating dtype, float64 as it is.
 """
+
+import math
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from unit_fast_kernels._assignment_kernels import _assignment_kernel
+from unit_fast_kernels._op import DTYPES, register
+from unit_fast_kernels._triton import power_of_two
+from unit_fast_kernels._tuned import launch_parameters
+
+MAX_COLUMNS = 1024
 
 
 def assignment_reference(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """cost [P,Q,T] float, counts [P] -> query [P,T] int64, flag [P] int32.
+    """cost [P,Q,T] float, counts [P] or [G] -> query [P,T] int64, flag [P] int32.
 
     ``query[p,t]`` is the query that target t got, -1 beyond ``counts`` and for targets left over when there are more
     targets than queries. Non-finite costs are replaced by (largest finite + largest magnitude + 1) of the problem and
     reported as flag 1; SciPy alone would raise. ``ValueError`` for a count outside 0..T.
     """
-    host = cost.detach().to("cpu", torch.float64).numpy()
-    problems, _, targets = host.shape
+    # SciPy solves for the shorter side, and would transpose (copy) each problem with fewer targets than queries.
+    by_target = cost.detach().mT.to("cpu", torch.float64).contiguous().numpy()
+    problems, targets, queries = by_target.shape
     sizes = counts.tolist()
     if any(not 0 <= size <= targets for size in sizes):
         p = next(p for p, size in enumerate(sizes) if not 0 <= size <= targets)
@@ -30,14 +45,152 @@ def assignment_reference(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         )
     query = np.full((problems, targets), -1, dtype=np.int64)
     flag = np.zeros(problems, dtype=np.int32)
-    for p, size in enumerate(sizes):
-        problem = host[p, :, :size]
-        finite = np.isfinite(problem)
-        if not finite.all():
+    all_finite = math.isfinite(by_target.sum())  # a sum that is not finite may yet have finite terms only
+    for p in range(problems):
+        size = sizes[p % len(sizes)]
+        problem = by_target[p, :size]
+        if not all_finite and not (finite := np.isfinite(problem)).all():
             flag[p] = 1
             values = problem[finite]
             sentinel = values.max() + np.abs(values).max() + 1.0 if values.size else 1.0
             problem = np.where(finite, problem, sentinel)
-        rows, columns = linear_sum_assignment(problem)
-        query[p, columns] = rows
+        if size < queries:
+            query[p, :size] = linear_sum_assignment(problem)[1]
+        else:
+            rows, columns = linear_sum_assignment(problem.T)
+            query[p, columns] = rows
     return torch.from_numpy(query).to(cost.device), torch.from_numpy(flag).to(cost.device)
+
+
+# --- Launcher, registration -----------------------------------------------------------------------------------------
+
+
+def defaults(columns: int) -> dict[str, int]:
+    """Warps, and rows of a turn of the first pass: one warp has no barriers, many columns take it longer than those."""
+    return {"warps": 1 if columns <= 256 else columns // 128, "rows": max(1, min(8, 2048 // columns))}
+
+
+def _columns(cost: Tensor) -> int:
+    return max(16, power_of_two(max(cost.shape[1:])))
+
+
+def _outputs(cost: Tensor) -> tuple[Tensor, Tensor]:
+    problems, _, targets = cost.shape
+    query = torch.empty((problems, targets), dtype=torch.int64, device=cost.device)
+    return query, torch.empty(problems, dtype=torch.int32, device=cost.device)
+
+
+def _launch(cost, counts):
+    query, flag = outputs = _outputs(cost)
+    if cost.numel() == 0:
+        query.fill_(-1)
+        flag.zero_()
+        return outputs
+    problems, queries, targets = cost.shape
+    columns = _columns(cost)
+    tune = launch_parameters("assignment", f"columns{columns}", defaults(columns), cost.device)
+    _assignment_kernel[(problems,)](
+        cost,
+        counts.contiguous(),
+        query,
+        flag,
+        counts.shape[0],
+        queries,
+        targets,
+        *cost.stride(),
+        COLUMNS=columns,
+        ROWS=tune["rows"],
+        num_warps=tune["warps"],
+        enable_fp_fusion=False,  # nothing to fuse; bits are promised
+    )
+    return outputs
+
+
+def _fake(cost, counts):
+    return _outputs(cost)
+
+
+_operator = register(
+    "assignment",
+    "(Tensor cost, Tensor counts) -> (Tensor query, Tensor flag)",
+    reference=assignment_reference,
+    launch=_launch,
+    fake=_fake,
+)
+
+
+def assignment_unfit(cost, counts) -> str | None:
+    """Why the kernel cannot take these arguments, or None."""
+    if cost.dtype not in (*DTYPES, torch.float64):
+        return f"cost is {cost.dtype}: convert it to float32, bfloat16, float16 or float64"
+    if max(cost.shape[1:]) > MAX_COLUMNS:
+        return f"the larger of queries and targets is {max(cost.shape[1:])}: the kernel takes up to {MAX_COLUMNS}"
+    if cost.shape[0] >= 2**31:
+        return "cost has 2^31 problems or more: split it"
+    return None
+
+
+def assignment_fused(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """``assignment_reference`` in one launch, with the same pairs. No gradient.
+
+    cost of any strides (fastest where those of Q, the queries, are 1), of DTYPES or float64; counts of any integer
+    dtype. Nothing is read on the host, so that a count outside 0..T is no error but taken as the nearest legal one.
+    What does not fit: ``assignment_unfit``.
+    """
+    return _operator(cost.detach(), counts)
+
+
+# --- For benchmarks and assembly ------------------------------------------------------------------------------------
+
+SHAPES: dict[str, tuple[int, int, int, int, int]] = {
+    "unit_coco": (48, 100, 20, 8, 7),
+    "unit_coco_batch64": (384, 100, 32, 64, 7),
+    "performance_target": (96, 100, 32, 16, 32),
+    "unit_crowded": (48, 100, 64, 8, 60),
+    "full": (48, 100, 100, 8, 100),
+    "rf_detr_groups": (208, 300, 32, 4, 7),
+    "torch_hungarian": (208, 300, 100, 208, 100),
+    "few_queries": (192, 8, 16, 32, 7),
+    "dino_queries": (42, 900, 64, 6, 20),
+}
+"""(P, Q, T, G, mean count): problems, queries, padded targets, images; RF-DETR: 4 layers x 13 groups x 4 images."""
+
+
+def make(shape: tuple, dtype: torch.dtype, device) -> dict:
+    """Arguments of ``assignment_fused``: costs as of a trained model (each target has a few near queries), laid out as
+    ``match_cost_fused`` does it; counts around the mean, all of them where it is T."""
+    problems, queries, targets, groups, mean = shape
+    cost = torch.rand(problems, targets, queries, device=device) * 4.0
+    cost -= 6.0 * torch.rand(problems, targets, queries, device=device) ** 12
+    spread = torch.arange(groups, device=device, dtype=torch.int32) * 5 % (mean + 1) * 2  # 0 to twice the mean
+    counts = spread.clamp(max=targets) if mean < targets else torch.full_like(spread, targets)
+    return {"cost": cost.to(dtype).mT, "counts": counts}
+
+
+def launches(shape: tuple, dtype: torch.dtype, device) -> list[tuple[str, tuple]]:
+    """The registered operator with arguments: there is no backward."""
+    return [("assignment", tuple(make(shape, dtype, device).values()))]
+
+
+def candidates(shape: tuple) -> list[dict]:
+    """Launch parameters worth trying: {"op", "bucket", "parameters"}, the default first."""
+    columns = max(16, power_of_two(max(shape[1:3])))
+    tried = [defaults(columns)] + [
+        {"warps": warps, "rows": rows}
+        for warps in (1, 2, 4, 8)
+        for rows in (1, 2, 4, 8, 16)
+        if columns <= 512 * warps and 1 <= rows * columns // (32 * warps) <= 64
+    ]
+    return [{"op": "assignment", "bucket": f"columns{columns}", "parameters": p} for p in tried]
+
+
+def bytes_moved(shape: tuple, dtype: torch.dtype) -> int:
+    """The costs of real targets (mean count) read once, query and flag written."""
+    problems, queries, targets, groups, mean = shape
+    return problems * (queries * min(mean, targets) * dtype.itemsize + 8 * targets + 4) + 4 * groups
+
+
+def flops(shape: tuple) -> int:
+    """Three additions a column in one scan a target: the least there can be."""
+    problems, queries, targets, _, mean = shape
+    return 3 * problems * queries * min(mean, targets)

@@ -3,11 +3,24 @@
     cost[l,b,q,t] = w_bbox |box_q - box_t|_1 - w_class softmax(logits_q)[label_t] - w_giou GIoU(box_q, box_t)
 
 Shapes: logits [L,B,Q,K], boxes [L,B,Q,4] cx cy w h, labels [B,N] (-1 = padding), target_boxes [B,N,4], counts [B];
-cost [L,B,Q,N]; columns beyond ``counts`` are zero. Computed in the dtype of the boxes, at least float32.
+cost [L,B,Q,N]; columns beyond ``counts`` are zero. Computed in the dtype of the boxes, at least float32. Replaces, for
+each layer, a softmax, a gather, ``cdist(p=1)`` and the pairwise GIoU between all queries and all targets of the batch.
+
+Fused: one launch reads logits, boxes and targets once and writes the cost, 4 L B Q N bytes, where the reference writes
+a softmax and some 30 intermediate results of that size or four times it. FLOPs: 4 a logit, 40 an element of the cost.
+A program has Q' queries of an image and layer: the softmax' maximum and sum in two passes over K (so that infinite
+logits give what the reference gives), then tiles of targets, to the image's count and no further.
+Limits of the fused path: float32, bfloat16, float16 (computed in float32); fewer than 2^31 problems L B.
+
+All but the reference lay the result out as [L,B,N,Q], which is how a solver reads it when targets are few, and return
+the view [L,B,Q,N].
 """
 
 import torch
 from torch import Tensor
+from unit_fast_kernels._op import DTYPES, register
+from unit_fast_kernels._triton import cdiv, jit, power_of_two, tl
+from unit_fast_kernels._tuned import launch_parameters
 
 
 def corners(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -52,3 +65,322 @@ def match_cost_reference(
     cost = cost + cost_bbox * (pair[0] - pair[1]).abs().sum(-1) - cost_giou * pairwise_giou(*pair)
     real = torch.arange(labels.shape[1], device=counts.device) < counts[:, None]
     return cost.masked_fill(~real[None, :, None, :], 0.0)
+
+
+# --- On a CPU -------------------------------------------------------------------------------------------------------
+
+
+def match_cost_cpu(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    counts: Tensor,
+    cost_class: float = 1.0,
+    cost_bbox: float = 5.0,
+    cost_giou: float = 2.0,
+    log_softmax: bool = False,
+) -> Tensor:
+    """The same result as ``match_cost_reference``, in a few buffers that stay in the cache; [L,B,N,Q] in memory.
+
+    No gradient: buffers are written over.
+    """
+    wide = torch.promote_types(boxes.dtype, torch.float32)
+    layers, batch, queries, _ = logits.shape
+    shape = layers, batch, labels.shape[1], queries
+    logits = logits.detach().to(wide)
+    score = logits.log_softmax(-1) if log_softmax else logits.softmax(-1)
+    cost = score.mT.gather(2, labels.clamp(min=0)[None, :, :, None].expand(shape)).mul_(-cost_class)
+    # Each coordinate as a plane: [L,B,1,Q] of the queries, [B,N,1] of the targets.
+    a = boxes.detach().to(wide).movedim(-1, 0).contiguous()[:, :, :, None, :].unbind(0)
+    b = target_boxes.to(wide).movedim(-1, 0).contiguous()[..., None].unbind(0)
+    first, second, overlap, hull = (torch.empty(shape, dtype=wide, device=logits.device) for _ in range(4))
+
+    torch.sub(a[0], b[0], out=first).abs_()
+    for i in (1, 2, 3):
+        first += torch.sub(a[i], b[i], out=second).abs_()
+    cost.add_(first.mul_(cost_bbox))
+
+    areas = []
+    for i in (0, 1):  # along x, then y
+        low, high = ([centre - 0.5 * side, centre + 0.5 * side] for centre, side in ((a[i], a[i + 2]), (b[i], b[i + 2])))
+        (a1, a2), (b1, b2) = low, high
+        areas.append((a2 - a1, b2 - b1))
+        inner, outer = (overlap, hull) if i == 0 else (first, second)
+        torch.minimum(a2, b2, out=inner)
+        inner.sub_(torch.maximum(a1, b1, out=outer)).clamp_(min=0)
+        torch.maximum(a2, b2, out=outer)
+        outer.sub_(torch.minimum(a1, b1)).clamp_(min=0)
+    (width_a, width_b), (height_a, height_b) = areas
+    overlap.mul_(first)
+    hull.mul_(second)
+    union = torch.add(width_a * height_a, width_b * height_b, out=first).sub_(overlap)
+    overlap.div_(union)
+    overlap.sub_(torch.sub(hull, union, out=second).div_(hull))
+    cost.sub_(overlap.mul_(cost_giou))
+    padding = torch.arange(shape[2], device=counts.device) >= counts[:, None]
+    return cost.masked_fill_(padding[None, :, :, None], 0.0).mT
+
+
+# --- Kernel, launcher, registration ---------------------------------------------------------------------------------
+
+
+@jit
+def _match_cost_kernel(
+    logits_ptr,  # [L,B,Q,K]
+    boxes_ptr,  # [L,B,Q,4]
+    labels_ptr,  # [B,N] integer
+    target_boxes_ptr,  # [B,N,4]
+    counts_ptr,  # [B] integer
+    cost_ptr,  # [L,B,N,Q] float32
+    batch,  # B
+    queries,  # Q
+    classes,  # K
+    targets,  # N
+    cost_class,
+    cost_bbox,
+    cost_giou,
+    LOG: tl.constexpr,
+    QUERIES: tl.constexpr,
+    TARGETS: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    problem = tl.program_id(0).to(tl.int64)
+    image = problem % batch
+    number = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
+    inside = number < queries
+    row = problem * queries + number
+    row_ptr = logits_ptr + row * classes
+
+    k = tl.arange(0, CLASSES)
+    largest = tl.full([QUERIES, CLASSES], float("-inf"), tl.float32)
+    for start in range(0, classes, CLASSES):
+        read = inside[:, None] & (start + k < classes)[None, :]
+        x = tl.load(row_ptr[:, None] + (start + k)[None, :], mask=read, other=float("-inf")).to(tl.float32)
+        largest = tl.maximum(largest, x)
+    top = tl.max(largest, 1)
+    total = tl.zeros([QUERIES, CLASSES], tl.float32)
+    for start in range(0, classes, CLASSES):
+        read = inside[:, None] & (start + k < classes)[None, :]
+        x = tl.load(row_ptr[:, None] + (start + k)[None, :], mask=read, other=float("-inf")).to(tl.float32)
+        total += tl.exp(x - top[:, None])
+    norm = tl.sum(total, 1)
+    if LOG:
+        norm = tl.log(norm)
+
+    box_ptr = boxes_ptr + row * 4
+    ax = tl.load(box_ptr, mask=inside, other=0.0).to(tl.float32)[None, :]
+    ay = tl.load(box_ptr + 1, mask=inside, other=0.0).to(tl.float32)[None, :]
+    aw = tl.load(box_ptr + 2, mask=inside, other=0.0).to(tl.float32)[None, :]
+    ah = tl.load(box_ptr + 3, mask=inside, other=0.0).to(tl.float32)[None, :]
+    ax1, ax2, ay1, ay2 = ax - 0.5 * aw, ax + 0.5 * aw, ay - 0.5 * ah, ay + 0.5 * ah
+    cost_ptr += problem * targets * queries
+    # A count outside 0..N would read and write out of bounds.
+    count = tl.minimum(tl.maximum(tl.load(counts_ptr + image), 0), targets).to(tl.int32)
+    for start in range(0, count, TARGETS):
+        t = start + tl.arange(0, TARGETS)
+        real = t < count
+        target = image * targets + t
+        label = tl.load(labels_ptr + target, mask=real, other=0)
+        label = tl.minimum(tl.maximum(label, 0), classes - 1)  # as the count
+        write = real[:, None] & inside[None, :]
+        x = tl.load(row_ptr[None, :] + label[:, None], mask=write, other=0.0).to(tl.float32)
+        if LOG:
+            score = x - top[None, :] - norm[None, :]
+        else:
+            score = tl.exp(x - top[None, :]) / norm[None, :]
+
+        target_ptr = target_boxes_ptr + target * 4
+        bx = tl.load(target_ptr, mask=real, other=0.0).to(tl.float32)[:, None]
+        by = tl.load(target_ptr + 1, mask=real, other=0.0).to(tl.float32)[:, None]
+        bw = tl.load(target_ptr + 2, mask=real, other=0.0).to(tl.float32)[:, None]
+        bh = tl.load(target_ptr + 3, mask=real, other=0.0).to(tl.float32)[:, None]
+        bx1, bx2, by1, by2 = bx - 0.5 * bw, bx + 0.5 * bw, by - 0.5 * bh, by + 0.5 * bh
+        distance = tl.abs(ax - bx) + tl.abs(ay - by) + tl.abs(aw - bw) + tl.abs(ah - bh)
+        width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
+        height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
+        overlap = width * height
+        union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - overlap
+        hull_width = tl.maximum(tl.maximum(ax2, bx2) - tl.minimum(ax1, bx1), 0.0)
+        hull_height = tl.maximum(tl.maximum(ay2, by2) - tl.minimum(ay1, by1), 0.0)
+        hull = hull_width * hull_height
+        giou = overlap / union - (hull - union) / hull
+        cost = cost_bbox * distance - cost_class * score - cost_giou * giou
+        tl.store(cost_ptr + t.to(tl.int64)[:, None] * queries + number[None, :], cost, mask=write)
+    for start in range(count, targets, TARGETS):
+        t = start + tl.arange(0, TARGETS)
+        write = (t < targets)[:, None] & inside[None, :]
+        zeros = tl.zeros([TARGETS, QUERIES], tl.float32)
+        tl.store(cost_ptr + t.to(tl.int64)[:, None] * queries + number[None, :], zeros, mask=write)
+
+
+def defaults(queries: int) -> dict[str, int]:
+    """Queries of a program, targets and classes of a turn, warps: many programs, since there is little to do."""
+    return {"queries": max(4, min(16, power_of_two(queries))), "targets": 16, "classes": 128, "warps": 4}
+
+
+def _bucket(queries: int, classes: int) -> str:
+    return f"queries{power_of_two(queries)}_classes{power_of_two(classes)}"
+
+
+def _outputs(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cost as [L,B,N,Q]."""
+    layers, batch, queries, _ = logits.shape
+    return torch.empty((layers, batch, labels.shape[1], queries), dtype=torch.float32, device=logits.device)
+
+
+def _launch(logits, boxes, labels, target_boxes, counts, cost_class, cost_bbox, cost_giou, log_softmax):
+    cost = _outputs(logits, labels)
+    if cost.numel() == 0:
+        return cost
+    layers, batch, queries, classes = logits.shape
+    tune = launch_parameters("match_cost", _bucket(queries, classes), defaults(queries), logits.device)
+    _match_cost_kernel[(layers * batch, cdiv(queries, tune["queries"]))](
+        logits.contiguous(),
+        boxes.contiguous(),
+        labels.contiguous(),
+        target_boxes.contiguous(),
+        counts.contiguous(),
+        cost,
+        batch,
+        queries,
+        classes,
+        labels.shape[1],
+        cost_class,
+        cost_bbox,
+        cost_giou,
+        LOG=log_softmax,
+        QUERIES=tune["queries"],
+        TARGETS=tune["targets"],
+        CLASSES=tune["classes"],
+        num_warps=tune["warps"],
+        enable_fp_fusion=False,  # rounds as the reference does
+    )
+    return cost
+
+
+def _reference(logits, boxes, labels, target_boxes, counts, cost_class, cost_bbox, cost_giou, log_softmax):
+    floats = (x.float() for x in (logits, boxes))
+    cost = match_cost_reference(
+        *floats, labels, target_boxes.float(), counts, cost_class, cost_bbox, cost_giou, log_softmax
+    )
+    return cost.mT.contiguous()
+
+
+def _fake(logits, boxes, labels, target_boxes, counts, cost_class, cost_bbox, cost_giou, log_softmax):
+    return _outputs(logits, labels)
+
+
+_operator = register(
+    "match_cost",
+    "(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor counts, float cost_class, "
+    "float cost_bbox, float cost_giou, bool log_softmax) -> Tensor",
+    reference=_reference,
+    launch=_launch,
+    fake=_fake,
+)
+
+
+def match_cost_unfit(logits, boxes, labels, target_boxes, counts) -> str | None:
+    """Why the kernel cannot take these arguments, or None."""
+    for name, tensor in (("logits", logits), ("boxes", boxes), ("target_boxes", target_boxes)):
+        if tensor.dtype not in DTYPES:
+            return f"{name} is {tensor.dtype}: convert it to float32, bfloat16 or float16"
+    if logits.shape[-1] == 0:
+        return "logits has no classes"
+    if logits.shape[0] * logits.shape[1] >= 2**31:
+        return "logits has 2^31 problems (layers times images) or more: split it"
+    return None
+
+
+def match_cost_fused(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    counts: Tensor,
+    cost_class: float = 1.0,
+    cost_bbox: float = 5.0,
+    cost_giou: float = 2.0,
+    log_softmax: bool = False,
+) -> Tensor:
+    """``match_cost_reference`` in one launch: float32 [L,B,Q,N], laid out as [L,B,N,Q]. No gradient.
+
+    logits, boxes, target_boxes of DTYPES, which may differ; labels and counts of any integer dtype. Nothing is read on
+    the host, so that a label outside 0..K-1 of a real target, or a count outside 0..N, is taken as the nearest legal
+    one. What does not fit: ``match_cost_unfit``.
+    """
+    return _operator(
+        logits, boxes, labels, target_boxes, counts, cost_class, cost_bbox, cost_giou, log_softmax
+    ).transpose(-1, -2)
+
+
+# --- For benchmarks and assembly ------------------------------------------------------------------------------------
+
+SHAPES: dict[str, tuple[int, int, int, int, int]] = {
+    "unit_coco": (6, 8, 100, 92, 20),
+    "unit_coco_batch64": (6, 64, 100, 92, 32),
+    "unit_coco_crowded": (6, 8, 100, 92, 100),
+    "unit_visual_genome": (6, 8, 100, 1601, 64),
+    "rf_detr_group": (4, 52, 300, 91, 32),
+    "few_queries": (6, 32, 8, 92, 8),
+}
+"""(L, B, Q, K, N): decoder layers, images, queries, classes, padded targets."""
+
+
+def make(shape: tuple, dtype: torch.dtype, device) -> dict:
+    """Arguments of ``match_cost_fused``; between none and all of an image's N targets are real. Logits and boxes of
+    ``dtype``; targets in float32, as they come from the data."""
+    layers, batch, queries, classes, targets = shape
+    counts = torch.arange(batch, device=device, dtype=torch.int32) * 7 % (targets + 1)
+    padding = torch.arange(targets, device=device) >= counts[:, None]
+
+    def boxes(*shape):
+        return torch.rand(*shape, 4, device=device) * 0.4 + 0.3
+
+    return {
+        "logits": torch.randn(layers, batch, queries, classes, device=device).to(dtype),
+        "boxes": boxes(layers, batch, queries).to(dtype),
+        "labels": torch.randint(0, classes, (batch, targets), device=device).masked_fill(padding, -1),
+        "target_boxes": boxes(batch, targets).masked_fill(padding[..., None], 0.0),
+        "counts": counts,
+    }
+
+
+def launches(shape: tuple, dtype: torch.dtype, device) -> list[tuple[str, tuple]]:
+    """The registered operator with arguments: there is no backward."""
+    return [("match_cost", (*make(shape, dtype, device).values(), 1.0, 5.0, 2.0, False))]
+
+
+def candidates(shape: tuple) -> list[dict]:
+    """Launch parameters worth trying: {"op", "bucket", "parameters"}, the default first."""
+    _, _, queries, classes, _ = shape
+    tried = [defaults(queries)] + [
+        {"queries": rows, "targets": targets, "classes": columns, "warps": warps}
+        for rows in (4, 8, 16, 32)
+        for targets in (8, 16, 32)
+        for columns in (64, 128, 256)
+        for warps in (1, 2, 4, 8)
+        if 2 <= rows * columns // (32 * warps) <= 32 and rows * targets // (32 * warps) <= 8
+    ]
+    return [{"op": "match_cost", "bucket": _bucket(queries, classes), "parameters": p} for p in tried]
+
+
+def loop_turns(kernel: str, constants: dict, shape: tuple) -> int:
+    """How often the loop over targets turns, in all programs together, if every target is real."""
+    layers, batch, queries, _, targets = shape
+    return layers * batch * cdiv(queries, constants["QUERIES"]) * cdiv(targets, constants["TARGETS"])
+
+
+def bytes_moved(shape: tuple, dtype: torch.dtype) -> int:
+    """Logits, boxes and targets read, the cost written."""
+    layers, batch, queries, classes, targets = shape
+    rows = layers * batch * queries
+    return rows * ((classes + 4) * dtype.itemsize + 4 * targets) + batch * (24 * targets + 4)
+
+
+def flops(shape: tuple) -> int:
+    """Counted on the formula: 4 a logit; an element of the cost 2 for the score, 7 for the distance, 26 for the GIoU
+    with its corners' share, 5 to put them together."""
+    layers, batch, queries, classes, targets = shape
+    return layers * batch * queries * (4 * classes + 40 * targets)
