@@ -1,0 +1,356 @@
+"""The Triton kernels of ``set_loss``: rows are the queries of one image in one layer, R of them a block.
+
+A row finds its object by comparing its number with ``query`` [L,B,N], 32 objects at a time, so that nothing is
+scattered and nothing outside the tensors is read whatever ``query`` holds. Each row's cross-entropy has one factor,
+which depends on the matching alone; forward and backward compute it alike. Classes come in blocks of BLOCK columns,
+with the log-sum-exp carried from one to the next. Everything is float32.
+
+A program of the forward adds the rows of one block (DIRECT: of a whole layer, and writes the result); partials are
+added in a fixed order by a second kernel. The backward has a program for every block of rows and writes every element.
+"""
+
+from unit_fast_kernels._triton import jit, tl
+
+OBJECTS = 32
+"""Objects that a row is compared with at a time."""
+
+
+@jit
+def _object_of_rows(query_ptr, row, objects, R: tl.constexpr, NB: tl.constexpr):
+    """(object [R] of each row of an image or -1, float32 [R] how many objects of the image have a query).
+
+    ``query_ptr`` points at the image's [N]. Loaded once a row (from L1), which saves a change of layout.
+    """
+    found = tl.full([R], -1, tl.int32)
+    matched = tl.zeros([R], tl.float32)
+    for start in range(0, objects, NB):
+        number = tl.broadcast_to(start + tl.arange(0, NB)[None, :], [R, NB])
+        of_object = tl.load(query_ptr + number, mask=number < objects, other=-1)
+        found = tl.maximum(found, tl.max(tl.where(of_object == row[:, None], number, -1), 1))
+        matched += tl.sum(tl.where(of_object >= 0, 1.0, 0.0), 1)
+    return found, matched
+
+
+@jit
+def _matched_in_layer(query_ptr, count, R: tl.constexpr, NB: tl.constexpr):
+    """float32 [R], all equal: how many of the ``count`` objects of a layer have a query."""
+    matched = tl.zeros([R], tl.float32)
+    for start in range(0, count, NB):
+        number = tl.broadcast_to(start + tl.arange(0, NB)[None, :], [R, NB])
+        of_object = tl.load(query_ptr + number, mask=number < count, other=-1)
+        matched += tl.sum(tl.where(of_object >= 0, 1.0, 0.0), 1)
+    return matched
+
+
+@jit
+def _factors(
+    matched, of_image, of_layer, number, images, queries, weight,
+    PER_PROCESS: tl.constexpr, BALANCED: tl.constexpr, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
+):  # fmt: skip
+    """float32 [R]: what the cross-entropy of each row is multiplied with. matched bool [R]."""
+    if BALANCED:
+        others = tl.maximum(images * queries - number, 1.0)
+        return tl.where(matched, POSITIVE / number, NEGATIVE / others)
+    else:
+        own = tl.where(matched, 1.0, weight)
+        if PER_PROCESS:
+            return own / (of_layer + weight * (images * queries - of_layer))
+        else:
+            return own / ((of_image + weight * (queries - of_image)) * images)
+
+
+@jit
+def _box(ptr, offset, mask):
+    """cx, cy, w, h of boxes at ``offset`` (in numbers); what is masked is the box 1, 1, 1, 1."""
+    cx = tl.load(ptr + offset, mask=mask, other=1.0).to(tl.float32)
+    cy = tl.load(ptr + offset + 1, mask=mask, other=1.0).to(tl.float32)
+    w = tl.load(ptr + offset + 2, mask=mask, other=1.0).to(tl.float32)
+    h = tl.load(ptr + offset + 3, mask=mask, other=1.0).to(tl.float32)
+    return cx, cy, w, h
+
+
+@jit
+def _overlap(a_low, a_high, b_low, b_high):
+    """Lengths along one axis: (of the intersection, of the hull) before they are clamped at zero."""
+    return tl.minimum(a_high, b_high) - tl.maximum(a_low, b_low), tl.maximum(a_high, b_high) - tl.minimum(a_low, b_low)
+
+
+@jit
+def _part(a, b):
+    """The share of a in the gradient of max(a, b): equals share it evenly, as PyTorch's do."""
+    return tl.where(a > b, 1.0, tl.where(a == b, 0.5, 0.0))
+
+
+@jit
+def _sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+
+
+@jit
+def _box_terms(ax, ay, aw, ah, bx, by, bw, bh):
+    """(L1 distance, 1 - GIoU) of boxes a and b."""
+    distance = tl.abs(ax - bx) + tl.abs(ay - by) + tl.abs(aw - bw) + tl.abs(ah - bh)
+    ax1, ax2, ay1, ay2 = ax - 0.5 * aw, ax + 0.5 * aw, ay - 0.5 * ah, ay + 0.5 * ah
+    bx1, bx2, by1, by2 = bx - 0.5 * bw, bx + 0.5 * bw, by - 0.5 * bh, by + 0.5 * bh
+    inner_w, hull_w = _overlap(ax1, ax2, bx1, bx2)
+    inner_h, hull_h = _overlap(ay1, ay2, by1, by2)
+    inner = tl.maximum(inner_w, 0.0) * tl.maximum(inner_h, 0.0)
+    hull = tl.maximum(hull_w, 0.0) * tl.maximum(hull_h, 0.0)
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - inner
+    return distance, 1.0 - (inner / union - (hull - union) / hull)
+
+
+@jit
+def _axis_gradient(a_low, a_high, b_low, b_high, other_inner, other_hull, other_side, by_inner, by_area, by_hull):
+    """Gradient of the GIoU by the two corners of a along one axis, from that by the three areas."""
+    inner, hull = _overlap(a_low, a_high, b_low, b_high)
+    inner = tl.where(inner >= 0, by_inner * other_inner, 0.0)
+    hull = tl.where(hull >= 0, by_hull * other_hull, 0.0)
+    area = by_area * other_side
+    high = inner * _part(b_high, a_high) + hull * _part(a_high, b_high) + area
+    low = -inner * _part(a_low, b_low) - hull * _part(b_low, a_low) - area
+    return low, high
+
+
+@jit
+def _giou_gradient(ax, ay, aw, ah, bx, by, bw, bh):
+    """Gradient of the GIoU of a and b by cx, cy, w, h of a."""
+    ax1, ax2, ay1, ay2 = ax - 0.5 * aw, ax + 0.5 * aw, ay - 0.5 * ah, ay + 0.5 * ah
+    bx1, bx2, by1, by2 = bx - 0.5 * bw, bx + 0.5 * bw, by - 0.5 * bh, by + 0.5 * bh
+    inner_w, hull_w = _overlap(ax1, ax2, bx1, bx2)
+    inner_h, hull_h = _overlap(ay1, ay2, by1, by2)
+    inner_w, inner_h = tl.maximum(inner_w, 0.0), tl.maximum(inner_h, 0.0)
+    hull_w, hull_h = tl.maximum(hull_w, 0.0), tl.maximum(hull_h, 0.0)
+    inner, hull = inner_w * inner_h, hull_w * hull_h
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - inner
+    # GIoU = inner / union - 1 + union / hull, and union = areas - inner.
+    by_area = 1.0 / hull - inner / (union * union)
+    by_inner = 1.0 / union - by_area
+    by_hull = -union / (hull * hull)
+    x1, x2 = _axis_gradient(ax1, ax2, bx1, bx2, inner_h, hull_h, ay2 - ay1, by_inner, by_area, by_hull)
+    y1, y2 = _axis_gradient(ay1, ay2, by1, by2, inner_w, hull_w, ax2 - ax1, by_inner, by_area, by_hull)
+    return x1 + x2, y1 + y2, 0.5 * (x2 - x1), 0.5 * (y2 - y1)
+
+
+@jit
+def _set_loss_fwd_kernel(
+    logits_ptr,  # [L,B,Q,K]
+    boxes_ptr,  # [L,B,Q,4]
+    query_ptr,  # int64 [L,B,N]
+    labels_ptr,  # int64 [B,N]
+    target_boxes_ptr,  # [B,N,4]
+    counts_ptr,  # integer [B]; DIRECT only
+    number_ptr,  # scalar: number of boxes
+    lse_ptr,  # [L,B,Q] float32
+    out_ptr,  # float32: DIRECT [4,L]: ce, bbox, giou, cardinality; else [4,L,B,S]: the sums of each block of rows, the
+    # last counting those that predict an object
+    images,  # B
+    queries,  # Q
+    objects,  # N
+    no_object,
+    no_object_weight,
+    weight_ce,
+    weight_bbox,
+    weight_giou,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NB: tl.constexpr,
+    PER_PROCESS: tl.constexpr,
+    BALANCED: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    DIRECT: tl.constexpr,
+):
+    layer = tl.program_id(2).to(tl.int64)
+    number = tl.load(number_ptr).to(tl.float32)
+    of_layer = tl.zeros([R], tl.float32)
+    if PER_PROCESS:
+        of_layer = _matched_in_layer(query_ptr + layer * images * objects, images * objects, R, NB)
+    if DIRECT:
+        image_from, image_to, row_from, row_to = 0, images, 0, queries
+    else:
+        image_from, row_from = tl.program_id(1), tl.program_id(0) * R
+        image_to, row_to = image_from + 1, row_from + R
+    ce = tl.zeros([R], tl.float32)
+    bbox = tl.zeros([R], tl.float32)
+    giou = tl.zeros([R], tl.float32)
+    predicted = tl.zeros([R], tl.float32)
+    cardinality = tl.zeros([R], tl.float32)
+    for image in range(image_from, image_to):
+        of_image = layer * images + image
+        predicted = tl.zeros([R], tl.float32)
+        for start in range(row_from, row_to, R):
+            row = start + tl.arange(0, R)
+            inside = row < queries
+            object_, matched_in_image = _object_of_rows(query_ptr + of_image * objects, row, objects, R, NB)
+            matched = inside & (object_ >= 0)
+            of_object = (of_image - layer * images) * objects + object_
+            target = tl.load(labels_ptr + of_object, mask=matched, other=0)
+            target = tl.where(matched, target, no_object)
+            at = of_image * queries + row
+            known = inside & (target >= 0) & (target < K)
+            # A label that is no class gives NaN, not another class's loss.
+            of_target = tl.load(logits_ptr + at * K + target, mask=known, other=float("nan")).to(tl.float32)
+            of_none = tl.load(logits_ptr + at * K + no_object, mask=inside, other=0.0).to(tl.float32)
+            top = tl.full([R], -3.0e38, tl.float32)
+            total = tl.zeros([R], tl.float32)
+            better = tl.zeros([R], tl.int32)
+            for first in range(0, K, BLOCK):
+                column = first + tl.arange(0, BLOCK)
+                mask = inside[:, None] & (column < K)[None, :]
+                x = tl.load(logits_ptr + at[:, None] * K + column[None, :], mask=mask, other=float("-inf"))
+                x = x.to(tl.float32)
+                above = tl.maximum(top, tl.max(x, 1))
+                total = total * tl.exp(top - above) + tl.sum(tl.exp(x - above[:, None]), 1)
+                top = above
+                # The first of the largest is the prediction.
+                wins = (x > of_none[:, None]) | ((x == of_none[:, None]) & (column < no_object)[None, :])
+                better = tl.maximum(better, tl.max((wins & mask).to(tl.int32), 1))
+            lse = top + tl.log(tl.where(inside, total, 1.0))
+            tl.store(lse_ptr + at, lse, mask=inside)
+            factor = _factors(
+                matched, matched_in_image, of_layer, number, images, queries, no_object_weight,
+                PER_PROCESS, BALANCED, POSITIVE, NEGATIVE,
+            )  # fmt: skip
+            ce += tl.where(inside, factor * (lse - of_target), 0.0)
+            predicted += tl.where(inside, better.to(tl.float32), 0.0)
+            ax, ay, aw, ah = _box(boxes_ptr, at * 4, matched)
+            bx, by, bw, bh = _box(target_boxes_ptr, of_object * 4, matched)
+            distance, dissimilarity = _box_terms(ax, ay, aw, ah, bx, by, bw, bh)
+            bbox += tl.where(matched, distance, 0.0)
+            giou += tl.where(matched, dissimilarity, 0.0)
+        if DIRECT:
+            count = tl.load(counts_ptr + image).to(tl.float32)
+            cardinality += tl.abs(tl.sum(predicted, 0) - count)
+    if DIRECT:
+        place, step = layer, tl.num_programs(2)
+        last = tl.max(cardinality, 0) / images
+    else:
+        place = (layer * images + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+        step = tl.num_programs(2).to(tl.int64) * images * tl.num_programs(0)
+        last = tl.sum(predicted, 0)
+    tl.store(out_ptr + place, tl.sum(ce, 0) * weight_ce)
+    tl.store(out_ptr + step + place, tl.sum(bbox, 0) / number * weight_bbox)
+    tl.store(out_ptr + 2 * step + place, tl.sum(giou, 0) / number * weight_giou)
+    tl.store(out_ptr + 3 * step + place, last)
+
+
+@jit
+def _set_loss_sum_kernel(
+    partials_ptr,  # [4,L,B,S] float32
+    counts_ptr,  # integer [B]
+    out_ptr,  # [4,L] float32
+    images,  # B
+    blocks,  # S
+    BB: tl.constexpr,
+    SB: tl.constexpr,
+):
+    layer, layers, which = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    partials_ptr += (which.to(tl.int64) * layers + layer) * images * blocks
+    total = tl.zeros([BB], tl.float32)
+    for first in range(0, images, BB):
+        image = first + tl.arange(0, BB)
+        of_image = tl.zeros([BB, SB], tl.float32)
+        for start in range(0, blocks, SB):
+            block = start + tl.arange(0, SB)
+            mask = (image < images)[:, None] & (block < blocks)[None, :]
+            of_image += tl.load(partials_ptr + image[:, None] * blocks + block[None, :], mask=mask, other=0.0)
+        found = tl.sum(of_image, 1)
+        if which == 3:
+            count = tl.load(counts_ptr + image, mask=image < images, other=0).to(tl.float32)
+            found = tl.abs(found - count) / images
+        total += found
+    tl.store(out_ptr + which * layers + layer, tl.sum(total, 0))
+
+
+@jit
+def _set_loss_bwd_kernel(
+    by_ce_ptr,  # [L] float32, or None
+    by_bbox_ptr,  # [L] float32, or None
+    by_giou_ptr,  # [L] float32, or None
+    logits_ptr,  # [L,B,Q,K]
+    boxes_ptr,  # [L,B,Q,4]
+    query_ptr,  # int64 [L,B,N]
+    labels_ptr,  # int64 [B,N]
+    target_boxes_ptr,  # [B,N,4]
+    number_ptr,  # scalar
+    lse_ptr,  # [L,B,Q] float32
+    dlogits_ptr,  # [L,B,Q,K]
+    dboxes_ptr,  # [L,B,Q,4]
+    images,  # B
+    queries,  # Q
+    objects,  # N
+    no_object,
+    no_object_weight,
+    weight_ce,
+    weight_bbox,
+    weight_giou,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NB: tl.constexpr,
+    PER_PROCESS: tl.constexpr,
+    BALANCED: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+):
+    layer, image = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    inside = row < queries
+    of_image = layer * images + image
+    number = tl.load(number_ptr).to(tl.float32)
+    object_, matched_in_image = _object_of_rows(query_ptr + of_image * objects, row, objects, R, NB)
+    matched = inside & (object_ >= 0)
+    of_object = image.to(tl.int64) * objects + object_
+    at = of_image * queries + row
+
+    if by_ce_ptr is not None:
+        of_layer = tl.zeros([R], tl.float32)
+        if PER_PROCESS:
+            of_layer = _matched_in_layer(query_ptr + layer * images * objects, images * objects, R, NB)
+        target = tl.load(labels_ptr + of_object, mask=matched, other=0)
+        target = tl.where(matched, target, no_object)
+        factor = _factors(
+            matched, matched_in_image, of_layer, number, images, queries, no_object_weight,
+            PER_PROCESS, BALANCED, POSITIVE, NEGATIVE,
+        )  # fmt: skip
+        factor *= tl.load(by_ce_ptr + layer) * weight_ce
+        factor = tl.where((target >= 0) & (target < K), factor, float("nan"))
+        lse = tl.load(lse_ptr + at, mask=inside, other=0.0)
+        for first in range(0, K, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            mask = inside[:, None] & (column < K)[None, :]
+            offset = at[:, None] * K + column[None, :]
+            x = tl.load(logits_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            p = tl.exp(x - lse[:, None]) - (column[None, :] == target[:, None]).to(tl.float32)
+            tl.store(dlogits_ptr + offset, (factor[:, None] * p).to(dlogits_ptr.dtype.element_ty), mask=mask)
+    else:
+        for first in range(0, K, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            mask = inside[:, None] & (column < K)[None, :]
+            zeros = tl.zeros([R, BLOCK], tl.float32).to(dlogits_ptr.dtype.element_ty)
+            tl.store(dlogits_ptr + at[:, None] * K + column[None, :], zeros, mask=mask)
+
+    ax, ay, aw, ah = _box(boxes_ptr, at * 4, matched)
+    bx, by, bw, bh = _box(target_boxes_ptr, of_object * 4, matched)
+    dx, dy = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
+    dw, dh = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
+    if by_bbox_ptr is not None:
+        by_bbox = tl.load(by_bbox_ptr + layer) * weight_bbox / number
+        dx += by_bbox * _sign(ax - bx)
+        dy += by_bbox * _sign(ay - by)
+        dw += by_bbox * _sign(aw - bw)
+        dh += by_bbox * _sign(ah - bh)
+    if by_giou_ptr is not None:
+        by_giou = tl.load(by_giou_ptr + layer) * weight_giou / number
+        gx, gy, gw, gh = _giou_gradient(ax, ay, aw, ah, bx, by, bw, bh)
+        dx -= by_giou * gx
+        dy -= by_giou * gy
+        dw -= by_giou * gw
+        dh -= by_giou * gh
+    place = dboxes_ptr + at * 4
+    tl.store(place, tl.where(matched, dx, 0.0).to(dboxes_ptr.dtype.element_ty), mask=inside)
+    tl.store(place + 1, tl.where(matched, dy, 0.0).to(dboxes_ptr.dtype.element_ty), mask=inside)
+    tl.store(place + 2, tl.where(matched, dw, 0.0).to(dboxes_ptr.dtype.element_ty), mask=inside)
+    tl.store(place + 3, tl.where(matched, dh, 0.0).to(dboxes_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,375 @@
+"""The set loss of detection for all decoder layers at once: class, L1 and GIoU losses of matched queries.
+
+Per layer, with t(q) the object of query q, from ``query``:
+
+    ce = sum_q w_q nll_q / sum_q w_q, nll_q = -log_softmax(logits_q)[label of t(q), else no-object], w_q = 1 or
+         ``no_object_weight``; over the process, or per image and then the mean of the images; or, balanced,
+         0.9 sum_matched nll / num_boxes + 0.1 sum_others nll / max(1, B Q - num_boxes)
+    bbox = sum_matched |b_q - b_t|_1 / num_boxes        giou = sum_matched (1 - GIoU(b_q, b_t)) / num_boxes
+    cardinality = mean over images of |queries that predict an object - objects|, without gradient
+
+Shapes: L decoder layers, B images, Q queries, K classes, N padded objects. logits [L,B,Q,K], boxes [L,B,Q,4] cx cy w h,
+query int64 [L,B,N] (-1 = none; no query twice), labels [B,N], target_boxes [B,N,4], counts [B], num_boxes a scalar on
+the device. Replaces, a layer, a scatter of classes, ``cross_entropy``, gathers of boxes, ``l1_loss``, a GIoU of all
+pairs, an argmax, and their backward: 60 to 100 launches for six layers.
+
+Fused: the forward reads the logits once and keeps a log-sum-exp a query; the backward reads them once more, finds the
+objects of the queries again and writes both gradients, in one launch. The forward is one launch where a layer is few
+blocks of rows (``direct``: the published one image a process), else the blocks leave partial sums that a second, small
+launch adds in a fixed order: a count of finished blocks would need zeroed memory, which is a launch too, and one
+program a layer would take 80 blocks in turn at 8 images of Visual Genome. Bytes: the logits once, and in the backward
+twice. FLOPs: about 5 a logit; memory-bound. Limits of the fused path: float32, bfloat16, float16; K <= 65536.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from unit_fast_kernels._op import DTYPES, register
+from unit_fast_kernels._set_loss_kernels import (
+    OBJECTS,
+    _set_loss_bwd_kernel,
+    _set_loss_fwd_kernel,
+    _set_loss_sum_kernel,
+)
+from unit_fast_kernels._set_loss_reference import (
+    NEGATIVE_SHARE,
+    NORMALISATIONS,
+    POSITIVE_SHARE,
+    set_loss_bwd_reference,
+    set_loss_reference,
+)
+from unit_fast_kernels._triton import cdiv, power_of_two
+from unit_fast_kernels._tuned import launch_parameters
+
+MAX_CLASSES = 65536
+
+# --- Launchers, their references and fakes ---------------------------------------------------------------------------
+
+_SETTINGS = (
+    "int no_object, float no_object_weight, bool per_process, bool balanced, float weight_ce, float weight_bbox, "
+    "float weight_giou"
+)
+DIRECT_TURNS = 4
+"""A layer of up to so many blocks of rows is one program's, which saves the second launch."""
+
+
+def fwd_defaults(classes: int) -> dict[str, int]:
+    """Rows and columns of a block, warps: 16 logits to a thread."""
+    block = min(power_of_two(classes), 512)
+    return {"rows": max(1, min(64, 2048 // block)), "block": block, "warps": 4}
+
+
+def direct_defaults(queries: int, classes: int) -> dict[str, int]:
+    """The same where a program takes a layer: few programs, so up to 16 warps."""
+    block = min(power_of_two(classes), 512)
+    rows = min(power_of_two(queries), 8192 // block, 128)
+    return {"rows": rows, "block": block, "warps": max(1, min(16, rows * block // 512))}
+
+
+def _is_direct(logits: Tensor) -> bool:
+    _, images, queries, classes = logits.shape
+    return images * cdiv(queries, direct_defaults(queries, classes)["rows"]) <= DIRECT_TURNS
+
+
+def _fwd_parameters(logits: Tensor) -> tuple[bool, dict[str, int]]:
+    """(whether a program takes a whole layer, launch parameters)."""
+    _, _, queries, classes = logits.shape
+    width = power_of_two(classes)
+    if _is_direct(logits):
+        bucket, default = f"queries{power_of_two(queries)}_classes{width}", direct_defaults(queries, classes)
+        return True, launch_parameters("set_loss_direct", bucket, default, logits.device)
+    return False, launch_parameters("set_loss_fwd", f"classes{width}", fwd_defaults(classes), logits.device)
+
+
+def _constants(logits: Tensor, tune: dict[str, int], per_process: bool, balanced: bool) -> dict:
+    return {
+        "K": logits.shape[-1], "R": tune["rows"], "BLOCK": tune["block"], "NB": OBJECTS, "PER_PROCESS": per_process,
+        "BALANCED": balanced, "POSITIVE": POSITIVE_SHARE, "NEGATIVE": NEGATIVE_SHARE, "num_warps": tune["warps"],
+    }  # fmt: skip
+
+
+def _fwd_outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """losses [4,L]: ce, bbox, giou, cardinality; lse [L,B,Q]; float32."""
+    layers, images, queries, _ = logits.shape
+    losses = torch.empty((4, layers), dtype=torch.float32, device=logits.device)
+    return losses, torch.empty((layers, images, queries), dtype=torch.float32, device=logits.device)
+
+
+def _fwd_launch(
+    logits, boxes, query, labels, target_boxes, counts, num_boxes, no_object, no_object_weight, per_process, balanced,
+    *weights,
+):  # fmt: skip
+    losses, lse = outputs = _fwd_outputs(logits)
+    layers, images, queries, _ = logits.shape
+    if lse.numel() == 0:  # no images or no queries: no loss; a mean of nothing is not defined
+        losses.fill_(float("nan"))
+        return outputs
+    direct, tune = _fwd_parameters(logits)
+    counts = counts.contiguous()
+    blocks = cdiv(queries, tune["rows"])
+    out = losses
+    if not direct:
+        out = torch.empty((4, layers, images, blocks), dtype=torch.float32, device=logits.device)
+    _set_loss_fwd_kernel[(1, 1, layers) if direct else (blocks, images, layers)](
+        logits.contiguous(),
+        boxes.contiguous(),
+        query.contiguous(),
+        labels.contiguous(),
+        target_boxes.contiguous(),
+        counts,
+        num_boxes,
+        lse,
+        out,
+        images,
+        queries,
+        query.shape[2],
+        no_object,
+        no_object_weight,
+        *weights,
+        **_constants(logits, tune, per_process, balanced),
+        DIRECT=direct,
+    )
+    if not direct:
+        _set_loss_sum_kernel[(layers, 4)](
+            out,
+            counts,
+            losses,
+            images,
+            blocks,
+            BB=min(32, power_of_two(images)),
+            SB=min(32, power_of_two(blocks)),
+            num_warps=1,
+        )
+    return outputs
+
+
+def _fwd_reference(
+    logits, boxes, query, labels, target_boxes, counts, num_boxes, no_object, no_object_weight, per_process, balanced,
+    *weights,
+):  # fmt: skip
+    logits = logits.float()
+    losses, lse = _fwd_outputs(logits)
+    found = set_loss_reference(
+        logits, boxes.float(), query, labels, target_boxes.float(), counts, num_boxes, no_object=no_object,
+        no_object_weight=no_object_weight, normalisation=NORMALISATIONS[per_process], balanced=balanced,
+        weights=weights,
+    )  # fmt: skip
+    return losses.copy_(torch.stack(found)), lse.copy_(logits.logsumexp(-1))
+
+
+def _fwd_fake(logits, *_):
+    return _fwd_outputs(logits)
+
+
+def _bwd_outputs(logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (logits, boxes))
+
+
+def _bwd_launch(
+    by_ce, by_bbox, by_giou, logits, boxes, query, labels, target_boxes, num_boxes, lse, no_object, no_object_weight,
+    per_process, balanced, *weights,
+):  # fmt: skip
+    dlogits, dboxes = outputs = _bwd_outputs(logits, boxes)
+    layers, images, queries, classes = logits.shape
+    if lse.numel() == 0:
+        return outputs
+    bucket = f"classes{power_of_two(classes)}"
+    tune = launch_parameters("set_loss_bwd", bucket, fwd_defaults(classes), logits.device)
+    _set_loss_bwd_kernel[(cdiv(queries, tune["rows"]), images, layers)](
+        *(None if g is None else g.contiguous() for g in (by_ce, by_bbox, by_giou)),
+        logits.contiguous(),
+        boxes.contiguous(),
+        query.contiguous(),
+        labels.contiguous(),
+        target_boxes.contiguous(),
+        num_boxes,
+        lse,
+        dlogits,
+        dboxes,
+        images,
+        queries,
+        query.shape[2],
+        no_object,
+        no_object_weight,
+        *weights,
+        **_constants(logits, tune, per_process, balanced),
+    )
+    return outputs
+
+
+def _bwd_fake(by_ce, by_bbox, by_giou, logits, boxes, *_):
+    return _bwd_outputs(logits, boxes)
+
+
+_INPUTS = "Tensor logits, Tensor boxes, Tensor query, Tensor labels, Tensor target_boxes"
+_forward = register(
+    "set_loss_fwd",
+    f"({_INPUTS}, Tensor counts, Tensor num_boxes, {_SETTINGS}) -> (Tensor losses, Tensor lse)",
+    reference=_fwd_reference,
+    launch=_fwd_launch,
+    fake=_fwd_fake,
+)
+_backward = register(
+    "set_loss_bwd",
+    f"(Tensor? by_ce, Tensor? by_bbox, Tensor? by_giou, {_INPUTS}, Tensor num_boxes, Tensor lse, {_SETTINGS}) "
+    "-> (Tensor dlogits, Tensor dboxes)",
+    reference=set_loss_bwd_reference,
+    launch=_bwd_launch,
+    fake=_bwd_fake,
+)
+
+
+# --- The fused operator ---------------------------------------------------------------------------------------------
+
+
+class _SetLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, boxes, query, labels, target_boxes, counts, num_boxes, *settings):
+        losses, lse = _forward(logits, boxes, query, labels, target_boxes, counts, num_boxes, *settings)
+        ctx.save_for_backward(logits, boxes, query, labels, target_boxes, num_boxes, lse)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        ce, bbox, giou, cardinality = losses.unbind(0)
+        ctx.mark_non_differentiable(cardinality)
+        return ce, bbox, giou, cardinality
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_ce, by_bbox, by_giou, _):
+        gradients = (None, None)
+        if not by_ce is by_bbox is by_giou is None:
+            gradients = _backward(by_ce, by_bbox, by_giou, *ctx.saved_tensors, *ctx.settings)
+        return *gradients, *(None,) * 12
+
+
+def set_loss_unfit(logits, boxes, target_boxes) -> str | None:
+    """Why the kernels cannot take these arguments, or None."""
+    for name, tensor in (("logits", logits), ("boxes", boxes), ("target_boxes", target_boxes)):
+        if tensor.dtype not in DTYPES:
+            return f"{name} is {tensor.dtype}: convert it to float32, bfloat16 or float16"
+    if logits.shape[-1] > MAX_CLASSES:
+        return f"there are {logits.shape[-1]} classes: kernels exist for 1 to {MAX_CLASSES}"
+    if max(logits.shape[:2]) > 65535:
+        return f"there are {logits.shape[0]} layers of {logits.shape[1]} images: a grid has 65535 of each"
+    return None
+
+
+def set_loss_fused(
+    logits: Tensor,
+    boxes: Tensor,
+    query: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    counts: Tensor,
+    num_boxes: Tensor,
+    *,
+    no_object: int,
+    no_object_weight: float = 0.1,
+    normalisation: str = "per_image",
+    balanced: bool = False,
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``set_loss_reference`` by the kernels: float32 results, gradients in the dtypes of logits and boxes. The same
+    bits every time. What does not fit: ``set_loss_unfit``."""
+    settings = no_object, no_object_weight, normalisation == "per_process", balanced, *weights
+    return _SetLoss.apply(logits, boxes, query, labels, target_boxes, counts, num_boxes, *settings)
+
+
+# --- For benchmarks and assembly ------------------------------------------------------------------------------------
+
+SHAPES: dict[str, tuple[int, int, int, int, int]] = {
+    "unit_coco": (6, 8, 100, 92, 20),
+    "unit_coco_one_image": (6, 1, 100, 92, 20),
+    "unit_vg": (6, 8, 100, 1602, 20),
+    "crowded": (6, 8, 100, 92, 100),
+    "rf_detr": (39, 4, 300, 91, 20),
+}
+"""(L, B, Q, K, N); rf_detr: 3 layers of 13 groups, each matched alone."""
+
+
+def make(shape: tuple, dtype: torch.dtype, device) -> dict:
+    """Arguments of ``set_loss_fused``; logits and boxes of ``dtype``; every object has a query where they suffice."""
+    layers, images, queries, classes, objects = shape
+    logits = torch.randn(layers, images, queries, classes, dtype=dtype, device=device)
+    boxes = (0.1 + 0.8 * torch.rand(layers, images, queries, 4, device=device)).to(dtype)
+    order = torch.rand(layers, images, queries, device=device).argsort(-1)[..., :objects]
+    query = F.pad(order, (0, objects - order.shape[-1]), value=-1)
+    counts = torch.full((images,), objects, dtype=torch.int32, device=device)
+    return {
+        "logits": logits,
+        "boxes": boxes,
+        "query": query,
+        "labels": torch.randint(0, classes - 1, (images, objects), device=device),
+        "target_boxes": 0.1 + 0.8 * torch.rand(images, objects, 4, device=device),
+        "counts": counts,
+        "num_boxes": counts.sum(dtype=torch.float32),
+        "no_object": classes - 1,
+    }
+
+
+def launches(shape: tuple, dtype: torch.dtype, device) -> list[tuple[str, tuple]]:
+    """The registered operators of a forward and a backward pass, with arguments."""
+    a = make(shape, dtype, device)
+    inputs = tuple(a[name] for name in ("logits", "boxes", "query", "labels", "target_boxes"))
+    settings = (a["no_object"], 0.1, False, False, 1.0, 5.0, 2.0)
+    losses, lse = _fwd_outputs(a["logits"])
+    lse.zero_()
+    gradients = tuple(torch.ones_like(loss) for loss in losses[:3].unbind(0))
+    forward = (*inputs, a["counts"], a["num_boxes"], *settings)
+    return [
+        ("set_loss_fwd", forward),
+        ("set_loss_bwd", (*gradients, *inputs, a["num_boxes"], lse, *settings)),
+    ]
+
+
+def candidates(shape: tuple) -> list[dict]:
+    """Launch parameters worth trying: {"op", "bucket", "parameters"}, the defaults first."""
+    _, images, queries, classes, _ = shape
+    width = power_of_two(classes)
+    direct = images * cdiv(queries, direct_defaults(queries, classes)["rows"]) <= DIRECT_TURNS
+    found = []
+    for op in ("set_loss_direct" if direct else "set_loss_fwd", "set_loss_bwd"):
+        whole = op == "set_loss_direct"
+        bucket = f"queries{power_of_two(queries)}_classes{width}" if whole else f"classes{width}"
+        tried = [direct_defaults(queries, classes) if whole else fwd_defaults(classes)]
+        tried += [
+            {"rows": rows, "block": block, "warps": warps}
+            for block in dict.fromkeys(min(width, b) for b in (128, 256, 512, 1024, 2048))
+            for rows in (1, 2, 4, 8, 16, 32, 64, 128)
+            for warps in (1, 2, 4, 8, 16)
+            if 4 <= rows * block // (32 * warps) <= 32 and (not whole or rows * block >= 4096)
+        ]
+        found += [{"op": op, "bucket": bucket, "parameters": parameters} for parameters in tried]
+    return found
+
+
+def _sizes(shape: tuple, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Bytes of the logits, of the boxes, and of the rest: log-sum-exps, query, labels and target boxes."""
+    layers, images, queries, classes, objects = shape
+    rows = layers * images * queries
+    rest = 4 * rows + 8 * layers * images * objects + 24 * images * objects
+    return rows * classes * dtype.itemsize, rows * 4 * dtype.itemsize, rest
+
+
+def bytes_moved(shape: tuple, dtype: torch.dtype) -> int:
+    """Forward: everything read once (of the boxes the matched ones), log-sum-exps written."""
+    logits, boxes, rest = _sizes(shape, dtype)
+    return logits + boxes * min(shape[4], shape[2]) // max(1, shape[2]) + rest
+
+
+def bytes_moved_bwd(shape: tuple, dtype: torch.dtype) -> int:
+    """Backward: the same read, the gradients of logits and boxes written."""
+    return bytes_moved(shape, dtype) + sum(_sizes(shape, dtype)[:2])
+
+
+def flops(shape: tuple) -> int:
+    """Forward, counted on the formula: 5 a logit, 40 a pair of boxes."""
+    layers, images, queries, classes, objects = shape
+    return layers * images * (5 * queries * classes + 40 * min(objects, queries))
+
+
+def flops_bwd(shape: tuple) -> int:
+    """Backward: 4 a logit, 100 a pair of boxes."""
+    layers, images, queries, classes, objects = shape
+    return layers * images * (4 * queries * classes + 100 * min(objects, queries))
