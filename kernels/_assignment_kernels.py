@@ -95,7 +95,7 @@ def _assignment_kernel(
     if flag != 0:
         largest = tl.full([COLUMNS], float("-inf"), tl.float64)
         magnitude = tl.full([COLUMNS], 0.0, tl.float64)
-        for i in range(0, rows):
+        for i in range(rows):
             x, finite = _wide(tl.load(column_ptr + i * row_stride, mask=exists, other=float("inf")))
             largest = tl.maximum(largest, tl.where(finite, x, float("-inf")))
             magnitude = tl.maximum(magnitude, tl.where(finite, tl.abs(x), 0.0))
@@ -108,7 +108,7 @@ def _assignment_kernel(
     potential = tl.zeros([COLUMNS], tl.float64)  # of the column
     row_potential = tl.zeros([COLUMNS], tl.float64)  # of the row that the column holds
     held = tl.full([COLUMNS], -1, tl.int32)  # that row, or -1
-    for current in range(0, rows):
+    for current in range(rows):
         distance = infinity
         previous = tl.full([COLUMNS], -1, tl.int32)  # column of the row that the distance comes from; -1: current
         # SciPy scans its array of columns left; this is each one's place in it, -1 once it is left behind.

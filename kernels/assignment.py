@@ -35,7 +35,9 @@ def assignment_reference(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     reported as flag 1; SciPy alone would raise. ``ValueError`` for a count outside 0..T.
     """
     # SciPy solves for the shorter side, and would transpose (copy) each problem with fewer targets than queries.
-    by_target = cost.detach().mT.to("cpu", torch.float64).contiguous().numpy()
+    host = cost.detach().mT.to("cpu", torch.float64).contiguous()
+    all_finite = math.isfinite(host.sum())  # a sum that is not finite may yet have finite terms only
+    by_target = host.numpy()
     problems, targets, queries = by_target.shape
     sizes = counts.tolist()
     if any(not 0 <= size <= targets for size in sizes):
@@ -45,7 +47,6 @@ def assignment_reference(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         )
     query = np.full((problems, targets), -1, dtype=np.int64)
     flag = np.zeros(problems, dtype=np.int32)
-    all_finite = math.isfinite(by_target.sum())  # a sum that is not finite may yet have finite terms only
     for p in range(problems):
         size = sizes[p % len(sizes)]
         problem = by_target[p, :size]

@@ -88,36 +88,38 @@ def match_cost_cpu(
     wide = torch.promote_types(boxes.dtype, torch.float32)
     layers, batch, queries, _ = logits.shape
     shape = layers, batch, labels.shape[1], queries
-    logits = logits.detach().to(wide)
+    logits, boxes, target_boxes = (x.detach().to(wide) for x in (logits, boxes, target_boxes))
     score = logits.log_softmax(-1) if log_softmax else logits.softmax(-1)
     cost = score.mT.gather(2, labels.clamp(min=0)[None, :, :, None].expand(shape)).mul_(-cost_class)
-    # Each coordinate as a plane: [L,B,1,Q] of the queries, [B,N,1] of the targets.
-    a = boxes.detach().to(wide).movedim(-1, 0).contiguous()[:, :, :, None, :].unbind(0)
-    b = target_boxes.to(wide).movedim(-1, 0).contiguous()[..., None].unbind(0)
-    first, second, overlap, hull = (torch.empty(shape, dtype=wide, device=logits.device) for _ in range(4))
+    first, second, third, hull, scratch = (torch.empty(shape, dtype=wide, device=logits.device) for _ in range(5))
 
-    torch.sub(a[0], b[0], out=first).abs_()
-    for i in (1, 2, 3):
-        first += torch.sub(a[i], b[i], out=second).abs_()
-    cost.add_(first.mul_(cost_bbox))
+    # One coordinate after the other, as [L,B,1,Q] of the queries and [B,N,1] of the targets.
+    planes = (x.movedim(-1, 0).contiguous() for x in (boxes, target_boxes))
+    distance, *others = (
+        torch.sub(a[:, :, None], b[..., None], out=out).abs_()
+        for a, b, out in zip(*planes, (first, second, third, hull))
+    )
+    for other in others:
+        distance.add_(other)
+    cost.add_(distance.mul_(cost_bbox))
 
-    areas = []
-    for i in (0, 1):  # along x, then y
-        low, high = ([centre - 0.5 * side, centre + 0.5 * side] for centre, side in ((a[i], a[i + 2]), (b[i], b[i + 2])))
-        (a1, a2), (b1, b2) = low, high
-        areas.append((a2 - a1, b2 - b1))
-        inner, outer = (overlap, hull) if i == 0 else (first, second)
-        torch.minimum(a2, b2, out=inner)
-        inner.sub_(torch.maximum(a1, b1, out=outer)).clamp_(min=0)
-        torch.maximum(a2, b2, out=outer)
-        outer.sub_(torch.minimum(a1, b1)).clamp_(min=0)
-    (width_a, width_b), (height_a, height_b) = areas
-    overlap.mul_(first)
-    hull.mul_(second)
-    union = torch.add(width_a * height_a, width_b * height_b, out=first).sub_(overlap)
-    overlap.div_(union)
-    overlap.sub_(torch.sub(hull, union, out=second).div_(hull))
-    cost.sub_(overlap.mul_(cost_giou))
+    ax1, ay1, ax2, ay2 = (x[:, :, None] for x in corners(boxes))
+    bx1, by1, bx2, by2 = (x[..., None] for x in corners(target_boxes))
+
+    def lengths(a1, a2, b1, b2, shared, spanned):
+        """What two intervals share, and their hull."""
+        torch.minimum(a2, b2, out=shared).sub_(torch.maximum(a1, b1, out=scratch)).clamp_(min=0)
+        torch.maximum(a2, b2, out=spanned).sub_(torch.minimum(a1, b1, out=scratch)).clamp_(min=0)
+
+    intersection, height = first, second
+    lengths(ax1, ax2, bx1, bx2, intersection, hull)
+    lengths(ay1, ay2, by1, by2, height, third)
+    intersection.mul_(height)
+    hull.mul_(third)
+    areas = (ax2 - ax1) * (ay2 - ay1), (bx2 - bx1) * (by2 - by1)
+    union = torch.add(*areas, out=second).sub_(intersection)
+    giou = intersection.div_(union).sub_(torch.sub(hull, union, out=third).div_(hull))
+    cost.sub_(giou.mul_(cost_giou))
     padding = torch.arange(shape[2], device=counts.device) >= counts[:, None]
     return cost.masked_fill_(padding[None, :, :, None], 0.0).mT
 

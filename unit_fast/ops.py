@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from unit_fast_kernels import _triton
 from unit_fast_kernels._attention_cpu import attention_cpu
-from unit_fast_kernels.assignment import assignment_reference
+from unit_fast_kernels.assignment import assignment_fused, assignment_reference, assignment_unfit
 from unit_fast_kernels.attention import attention_fused, attention_reference, attention_unfit
 from unit_fast_kernels.bias_act_dropout import (
     ACTIVATIONS,
@@ -39,7 +39,13 @@ from unit_fast_kernels.cross_attention import (
 )
 from unit_fast_kernels.dropout import dropout_cpu, dropout_fused, dropout_reference, dropout_unfit
 from unit_fast_kernels.frozen_bn_act import frozen_bn_act_fused, frozen_bn_act_reference, frozen_bn_act_unfit
-from unit_fast_kernels.match_cost import match_cost_reference, pairwise_giou
+from unit_fast_kernels.match_cost import (
+    match_cost_cpu,
+    match_cost_fused,
+    match_cost_reference,
+    match_cost_unfit,
+    pairwise_giou,
+)
 from unit_fast_kernels.residual_norm import (
     residual_norm_cpu,
     residual_norm_fused,
@@ -61,9 +67,9 @@ _IMPLEMENTATIONS = {
         "fused": bias_act_dropout_fused,
     },
     "frozen_bn_act": {"reference": frozen_bn_act_reference, "fused": frozen_bn_act_fused},
-    "match_cost": {"reference": match_cost_reference},
+    "match_cost": {"reference": match_cost_reference, "cpu": match_cost_cpu, "fused": match_cost_fused},
     "giou": {"reference": pairwise_giou},
-    "assignment": {"reference": assignment_reference},
+    "assignment": {"reference": assignment_reference, "fused": assignment_fused},
 }
 _log = logging.getLogger("unit_fast.ops")
 _mode: contextvars.ContextVar[str | None] = contextvars.ContextVar("unit_fast_kernels", default=None)
@@ -170,6 +176,12 @@ def _floating(op: str, **tensors: Tensor) -> None:
     for argument, tensor in tensors.items():
         if not tensor.is_floating_point():
             _fail(op, argument, tensor.dtype, "it must be floating point: convert it with .float()")
+
+
+def _integer(op: str, **tensors: Tensor) -> None:
+    for argument, tensor in tensors.items():
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            _fail(op, argument, tensor.dtype, "it must be an integer tensor")
 
 
 def _one_device(op: str, first: Tensor, **tensors: Tensor | None) -> None:
@@ -329,7 +341,7 @@ def match_cost(
 
     logits [L,B,Q,K]; boxes [L,B,Q,4] and target_boxes [B,N,4] cx cy w h; labels [B,N] int64, -1 on padding; counts [B]
     real targets. ``weights``: cost_class 1, cost_bbox 5, cost_giou 2, log_softmax False. Columns at and beyond counts
-    are zero. At least float32. ``ValueError`` on arguments that do not fit.
+    are zero. At least float32; strides may be those of [L,B,N,Q]. ``ValueError`` on arguments that do not fit.
     """
     op = "match_cost"
     _shape(op, "logits", logits, (None,) * 4, "[L,B,Q,K]")
@@ -339,9 +351,11 @@ def match_cost(
     _shape(op, "target_boxes", target_boxes, (batch, labels.shape[1], 4), "[B,N,4]")
     _shape(op, "counts", counts, (batch,), "[B]")
     _floating(op, logits=logits, boxes=boxes, target_boxes=target_boxes)
+    _integer(op, labels=labels, counts=counts)
     _one_device(op, logits, boxes=boxes, labels=labels, target_boxes=target_boxes, counts=counts)
+    arguments = logits, boxes, labels, target_boxes, counts
     with torch.no_grad():
-        return _implementation(op, logits)(logits, boxes, labels, target_boxes, counts, **weights)
+        return _implementation(op, logits, lambda: match_cost_unfit(*arguments))(*arguments, **weights)
 
 
 def giou(a: Tensor, b: Tensor) -> Tensor:
@@ -355,15 +369,24 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
 def assignment(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Exact batched assignment: the cheapest one-to-one pairing of queries and targets in each of P problems.
 
-    cost [P,Q,T] floating, of which problem p uses the first counts[p] columns; counts [P] integer, 0..T. Returns query
-    [P,T] int64 (-1 beyond counts, and for the targets left over where there are more than Q), flag [P] int32 (1 where
-    the problem held non-finite costs, which count as dearer than every finite one). ``ValueError`` on arguments that do
-    not fit.
+    For any DETR: what ``scipy.optimize.linear_sum_assignment`` does image by image, ties included, for all images and
+    decoder layers at once. On CUDA one launch, and the host reads nothing, so that a graph can hold it.
+
+    cost [P,Q,T] floating, any strides, of which problem p uses the first counts[p] columns; counts [P] integer, 0..T
+    (on CUDA a count outside is taken as the nearest of these). Returns query [P,T] int64: the query of each target, -1
+    beyond counts, and for the targets left over where there are more than Q; flag [P] int32: 1 where the problem held
+    non-finite costs, which count as dearer than every finite one. No gradient.
+
+    With cost [L,B,Q,T] and counts [B] for L layers of the same B images the results are [L,B,T] and [L,B].
+    ``ValueError`` on arguments that do not fit.
     """
     op = "assignment"
-    _shape(op, "cost", cost, (None,) * 3, "[P,Q,T]")
-    _shape(op, "counts", counts, tuple(cost.shape[:1]), "[P]")
+    layered = cost.dim() == 4
+    _shape(op, "cost", cost, (None,) * (4 if layered else 3), "[P,Q,T]")
+    _shape(op, "counts", counts, tuple(cost.shape[-3:-2]), "[B]" if layered else "[P]")
     _floating(op, cost=cost)
-    if counts.is_floating_point() or counts.dtype == torch.bool:
-        _fail(op, "counts", counts.dtype, "it must be an integer tensor")
-    return _implementation(op, cost)(cost, counts)
+    _integer(op, counts=counts)
+    _one_device(op, cost, counts=counts)
+    problems = cost.flatten(0, 1) if layered else cost
+    query, flag = _implementation(op, cost, lambda: assignment_unfit(problems, counts))(problems, counts)
+    return (query.unflatten(0, cost.shape[:2]), flag.unflatten(0, cost.shape[:2])) if layered else (query, flag)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from tests.kernels.assignment_problems import KINDS, problems, scipy_query
 from unit_fast import ops
 
 
@@ -71,6 +72,31 @@ def test_equals_scipy_with_counts_of_every_size(dtype):
     assert torch.equal(query, ops.assignment(cost, counts)[0])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_ten_thousand_problems(kind):
+    """1250 of each kind, T from 0 to 2Q: SciPy's pairs, hence SciPy's cost to the last bit."""
+    rng, solved = torch.Generator().manual_seed(KINDS.index(kind)), 0
+    for number in range(125):
+        queries = 1 + number % 25
+        cost, counts = problems(kind, 10, queries, number * 7 % (2 * queries + 1), rng)
+        query, flag = ops.assignment(cost, counts)
+        for p, count in enumerate(counts.tolist()):
+            assert (query[p].tolist(), int(flag[p])) == scipy_query(cost[p], count)
+            _check_pairing(query[p], count, queries)
+            solved += 1
+    assert solved == 1250
+
+
+def test_layers_of_the_same_images():
+    cost = torch.randn(3, 2, 6, 4, generator=torch.Generator().manual_seed(8))
+    counts = torch.tensor([4, 2])
+    query, flag = ops.assignment(cost, counts)
+    assert (query.shape, flag.shape) == ((3, 2, 4), (3, 2))
+    flat = ops.assignment(cost.flatten(0, 1), counts.repeat(3))[0]
+    assert torch.equal(query.flatten(0, 1), flat)
+    assert torch.equal(ops.assignment(cost.mT.contiguous().mT, counts)[0], query)
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 3), (4, 5, 0), (4, 0, 3), (0, 0, 0)])
 def test_nothing_to_pair(shape):
     query, flag = ops.assignment(torch.zeros(shape), torch.full(shape[:1], shape[2]))
@@ -115,6 +141,8 @@ def test_strided_costs_with_gradient():
     ("cost", "counts", "text"),
     [
         (torch.zeros(3, 4), torch.tensor([1]), r"cost is of shape \[3, 4\]; it must be \[P,Q,T\]"),
+        (torch.zeros(3, 2, 3, 4), torch.tensor([1, 2, 3]), r"counts is of shape \[3\]; it must be \[B\] = \[2\]"),
+        (torch.zeros(2, 3, 4), torch.tensor([1, 2], device="meta"), "counts is on meta; move it to cpu"),
         (torch.zeros(2, 3, 4), torch.tensor([1]), r"counts is of shape \[1\]; it must be \[P\] = \[2\]"),
         (torch.zeros(1, 3, 4).long(), torch.tensor([1]), r"cost is torch.int64; it must be floating point"),
         (torch.zeros(1, 3, 4), torch.tensor([1.0]), r"counts is torch.float32; it must be an integer tensor"),

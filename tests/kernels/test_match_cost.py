@@ -126,6 +126,8 @@ def test_giou_gradcheck():
         (3, torch.rand(3, 5, 4), r"target_boxes is of shape \[3, 5, 4\]; it must be \[B,N,4\] = \[3, 4, 4\]"),
         (4, torch.zeros(4).int(), r"counts is of shape \[4\]; it must be \[B\] = \[3\]"),
         (0, torch.ones(2, 3, 5, 7).int(), r"logits is torch.int32; it must be floating point"),
+        (2, torch.zeros(3, 4), r"labels is torch.float32; it must be an integer tensor"),
+        (4, torch.zeros(3), r"counts is torch.float32; it must be an integer tensor"),
     ],
 )
 def test_refusals(position, value, text):

@@ -61,7 +61,7 @@ def test_mode_decides_what_is_called(log, monkeypatch):
 def test_implementations_list_what_exists_and_what_is_taken(log):
     rows = {row.op: row for row in ops.implementations()}
     assert rows["attention"] == ("attention", ("reference", "cpu", "fused"), "cpu", "tensors on cpu")
-    assert rows["assignment"] == ("assignment", ("reference",), "reference", "the only one")
+    assert rows["assignment"] == ("assignment", ("reference", "fused"), "reference", "no other for cpu")
     assert all(callable(getattr(ops, op)) for op in rows)
     assert {row.op: row.taken for row in ops.implementations("cuda")}["attention"] == "fused"
     with ops.kernels("reference"):

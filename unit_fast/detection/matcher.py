@@ -28,6 +28,5 @@ def match(logits: Tensor, boxes: Tensor, batch: Batch, loss: LossConfig) -> Tens
         cost_giou=loss.cost_giou,
         log_softmax=loss.balanced_class_loss,
     )
-    layers, images, _, targets = cost.shape
-    query, _ = ops.assignment(cost.flatten(0, 1), batch.counts.repeat(layers))
-    return query.view(layers, images, targets)
+    query, _ = ops.assignment(cost, batch.counts)
+    return query
