@@ -39,7 +39,8 @@ def register(name: str, schema: str, *, reference: Callable, launch: Callable, f
 
     ``reference`` (plain PyTorch) serves CPU tensors, or ``launch`` under Triton's interpreter; ``launch`` serves CUDA
     tensors; ``fake`` allocates outputs of the shapes, dtypes and strides that both return, without reading data. None
-    of the three may write to its inputs, return one of them, or read the device from the host.
+    of the three may return an input, read the device from the host, or write to an input that the schema does not
+    mark (``Tensor(a!)``).
     """
     _LIBRARY.define(name + schema)
     _LIBRARY.impl(name, launch if INTERPRETING else _without_grad(reference), "CPU")

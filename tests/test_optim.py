@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-import unit_fast.ops as ops
 from tests.test_criterion import PARITY, load_check
+from unit_fast import ops
 from unit_fast.config import OptimConfig
 from unit_fast.errors import UserError
 from unit_fast.optim import NORM_ROW, MaskedAdamW, lr_multiplier, make_optimizer
@@ -595,30 +595,30 @@ def test_states_that_do_not_fit_are_refused():
         optimizer.load_state_dict(torch.optim.AdamW(params, amsgrad=True).state_dict())
 
 
-def test_the_choice_is_logged_once(caplog):
+def test_the_choice_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(ops, "_logged", set())
     params = parameters()
     optimizer = MaskedAdamW(params)
-    with caplog.at_level(logging.INFO, logger="unit_fast.optim"):
-        for _ in range(2):
-            optimizer.step()
-        with ops.kernels("reference"):
-            optimizer.step()
-            optimizer.step()
-    assert [("fused" in r.message, "reference: asked for" in r.message) for r in caplog.records] == [
-        (True, False),
-        (False, True),
+    with caplog.at_level(logging.INFO, logger="unit_fast.ops"):
+        for mode in ("auto", "auto", "reference", "reference"):
+            with ops.kernels(mode):
+                optimizer.step()
+    assert [r.message for r in caplog.records] == [
+        "adamw: cpu (tensors on cpu)",
+        "adamw: reference (the mode is reference)",
     ]
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "mixed"])
-def test_what_the_fused_kernel_cannot_take_runs_as_the_reference(kind, caplog):
+def test_what_the_fused_kernel_cannot_take_runs_as_the_reference(kind, caplog, monkeypatch):
+    monkeypatch.setattr(ops, "_logged", set())
     dtypes = (torch.bfloat16, torch.bfloat16) if kind == "bfloat16" else (torch.float32, torch.float64)
     params = [nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in dtypes]
     for p in params:
         p.grad = torch.ones_like(p)
-    with caplog.at_level(logging.INFO, logger="unit_fast.optim"):
+    with caplog.at_level(logging.INFO, logger="unit_fast.ops"):
         stats = MaskedAdamW(params, lr=0.1, max_norm=0.1).step()
-    assert "the reference: parameters are not all float32" in caplog.text
+    assert "adamw: reference (parameters are not all float32" in caplog.text
     assert stats.grad_norm.item() == pytest.approx(math.sqrt(6))
     assert all(p.tolist() == pytest.approx([0.9] * 3, rel=1e-2) for p in params)
 

@@ -22,9 +22,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from unit_fast_kernels import _triton
+from unit_fast_kernels._adamw_cpu import adamw_cpu, adamw_cpu_unfit
+from unit_fast_kernels._adamw_step import Stats, Step, adamw_reference
 from unit_fast_kernels._attention_cpu import attention_cpu
+from unit_fast_kernels.adamw import Tables, adamw_fused, adamw_unfit
 from unit_fast_kernels.assignment import assignment_fused, assignment_reference, assignment_unfit
 from unit_fast_kernels.attention import attention_fused, attention_reference, attention_unfit
+from unit_fast_kernels.attribute_loss import attribute_loss_fused, attribute_loss_reference, attribute_loss_unfit
 from unit_fast_kernels.bias_act_dropout import (
     ACTIVATIONS,
     bias_act_dropout_cpu,
@@ -52,6 +56,7 @@ from unit_fast_kernels.residual_norm import (
     residual_norm_reference,
     residual_norm_unfit,
 )
+from unit_fast_kernels.set_loss import NORMALISATIONS, set_loss_fused, set_loss_reference, set_loss_unfit
 
 from unit_fast.errors import UserError, nearest
 
@@ -70,6 +75,9 @@ _IMPLEMENTATIONS = {
     "match_cost": {"reference": match_cost_reference, "cpu": match_cost_cpu, "fused": match_cost_fused},
     "giou": {"reference": pairwise_giou},
     "assignment": {"reference": assignment_reference, "fused": assignment_fused},
+    "set_loss": {"reference": set_loss_reference, "fused": set_loss_fused},
+    "attribute_loss": {"reference": attribute_loss_reference, "fused": attribute_loss_fused},
+    "adamw": {"reference": adamw_reference, "cpu": adamw_cpu, "fused": adamw_fused},
 }
 _log = logging.getLogger("unit_fast.ops")
 _mode: contextvars.ContextVar[str | None] = contextvars.ContextVar("unit_fast_kernels", default=None)
@@ -139,10 +147,15 @@ def implementations(device_type: str = "cpu") -> list[Implementation]:
 
 def _implementation(op: str, tensor: Tensor, unfit: Callable[[], str | None] = lambda: None):
     name, why = _choose(op, tensor.device.type, unfit, isinstance(tensor, FakeTensor))
+    _say(op, name, why)
+    return _IMPLEMENTATIONS[op][name]
+
+
+def _say(op: str, name: str, why: str) -> None:
+    """Log what was taken, once."""
     if (op, name, why) not in _logged:
         _logged.add((op, name, why))
         _log.info("%s: %s (%s)", op, name, why)
-    return _IMPLEMENTATIONS[op][name]
 
 
 def fuses(op: str, x: Tensor) -> bool:
@@ -178,10 +191,21 @@ def _floating(op: str, **tensors: Tensor) -> None:
             _fail(op, argument, tensor.dtype, "it must be floating point: convert it with .float()")
 
 
+def _int64(op: str, **tensors: Tensor) -> None:
+    for argument, tensor in tensors.items():
+        if tensor.dtype != torch.int64:
+            _fail(op, argument, tensor.dtype, "it must be int64: convert it with .long()")
+
+
 def _integer(op: str, **tensors: Tensor) -> None:
     for argument, tensor in tensors.items():
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             _fail(op, argument, tensor.dtype, "it must be an integer tensor")
+
+
+def _normalisation(op: str, normalisation: str) -> None:
+    if normalisation not in NORMALISATIONS:
+        _fail(op, "normalisation", repr(normalisation), nearest(normalisation, NORMALISATIONS))
 
 
 def _one_device(op: str, first: Tensor, **tensors: Tensor | None) -> None:
@@ -390,3 +414,96 @@ def assignment(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     problems = cost.flatten(0, 1) if layered else cost
     query, flag = _implementation(op, cost, lambda: assignment_unfit(problems, counts))(problems, counts)
     return (query.unflatten(0, cost.shape[:2]), flag.unflatten(0, cost.shape[:2])) if layered else (query, flag)
+
+
+def set_loss(
+    logits: Tensor,
+    boxes: Tensor,
+    query: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    counts: Tensor,
+    num_boxes: Tensor,
+    *,
+    no_object: int,
+    no_object_weight: float = 0.1,
+    normalisation: str = "per_image",
+    balanced: bool = False,
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """DETR's losses of matched queries for all decoder layers at once: (ce, bbox, giou, cardinality), each [L].
+
+    logits [L,B,Q,K] and boxes [L,B,Q,4] (cx cy w h), floating, get gradients; query int64 [L,B,N], the query of each
+    object or -1, no query twice in an image, as ``assignment`` gives it; labels int64 [B,N] and target_boxes [B,N,4],
+    of which only objects with a query count; counts integer [B], real objects, for cardinality alone; num_boxes a
+    floating scalar on the device, at least 1.
+
+    ce is the cross-entropy, with class ``no_object`` for queries without an object: a mean weighted 1 and
+    ``no_object_weight``, ``normalisation`` "per_image" (then over images) or "per_process"; or ``balanced``: 0.9 of
+    the objects' sum over num_boxes and 0.1 of the others' over their number. bbox and giou are the sums of L1 distance
+    and 1 - GIoU over num_boxes, zero and still connected without objects. The three are multiplied with ``weights``.
+    cardinality is |queries that predict an object - counts|, the mean over images, without gradient. In the dtype of
+    the logits, at least float32; gradients in the dtypes of logits and boxes. ``ValueError`` on arguments that do not
+    fit.
+    """
+    op = "set_loss"
+    _shape(op, "logits", logits, (None,) * 4, "[L,B,Q,K]")
+    layers, images, queries, classes = logits.shape
+    _shape(op, "boxes", boxes, (layers, images, queries, 4), "[L,B,Q,4]")
+    _shape(op, "query", query, (layers, images, None), "[L,B,N]")
+    _shape(op, "labels", labels, (images, query.shape[2]), "[B,N]")
+    _shape(op, "target_boxes", target_boxes, (images, query.shape[2], 4), "[B,N,4]")
+    _shape(op, "counts", counts, (images,), "[B]")
+    _shape(op, "num_boxes", num_boxes, (), "a scalar")
+    _floating(op, logits=logits, boxes=boxes, target_boxes=target_boxes, num_boxes=num_boxes)
+    _int64(op, query=query, labels=labels)
+    _integer(op, counts=counts)
+    tensors = {"boxes": boxes, "query": query, "labels": labels, "target_boxes": target_boxes, "counts": counts}
+    _one_device(op, logits, **tensors, num_boxes=num_boxes)
+    if not 0 <= no_object < classes:
+        _fail(op, "no_object", no_object, f"it must be one of the {classes} classes")
+    _normalisation(op, normalisation)
+    chosen = _implementation(op, logits, lambda: set_loss_unfit(logits, boxes, target_boxes))
+    return chosen(
+        logits, boxes, query, labels, target_boxes, counts, num_boxes, no_object=no_object,
+        no_object_weight=no_object_weight, normalisation=normalisation, balanced=balanced, weights=weights,
+    )  # fmt: skip
+
+
+def attribute_loss(
+    logits: Tensor, query: Tensor, attributes: Tensor, *, normalisation: str = "per_image", weight: float = 1.0
+) -> Tensor:
+    """Visual Genome's attribute loss for all decoder layers at once: [L].
+
+    logits [L,B,N,A], floating, those of the query of each object, get a gradient; query int64 [L,B,N] (-1 = none);
+    attributes int64 [B,N,M] (-1 = empty slot). An object counts if it has a query and attributes, with 0.5 of the mean
+    cross-entropy of its attributes; the loss is the mean over the objects that count, ``normalisation`` "per_image"
+    (then over images) or "per_process", times ``weight``; zero and still connected where none does. In the dtype of
+    the logits, at least float32. ``ValueError`` on arguments that do not fit.
+    """
+    op = "attribute_loss"
+    _shape(op, "logits", logits, (None,) * 4, "[L,B,N,A]")
+    _shape(op, "query", query, tuple(logits.shape[:3]), "[L,B,N]")
+    _shape(op, "attributes", attributes, (*logits.shape[1:3], None), "[B,N,M]")
+    _floating(op, logits=logits)
+    _int64(op, query=query, attributes=attributes)
+    _one_device(op, logits, query=query, attributes=attributes)
+    _normalisation(op, normalisation)
+    chosen = _implementation(op, logits, lambda: attribute_loss_unfit(logits, attributes))
+    return chosen(logits, query, attributes, normalisation=normalisation, weight=weight)
+
+
+def adamw(step: Step, tables: Callable[[], Tables]) -> Stats:
+    """One step of AdamW over the tensors of ``step``, in place: (norm before clipping, int32 1 if nothing was changed).
+
+    ``tables`` gives what the kernels know of the tensors, and makes ``step.lr`` a tensor on the device; it is called
+    only where they run. ``unit_fast.MaskedAdamW`` is the optimiser around it. ``ValueError`` as every operator where
+    the mode is fused and the kernels cannot take the step.
+    """
+    first = step.params[0]
+    name, why = _choose("adamw", first.device.type, lambda: adamw_unfit(step), isinstance(first, FakeTensor))
+    if name == "cpu" and (why_not := adamw_cpu_unfit(step)):
+        name, why = "reference", why_not
+    _say("adamw", name, why)
+    chosen = _IMPLEMENTATIONS["adamw"][name]
+    return chosen(step, tables()) if name == "fused" else chosen(step)

@@ -1,38 +1,36 @@
 """AdamW that knows which parameters took part in a step, with clipping inside, and the learning-rate schedule (SPEC 3).
 
 UniT draws one data set a step, so every step uses another subset of the parameters. ``MaskedAdamW`` keeps a step count
-per parameter and moves the subset; what happens to the others is the policy ``unused``.
+per parameter and moves the subset; what happens to the others is the policy ``unused``. The arithmetic is
+``ops.adamw``.
 """
 
-import logging
-import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from unit_fast_kernels._adamw_step import CLIP_EPS, NORM_ROW, POLICIES, RULES, Step, same_layout, upload
+from unit_fast_kernels.adamw import Tables
 
 from unit_fast import ops
 from unit_fast.config import OptimConfig
 from unit_fast.errors import UserError, nearest
+from unit_fast.schedule import lr_multiplier, lr_multiplier_tensor
 
-RULES = ("hf", "torch")
-POLICIES = ("skip", "graph", "update_all")
-CLIP_EPS = 1e-6
-"""Added to the norm in the clip factor, as ``torch.nn.utils.clip_grad_norm_`` does."""
-
-NORM_ROW = 16384
-"""Numbers of a gradient whose squares are added up one after the other."""
-
-_log = logging.getLogger("unit_fast.optim")
+__all__ = [
+    "CLIP_EPS", "NORM_ROW", "POLICIES", "RULES", "MaskedAdamW", "StepStats", "lr_multiplier", "lr_multiplier_tensor",
+    "make_optimizer",
+]  # fmt: skip
 
 
 class StepStats(NamedTuple):
     """What a step found, on the device of the parameters; reading it is the caller's decision."""
 
     grad_norm: Tensor
-    """Scalar: L2 norm over the gradients that took part, before clipping."""
+    """Scalar: L2 norm over the gradients that took part, before clipping (and divided by ``grad_scale``)."""
     nonfinite: Tensor
-    """int32 scalar: 1 if that norm was not finite; the step then changed nothing."""
+    """int32 scalar: 1 if that norm was not finite or ``found_inf`` was set; the step then changed nothing."""
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -54,15 +52,31 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     ``max_norm`` clips inside ``step``: gradients are scaled by min(1, max_norm / (norm + 1e-6)), the norm being taken
     over the used parameters that have a gradient. After the step their ``.grad`` holds the clipped gradient, as after
-    ``clip_grad_norm_``. With a norm that is not finite nothing changes at all, gradients and step counts included.
+    ``clip_grad_norm_``; with ``clip_gradients_in_place=False`` it holds whatever is cheapest, the raw gradient or the
+    clipped one (on a card one write of every gradient less). With a norm that is not finite nothing changes at all,
+    gradients and step counts included.
 
-    Two implementations with one meaning: ``reference`` (plain PyTorch, any device, reads nothing on the host) and one
-    for the CPU on torch's fused AdamW. ``unit_fast.kernels("reference")`` forces the first; which runs is logged once.
+    ``shadow``: bfloat16 copies of some parameters, by parameter, written whenever it moves (and filled here). ``ema``:
+    float32 averages of some parameters, by parameter; whenever it moves, average <- decay average + (1 - decay)
+    parameter, and while it does not move its average keeps every bit: an average over the parameter's own updates.
+
+    Implementations with one meaning, chosen as for every operator (``ops.adamw``, ``unit_fast.kernels(...)``):
+    ``reference`` (plain PyTorch, any device), ``cpu`` (torch's fused AdamW) and ``fused`` (three Triton launches for
+    all parameters). The first and the last read nothing on the host if ``used`` is None or on the device of the
+    parameters, and that is not a CPU.
+
+    DDP: the mask and the clipping work on gradients after their reduction and ``used`` is the same on every rank, so
+    all ranks take the same step. Mixed precision: a ``GradScaler`` hands over ``grad_scale`` and ``found_inf`` and
+    leaves unscaling to the step.
 
     ``state[p]`` has ``exp_avg``, ``exp_avg_sq`` and ``step``, an int32 scalar in the memory of ``step_counts()``;
     ``state_dict`` has the keys and dtypes of ``torch.optim.AdamW`` and each loads the other's. ``ValueError`` on a
     hyperparameter out of range.
     """
+
+    _OWN = ("rule", "unused", "max_norm", "clip_gradients_in_place", "shadow", "ema", "ema_decay", "_counts")
+    _step_supports_amp_scaling = True
+    """Tells ``torch.amp.GradScaler`` to hand over ``grad_scale`` and ``found_inf``."""
 
     def __init__(
         self,
@@ -75,20 +89,36 @@ class MaskedAdamW(torch.optim.Optimizer):
         rule: str = "hf",
         unused: str = "skip",
         max_norm: float | None = None,
+        clip_gradients_in_place: bool = True,
+        shadow: Mapping[Tensor, Tensor] | None = None,
+        ema: Mapping[Tensor, Tensor] | None = None,
+        ema_decay: float = 0.999,
     ):
         for name, value, known in (("rule", rule, RULES), ("unused", unused, POLICIES)):
             if value not in known:
                 raise ValueError(f"MaskedAdamW: {name} is {value!r}; {nearest(value, known)}")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"MaskedAdamW: max_norm is {max_norm}; give a positive number, or None not to clip")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"MaskedAdamW: ema_decay is {ema_decay}; it must be in [0, 1)")
         self.rule, self.unused, self.max_norm = rule, unused, max_norm
+        self.clip_gradients_in_place, self.ema_decay = clip_gradients_in_place, ema_decay
+        self.shadow, self.ema = dict(shadow or {}), dict(ema or {})
         self._counts: Tensor | None = None
-        self._zeros: Tensor | None = None
-        self._logged: set[str] = set()
+        self._forget()
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        self._check_followers()
+        self.refresh_shadow()
+
+    def _forget(self) -> None:
+        """Drop what is made anew when it is needed."""
+        self._tables: Tables | None = None
+        self._device_lr: Tensor | None = None
+        self._written: list[float] = []
 
     def add_param_group(self, group: dict) -> None:
         super().add_param_group(group)
+        self._forget()
         group = self.param_groups[-1]
         for name in ("lr", "eps", "weight_decay"):
             if not group[name] >= 0:
@@ -99,21 +129,37 @@ class MaskedAdamW(torch.optim.Optimizer):
             if not p.is_floating_point():
                 raise ValueError(f"MaskedAdamW: a parameter of shape {tuple(p.shape)} is {p.dtype}, not floating point")
 
+    def _check_followers(self) -> None:
+        members = {p for p, _ in self._members()}
+        for name, tensors, dtype in (("shadow", self.shadow, torch.bfloat16), ("ema", self.ema, torch.float32)):
+            for p, t in tensors.items():
+                if p not in members:
+                    raise ValueError(f"MaskedAdamW: {name} has a tensor that is not one of the parameters")
+                if t.shape != p.shape or t.dtype != dtype or t.device != p.device or not same_layout(t, p):
+                    raise ValueError(
+                        f"MaskedAdamW: {name} of a parameter {list(p.shape)} on {p.device} is {t.dtype} "
+                        f"{list(t.shape)} on {t.device}; it must be {dtype}, of its shape, device and strides"
+                    )
+
     def __getstate__(self) -> dict:
-        own = ("rule", "unused", "max_norm", "_counts", "_zeros", "_logged")
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
+        return super().__getstate__() | {name: getattr(self, name) for name in self._OWN}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self._forget()
         self._bind_steps()
 
     # ---------------------------------------------------------------------------------------------------- stepping
 
     @torch.no_grad()
-    def step(self, used: Tensor | None = None) -> StepStats:
+    def step(
+        self, used: Tensor | None = None, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> StepStats:
         """One update. ``used`` uint8 or bool [n], in the order of the parameters over all groups; None: has a gradient.
 
-        ``ValueError`` on another shape or dtype and on sparse gradients.
+        ``grad_scale``, one number: what the gradients were multiplied with; they count, and are left, divided by it.
+        ``found_inf``, one number: not zero changes nothing. Both are taken from the attributes of these names, which a
+        ``GradScaler`` sets, where they are not given. ``ValueError`` on another shape or dtype and on sparse gradients.
         """
         members = self._members()
         if not members:
@@ -122,16 +168,104 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise ValueError(
                 f"MaskedAdamW: used is {used.dtype} {list(used.shape)}; it must be uint8 or bool [{len(members)}]"
             )
-        if any(p.grad is not None and p.grad.layout != torch.strided for p, _ in members):
+        params = [p for p, _ in members]
+        grads = [p.grad for p in params]
+        if any(g is not None and g.layout != torch.strided for g in grads):
             raise ValueError("MaskedAdamW: sparse gradients are not supported; build embeddings with sparse=False")
-        why = self._why_reference(members)
-        self._log_once("the reference: " + why if why else "torch's fused AdamW")
-        return self._step_reference(members, used) if why else self._step_fused(members, used)
+        counts = self.step_counts()
+        self._write_rates()
+        step = Step(
+            params=params,
+            grads=grads,
+            moments=lambda i: self._moments(params[i], counts[i]),
+            counts=counts,
+            used=used,
+            possible=self._possible(params, grads, used),
+            groups=[i for i, group in enumerate(self.param_groups) for _ in group["params"]],
+            lr=[g["lr"] for g in self.param_groups] if self._device_lr is None else self._device_lr,
+            hyper=[(*g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups],
+            rule=self.rule,
+            unused=self.unused,
+            max_norm=self.max_norm,
+            grad_scale=getattr(self, "grad_scale", None) if grad_scale is None else grad_scale,
+            found_inf=getattr(self, "found_inf", None) if found_inf is None else found_inf,
+            in_place=self.clip_gradients_in_place,
+            copies=[self.shadow.get(p) for p in params] if self.shadow else (),
+            averages=[self.ema.get(p) for p in params] if self.ema else (),
+            decay=self.ema_decay,
+        )
+        return StepStats(*ops.adamw(step, lambda: self._tables_for(step)))
 
-    def scale_lr(self, multiplier: float) -> None:
-        """Set every group's ``lr`` to ``multiplier`` times its ``initial_lr`` (the ``lr`` before the first call)."""
+    def _possible(self, params, grads, used: Tensor | None) -> list[int] | None:
+        """What may move as far as the host knows, so that the rest costs nothing; None: anything."""
+        if used is None:
+            known = [g is not None for g in grads]
+        elif used.device.type == "cpu" and ops.mode() != "fused":
+            known = used.tolist()
+        else:
+            return None
+        earlier = self.unused == "update_all"
+        return [i for i, p in enumerate(params) if known[i] or (earlier and p in self.state)]
+
+    def _tables_for(self, step: Step) -> Tables:
+        """What the kernels know of the parameters, made once; and the step's rates as a tensor on their device."""
+        device = step.counts.device
+        if self._tables is None or self._tables.device != device:
+            self._tables = Tables([p.numel() for p in step.params], step.groups, device)
+        step.lr = self.device_lr
+        return self._tables
+
+    def finish_capture(self) -> None:
+        """Call after a CUDA graph with a ``step`` in it was captured, before its first replay: the graph's table of
+        addresses is written now, since no copy may be captured. Parameters, state and gradients must stay where they
+        were at the capture, so capture again after ``load_state_dict``."""
+        if self._tables is not None:
+            self._tables.finish_capture()
+
+    def refresh_shadow(self) -> None:
+        """Copy the parameters into ``shadow``, after something other than ``step`` has written them."""
+        for p, copy in self.shadow.items():
+            copy.copy_(p.detach())
+
+    # ---------------------------------------------------------------------------------------------------- the rates
+
+    @property
+    def device_lr(self) -> Tensor:
+        """float64 [groups] on the device of the parameters: the learning rates that steps take, from the first time it
+        is asked for. A group's ``lr`` is copied here when it changes; what is written here changes no group's ``lr``,
+        and holds until that changes. A captured step follows it."""
+        if self._device_lr is None:
+            self._written = [group["lr"] for group in self.param_groups]
+            self._device_lr = upload(self._written, torch.float64, self._members()[0][0].device)
+        return self._device_lr
+
+    def scale_lr(self, multiplier: float | Tensor) -> None:
+        """Make every group's learning rate ``multiplier`` times its ``initial_lr`` (the ``lr`` before the first call).
+
+        A number changes the groups' ``lr``. A tensor (a scalar on the device) is not read: it changes ``device_lr``
+        only, and the groups' ``lr`` are no longer what steps take.
+        """
         for group in self.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * multiplier
+            group.setdefault("initial_lr", group["lr"])
+        if isinstance(multiplier, Tensor):
+            rates = self.device_lr
+            for i, group in enumerate(self.param_groups):
+                rates[i].copy_(multiplier * group["initial_lr"])
+            return
+        for group in self.param_groups:
+            group["lr"] = group["initial_lr"] * multiplier
+        self._write_rates()
+
+    def _write_rates(self) -> None:
+        """Copy rates that were changed in the groups to ``device_lr``, if there is one; by launches, not by copies."""
+        if self._device_lr is None:
+            return
+        for i, group in enumerate(self.param_groups):
+            if group["lr"] != self._written[i]:
+                self._written[i] = group["lr"]
+                self._device_lr[i].fill_(group["lr"])
+
+    # ---------------------------------------------------------------------------------------------------- the state
 
     def step_counts(self) -> Tensor:
         """int32 [n]: updates each parameter has had, in the order of the parameters over all groups (not a copy)."""
@@ -159,149 +293,10 @@ class MaskedAdamW(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             state |= {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        elif state["exp_avg"].stride() != p.stride():  # the parameter was laid out anew: so must they be
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.empty_like(p).copy_(state[name])
         return state["exp_avg"], state["exp_avg_sq"]
-
-    def _why_reference(self, members) -> str | None:
-        """Why the fused implementation cannot take this step, or None if it can."""
-        dtype = members[0][0].dtype
-        if ops.mode() == "reference":
-            return "asked for"
-        if not hasattr(torch, "_fused_adamw_"):
-            return "this torch has no fused AdamW"
-        if any(p.device.type != "cpu" for p, _ in members):
-            return "parameters are not all on the CPU"
-        if dtype not in (torch.float32, torch.float64) or any(p.dtype != dtype for p, _ in members):
-            return "parameters are not all float32, or all float64"
-        if not all(_is_dense(p) for p, _ in members):
-            return "a parameter is not contiguous in memory"
-        if self.rule == "hf" and any(group["lr"] * group["weight_decay"] >= 1 for group in self.param_groups):
-            return "lr times weight_decay is 1 or more"
-        return None
-
-    def _log_once(self, what: str) -> None:
-        if what not in self._logged:
-            self._logged.add(what)
-            _log.info("MaskedAdamW(rule=%s, unused=%s) runs as %s", self.rule, self.unused, what)
-
-    # --------------------------------------------------------------------------------------------------- reference
-
-    def _step_reference(self, members, used: Tensor | None) -> StepStats:
-        """The specification: SPEC 3.1's operations in its order. Reads nothing on the host unless ``used`` is there."""
-        counts = self.step_counts()
-        flags = _flags(members, used)
-        if used is not None and used.device.type == "cpu":
-            # Known on the host: parameters that cannot move cost nothing.
-            known = used.tolist()
-            possible = [i for i in range(len(members)) if known[i] or self._was_used(members[i][0])]
-        elif used is None:
-            possible = [i for i, (p, _) in enumerate(members) if p.grad is not None or self._was_used(p)]
-        else:
-            possible = list(range(len(members)))
-
-        norms = []
-        for i in possible:
-            p = members[i][0]
-            if p.grad is not None:
-                norms.append(_norm(p.grad).masked_fill(~flags[i], 0.0))
-        norm = _joint(norms, like=members[0][0])
-        finite = norm.isfinite()
-        factor = torch.ones_like(norm)
-        if self.max_norm is not None:
-            factor = torch.where(finite, (self.max_norm / (norm + CLIP_EPS)).clamp(max=1.0), factor)
-
-        for i in possible:
-            p, group = members[i]
-            grad = torch.zeros_like(p)
-            if p.grad is not None:
-                p.grad.mul_(torch.where(flags[i], factor, 1.0))
-                grad = torch.where(flags[i], p.grad, grad)
-            moves = finite & flags[i]
-            if self.unused == "skip":
-                moves = moves & (grad != 0).any()
-            elif self.unused == "update_all":
-                moves = finite & (flags[i] | (counts[i] > 0))
-            self._update_reference(p, grad, group, counts[i], moves)
-            counts[i] += moves
-        return StepStats(norm, (~finite).int())
-
-    def _was_used(self, p: Tensor) -> bool:
-        return self.unused == "update_all" and p in self.state
-
-    def _update_reference(self, p: Tensor, grad: Tensor, group: dict, count: Tensor, moves: Tensor) -> None:
-        """One parameter; ``count`` is its step count before the update, ``moves`` a bool scalar."""
-        m, v = self._moments(p, count)
-        lr, eps, decay, (beta1, beta2) = group["lr"], group["eps"], group["weight_decay"], group["betas"]
-        t = (count + 1).double()
-        correction1, correction2 = 1 - beta1**t, 1 - beta2**t
-        new_m = beta1 * m + (1 - beta1) * grad
-        new_v = beta2 * v + (1 - beta2) * grad**2
-        if self.rule == "hf":
-            new_p = p - lr * (correction2.sqrt() / correction1) * new_m / (new_v.sqrt() + eps)
-            new_p = new_p - lr * decay * new_p
-        else:
-            new_p = p - lr * decay * p
-            new_p = new_p - lr / correction1 * new_m / (new_v.sqrt() / correction2.sqrt() + eps)
-        for old, new in ((m, new_m), (v, new_v), (p, new_p)):
-            old.copy_(torch.where(moves, new.to(old.dtype), old))
-
-    # ------------------------------------------------------------------------------------- torch's fused AdamW (CPU)
-
-    def _step_fused(self, members, used: Tensor | None) -> StepStats:
-        """The same on the CPU: one pass for the norms, one for the update; clipping is folded into the update."""
-        flags = _flags(members, used).tolist()
-        counts = self.step_counts()
-        before = counts.tolist()
-        grads = [p.grad if flag else None for (p, _), flag in zip(members, flags, strict=True)]
-        norms = [None if g is None else _norm(g) for g in grads]
-        norm = _joint([n for n in norms if n is not None], like=members[0][0])
-        value = norm.item()
-        if not math.isfinite(value):
-            return StepStats(norm, torch.ones((), dtype=torch.int32))
-        factor = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (value + CLIP_EPS))
-
-        moves = [False] * len(members)
-        calls: dict[tuple, tuple[list, ...]] = {}
-        for i, (p, group) in enumerate(members):
-            grad = grads[i]
-            if self.unused == "skip":
-                moves[i] = grad is not None and _any_nonzero(grad, norms[i].item(), factor)
-            else:
-                moves[i] = bool(flags[i]) or (self.unused == "update_all" and before[i] > 0)
-            if not moves[i]:
-                continue
-            scaled = grad is None or factor == 1.0
-            if grad is None:
-                grad = self._zero_gradient(p)
-            elif p.dtype != torch.float32 or not _same_layout(p, grad):
-                # The kernel's scale is a float32, and it pairs elements by their place in memory.
-                scaled = True
-                grad.mul_(factor)
-                if not _same_layout(p, grad):
-                    grad = torch.empty_like(p).copy_(grad)
-            lists = calls.setdefault((id(group), before[i] + 1, scaled), (group, [], [], [], []))
-            for into, tensor in zip(lists[1:], (p, grad, *self._moments(p, counts[i])), strict=True):
-                into.append(tensor)
-
-        scale = torch.tensor(1.0 / factor, dtype=torch.float32)
-        for (_, t, scaled), (group, *lists) in calls.items():
-            beta1, beta2 = group["betas"]
-            lr, decay, eps = float(group["lr"]), group["weight_decay"], group["eps"]
-            if self.rule == "hf":
-                # The Hugging Face form in terms of torch's: same m and v, decay after the step, eps before correction.
-                lr, decay = lr * (1 - lr * decay), decay / (1 - lr * decay)
-                eps = eps / math.sqrt(1 - beta2**t)
-            torch._fused_adamw_(
-                *lists, [], [torch.tensor(float(t))] * len(lists[0]), amsgrad=False, lr=lr, beta1=beta1, beta2=beta2,
-                weight_decay=decay, eps=eps, maximize=False, grad_scale=None if scaled else scale,
-            )  # fmt: skip
-        counts.add_(torch.tensor(moves, dtype=torch.int32))
-        return StepStats(norm, torch.zeros((), dtype=torch.int32))
-
-    def _zero_gradient(self, p: Tensor) -> Tensor:
-        """Zeros in the layout of p: a view of one buffer shared by all parameters without a gradient."""
-        if self._zeros is None or self._zeros.numel() < p.numel() or self._zeros.dtype != p.dtype:
-            self._zeros = torch.zeros(max(q.numel() for q, _ in self._members()), dtype=p.dtype)
-        return self._zeros.as_strided(p.shape, p.stride())
 
     # -------------------------------------------------------------------------------------------------- state dict
 
@@ -352,85 +347,6 @@ class MaskedAdamW(torch.optim.Optimizer):
             self.state[p] = {name: torch.empty_like(p).copy_(state[name]) for name in ("exp_avg", "exp_avg_sq")}
         self.step_counts().copy_(torch.tensor(counts, dtype=torch.int32))
         self._bind_steps()
-
-
-def _flags(members, used: Tensor | None) -> Tensor:
-    """bool [n] on the device of the parameters."""
-    device = members[0][0].device
-    if used is None:
-        return torch.tensor([p.grad is not None for p, _ in members], device=device)
-    return used.to(device).bool()
-
-
-def _norm(grad: Tensor) -> Tensor:
-    """L2 norm of a gradient, a scalar of at least float32.
-
-    In rows: torch adds up float32 squares one after the other on a CPU, which leaves an error of 1e-3 in the norm of
-    the word embedding (23 M numbers) and uses one thread. Rows make it 1e-7, and independent of the number of threads.
-    """
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    size, rows = grad.numel(), grad.numel() // NORM_ROW
-    if rows < 2:
-        return torch.linalg.vector_norm(grad, dtype=wide)
-    flat = grad.as_strided((size,), (1,)) if _is_dense(grad) else grad.reshape(-1)
-    body = rows * NORM_ROW
-    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(flat[:body].view(rows, NORM_ROW), dim=1, dtype=wide))
-    return norm if body == size else torch.hypot(norm, torch.linalg.vector_norm(flat[body:], dtype=wide))
-
-
-def _joint(norms: list[Tensor], like: Tensor) -> Tensor:
-    """L2 norm of L2 norms, a scalar of at least float32; 0 without any."""
-    wide = torch.promote_types(like.dtype, torch.float32)
-    for n in norms:
-        wide = torch.promote_types(wide, n.dtype)
-    if not norms:
-        return torch.zeros((), dtype=wide, device=like.device)
-    return torch.linalg.vector_norm(torch.stack([n.to(wide) for n in norms]))
-
-
-def _any_nonzero(grad: Tensor, norm: float, factor: float) -> bool:
-    """Whether max|grad * factor| > 0. Its norm answers that unless squares or products may have underflowed."""
-    # max|g| >= norm / sqrt(n)
-    if norm * factor > 2 * math.sqrt(grad.numel()) * torch.finfo(grad.dtype).tiny:
-        return True
-    if grad.numel() == 0:
-        return False
-    low, high = torch.aminmax(grad)
-    return bool((torch.maximum(high, -low) * factor).item() > 0)
-
-
-def _is_dense(p: Tensor) -> bool:
-    if p.is_contiguous():
-        return True
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return p.dim() in formats and p.is_contiguous(memory_format=formats[p.dim()])
-
-
-def _same_layout(a: Tensor, b: Tensor) -> bool:
-    """Same strides, but for dimensions of size one, whose stride means nothing."""
-    return a.stride() == b.stride() or all(
-        size == 1 or s == t for size, s, t in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------- schedule
-
-
-def lr_multiplier(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Factor on the base learning rates of update ``step`` (0-based): linear warm-up from 0, then half a cosine to 0.
-
-    step / warmup for step < warmup, else (1 + cos(pi (step - warmup) / (total - warmup))) / 2, SPEC 3.2. Update 0 of a
-    warm-up has factor 0. At and after ``total_steps`` it is 0, except that the first update after the warm-up always
-    has 1 (total = warmup). A run shorter than its warm-up never leaves it. ``ValueError`` on negative numbers.
-    """
-    if min(step, warmup_steps, total_steps) < 0:
-        raise ValueError(
-            f"lr_multiplier: step {step}, warmup {warmup_steps}, total {total_steps}; none may be negative"
-        )
-    if step < warmup_steps:
-        return step / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))))
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> MaskedAdamW:
