@@ -49,7 +49,7 @@ def _pairs(boxes: Tensor, query: Tensor, target: Tensor) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def _cardinality(logits: Tensor, counts: Tensor, no_object: int, dtype: torch.dtype) -> Tensor:
-    predicted = (logits.argmax(-1) != no_object).sum(-1)
+    predicted = (logits.max(-1).indices != no_object).sum(-1)
     return (predicted - counts).abs().to(dtype).mean(-1)
 
 

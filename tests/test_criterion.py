@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from unit_fast import ops
 from unit_fast.batch import Batch
 from unit_fast.config import LossConfig
 from unit_fast.detection import criterion
@@ -298,6 +300,46 @@ def test_criterion_runs_on_tensors_without_data():
         assert table.grad.shape == head.table.shape
         with pytest.raises(DataDependentOutputException):
             terms["loss_ce"].item()
+
+
+@pytest.mark.parametrize("attributes", [False, True])
+def test_fused_losses_are_few_operators(attributes):
+    """What is left between the model's outputs and the terms: the number of boxes, and one operator for each loss."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    seen = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor | tuple | list) and not function.is_view:
+                seen.append(function._schema.name.split("::")[1])
+            return out
+
+    given, head, loss = make((3, 5), seed=10, dtype=torch.bfloat16), Head(torch.bfloat16), LossConfig()
+    query = match(given.logits, given.boxes, given.batch, loss)
+    mode = FakeTensorMode()
+    leaves = {name: mode.from_tensor(getattr(given, name)) for name in ("logits", "boxes", "hidden")}
+    fields = {name: mode.from_tensor(value) for name, value in given.batch.tensors().items()}
+    table, query = mode.from_tensor(head.table), mode.from_tensor(query)
+    fake = SimpleNamespace(**leaves, batch=Batch(task=given.batch.task, **fields))
+    with mode, ops.kernels("fused"):
+        with Note():
+            terms, _ = run(fake, loss, (lambda hidden, classes: table[classes]) if attributes else None, query)
+        forward = seen.copy()
+        seen.clear()
+        total = torch.stack(list(terms.values())).sum()
+        with Note():
+            total.backward()
+    expected = ["sum", "clamp", "set_loss_fwd"]
+    if attributes:  # the queries of the objects, their classes, the head's lookup
+        expected += ["clamp", "gather", "clamp", "index", "attribute_loss_fwd"]
+    assert forward == expected
+    assert {name for name in seen if "loss" in name} == {
+        "set_loss_bwd",
+        *(["attribute_loss_bwd"] if attributes else []),
+    }
+    assert len([name for name in seen if "loss" in name]) == 1 + attributes
 
 
 def test_number_of_boxes_is_averaged_over_processes(monkeypatch):

@@ -15,11 +15,6 @@ from unit_fast import ops
 from unit_fast.batch import Batch
 from unit_fast.config import LossConfig
 
-POSITIVE_SHARE, NEGATIVE_SHARE = 0.9, 0.1
-"""Weights of the matched and of the other queries in the balanced class loss (SPEC 2.1, ``use_bcl``)."""
-ATTRIBUTE_SCALE = 0.5
-"""Constant factor of the authors' attribute loss (SPEC quirk 7)."""
-
 
 def detection_losses(
     logits: Tensor,
@@ -50,29 +45,34 @@ def detection_losses(
     if not loss.auxiliary:
         logits, boxes, hidden, query = logits[-1:], boxes[-1:], hidden[-1:], query[-1:]
     wide = torch.promote_types(logits.dtype, torch.float32)
-    matched = query >= 0
-    number = num_boxes(batch.counts, wide)
-
-    target = _target_classes(query, batch.labels, logits.shape[2], no_object)
-    nll = F.cross_entropy(logits.flatten(0, 2).to(wide), target.flatten(), reduction="none").view_as(target)
-    if loss.balanced_class_loss:
-        loss_ce = _balanced(nll, target != no_object, number)
-    else:
-        loss_ce = _weighted_mean(nll, target == no_object, loss)
-    loss_bbox, loss_giou = _box_losses(boxes.to(wide), query, matched, batch.boxes.to(wide), number)
-    terms = {
-        "loss_ce": loss_ce,
-        "loss_bbox": loss.weight_bbox * loss_bbox,
-        "loss_giou": loss.weight_giou * loss_giou,
-    }
+    factor = loss.detection_loss_weight
+    loss_ce, loss_bbox, loss_giou, _ = ops.set_loss(
+        logits,
+        boxes,
+        query,
+        batch.labels,
+        batch.boxes,
+        batch.counts,
+        num_boxes(batch.counts, wide),
+        no_object=no_object,
+        no_object_weight=loss.no_object_weight,
+        normalisation=loss.ce_normalisation,
+        balanced=loss.balanced_class_loss,
+        weights=(factor, factor * loss.weight_bbox, factor * loss.weight_giou),
+    )
+    terms = {"loss_ce": loss_ce, "loss_bbox": loss_bbox, "loss_giou": loss_giou}
     if attribute_head is not None:
         attributes = batch.attributes[..., : loss.max_attributes]
-        terms["loss_attr"] = loss.weight_attr * _attribute_loss(
-            hidden, query, matched, batch.labels, attributes, attribute_head, loss.ce_normalisation, wide
+        terms["loss_attr"] = ops.attribute_loss(
+            _attribute_logits(hidden, query, batch.labels, attribute_head),
+            query,
+            attributes,
+            normalisation=loss.ce_normalisation,
+            weight=factor * loss.weight_attr,
         )
     out = {}
     for name, of_layer in terms.items():
-        *auxiliary, last = (loss.detection_loss_weight * of_layer).unbind(0)
+        *auxiliary, last = of_layer.unbind(0)
         out[name] = last
         out |= {f"{name}_{i}": value for i, value in enumerate(auxiliary)}
     return out
@@ -83,80 +83,23 @@ def num_boxes(counts: Tensor, dtype: torch.dtype) -> Tensor:
 
     Objects that find no query (more objects than queries) count as well (SPEC quirk 29).
     """
-    number = counts.sum().to(dtype)
+    number = counts.sum(dtype=dtype)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(number)
         number = number / torch.distributed.get_world_size()
     return number.clamp(min=1)
 
 
-def _target_classes(query: Tensor, labels: Tensor, queries: int, no_object: int) -> Tensor:
-    """[L,B,Q] class each query is to predict: that of its object, else ``no_object``."""
-    layers, images, _ = query.shape
-    # Objects without a query write to one column too many, which is cut off.
-    target = query.new_full((layers, images, queries + 1), no_object)
-    target.scatter_(2, torch.where(query >= 0, query, queries), labels.expand(layers, -1, -1))
-    return target[..., :queries].contiguous()
-
-
-def _weighted_mean(nll: Tensor, unmatched: Tensor, loss: LossConfig) -> Tensor:
-    """[L]: weighted mean of nll [L,B,Q] per process, or per image and then over images."""
-    weight = torch.ones_like(nll).masked_fill(unmatched, loss.no_object_weight)
-    if loss.ce_normalisation == "per_process":
-        return (weight * nll).sum((1, 2)) / weight.sum((1, 2))
-    return ((weight * nll).sum(2) / weight.sum(2)).mean(1)
-
-
-def _balanced(nll: Tensor, positive: Tensor, number: Tensor) -> Tensor:
-    """[L]: the balanced class loss of nll [L,B,Q].
-
-    The number of negatives is B Q minus the number of boxes; where images hold more objects than queries that may
-    reach zero or less, which the authors' formula does not define: it is at least 1 here.
-    """
-    negatives = (nll.shape[1] * nll.shape[2] - number).clamp(min=1)
-    of_positives = nll.masked_fill(~positive, 0).sum((1, 2)) / number
-    of_negatives = nll.masked_fill(positive, 0).sum((1, 2)) / negatives
-    return POSITIVE_SHARE * of_positives + NEGATIVE_SHARE * of_negatives
-
-
-def _box_losses(boxes: Tensor, query: Tensor, matched: Tensor, target: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-    """([L], [L]): L1 distance and 1 - GIoU of the pairs, summed and divided by the number of boxes."""
-    predicted = boxes.gather(2, query.clamp(min=0)[..., None].expand(-1, -1, -1, 4))
-    # Padding pairs are one box against itself: exactly 0 in both losses, no gradient, no 0/0.
-    padding = ~matched[..., None]
-    predicted, target = predicted.masked_fill(padding, 1.0), target.masked_fill(padding, 1.0)
-    loss_bbox = (predicted - target).abs().sum((1, 2, 3)) / number
-    loss_giou = (1 - ops.giou(predicted, target)).sum((1, 2)) / number
-    return loss_bbox, loss_giou
-
-
-def _attribute_loss(
-    hidden: Tensor,
-    query: Tensor,
-    matched: Tensor,
-    labels: Tensor,
-    attributes: Tensor,
-    attribute_head: Callable[[Tensor, Tensor], Tensor],
-    normalisation: str,
-    dtype: torch.dtype,
+def _attribute_logits(
+    hidden: Tensor, query: Tensor, labels: Tensor, attribute_head: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """[L]: mean over the objects that have attributes of 0.5 times their mean cross-entropy.
+    """[L,B,N,A]: the head's logits for the query of each object, whatever for objects without one.
 
     The authors run the head on every query, conditioned on its target class; a query without an object adds exactly
-    nothing to the loss or to any gradient, so it runs on the queries of the objects [L,B,N] alone.
+    nothing to the loss or to any gradient, so it runs on the queries of the objects alone.
     """
     of_object = hidden.gather(2, query.clamp(min=0)[..., None].expand(-1, -1, -1, hidden.shape[-1]))
-    classes = labels.clamp(min=0).expand(query.shape)
-    log_p = attribute_head(of_object, classes).to(dtype).log_softmax(-1)
-    valid = (attributes >= 0) & matched[..., None]
-    slots = attributes.clamp(min=0).expand(*query.shape, -1)
-    k = valid.sum(-1)
-    ce = -log_p.gather(-1, slots).masked_fill(~valid, 0).sum(-1)
-    of_object = ATTRIBUTE_SCALE * ce / k.clamp(min=1)
-    counted = (k > 0).to(dtype)
-    if normalisation == "per_process":
-        return of_object.sum((1, 2)) / counted.sum((1, 2)).clamp(min=1)
-    return (of_object.sum(2) / counted.sum(2).clamp(min=1)).mean(1)
+    return attribute_head(of_object, labels.clamp(min=0).expand(query.shape))
 
 
 @torch.no_grad()
