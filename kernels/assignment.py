@@ -67,8 +67,10 @@ def assignment_reference(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def defaults(columns: int) -> dict[str, int]:
-    """Warps, and rows of a turn of the first pass: one warp has no barriers, many columns take it longer than those."""
-    return {"warps": 1 if columns <= 256 else columns // 128, "rows": max(1, min(8, 2048 // columns))}
+    """Warps, and rows of a turn of the first pass. One warp has no barriers, but is slow at many columns;
+    a thread has 32 loads under way."""
+    warps = 1 if columns <= 256 else columns // 128
+    return {"warps": warps, "rows": min(16, 1024 * warps // columns)}
 
 
 def _columns(cost: Tensor) -> int:
@@ -159,12 +161,12 @@ SHAPES: dict[str, tuple[int, int, int, int, int]] = {
 
 def make(shape: tuple, dtype: torch.dtype, device) -> dict:
     """Arguments of ``assignment_fused``: costs as of a trained model (each target has a few near queries), laid out as
-    ``match_cost_fused`` does it; counts around the mean, all of them where it is T."""
+    ``match_cost_fused`` does it; counts around the mean."""
     problems, queries, targets, groups, mean = shape
     cost = torch.rand(problems, targets, queries, device=device) * 4.0
     cost -= 6.0 * torch.rand(problems, targets, queries, device=device) ** 12
-    spread = torch.arange(groups, device=device, dtype=torch.int32) * 5 % (mean + 1) * 2  # 0 to twice the mean
-    counts = spread.clamp(max=targets) if mean < targets else torch.full_like(spread, targets)
+    far = min(mean, targets - mean)
+    counts = mean - far + torch.arange(groups, device=device, dtype=torch.int32) * 5 % (2 * far + 1)
     return {"cost": cost.to(dtype).mT, "counts": counts}
 
 

@@ -319,21 +319,23 @@ def match_cost_fused(
 
 # --- For benchmarks and assembly ------------------------------------------------------------------------------------
 
-SHAPES: dict[str, tuple[int, int, int, int, int]] = {
-    "unit_coco": (6, 8, 100, 92, 20),
-    "unit_coco_batch64": (6, 64, 100, 92, 32),
-    "unit_coco_crowded": (6, 8, 100, 92, 100),
-    "unit_visual_genome": (6, 8, 100, 1601, 64),
-    "rf_detr_group": (4, 52, 300, 91, 32),
-    "few_queries": (6, 32, 8, 92, 8),
+SHAPES: dict[str, tuple[int, int, int, int, int, bool]] = {
+    "unit_coco": (6, 8, 100, 92, 20, False),
+    "unit_coco_batch64": (6, 64, 100, 92, 32, False),
+    "unit_crowded": (6, 8, 100, 92, 100, False),
+    "unit_visual_genome": (6, 8, 100, 1601, 64, False),
+    "unit_visual_genome_balanced": (6, 8, 100, 1601, 64, True),
+    "rf_detr_groups": (4, 52, 300, 91, 32, False),
+    "few_queries": (6, 32, 8, 92, 8, False),
 }
-"""(L, B, Q, K, N): decoder layers, images, queries, classes, padded targets."""
+"""(L, B, Q, K, N, log-softmax): decoder layers, images, queries, classes, padded targets. RF-DETR: 4 images x 13
+groups."""
 
 
 def make(shape: tuple, dtype: torch.dtype, device) -> dict:
     """Arguments of ``match_cost_fused``; between none and all of an image's N targets are real. Logits and boxes of
     ``dtype``; targets in float32, as they come from the data."""
-    layers, batch, queries, classes, targets = shape
+    layers, batch, queries, classes, targets, log_softmax = shape
     counts = torch.arange(batch, device=device, dtype=torch.int32) * 7 % (targets + 1)
     padding = torch.arange(targets, device=device) >= counts[:, None]
 
@@ -346,17 +348,19 @@ def make(shape: tuple, dtype: torch.dtype, device) -> dict:
         "labels": torch.randint(0, classes, (batch, targets), device=device).masked_fill(padding, -1),
         "target_boxes": boxes(batch, targets).masked_fill(padding[..., None], 0.0),
         "counts": counts,
+        "log_softmax": log_softmax,
     }
 
 
 def launches(shape: tuple, dtype: torch.dtype, device) -> list[tuple[str, tuple]]:
     """The registered operator with arguments: there is no backward."""
-    return [("match_cost", (*make(shape, dtype, device).values(), 1.0, 5.0, 2.0, False))]
+    *tensors, log_softmax = make(shape, dtype, device).values()
+    return [("match_cost", (*tensors, 1.0, 5.0, 2.0, log_softmax))]
 
 
 def candidates(shape: tuple) -> list[dict]:
     """Launch parameters worth trying: {"op", "bucket", "parameters"}, the default first."""
-    _, _, queries, classes, _ = shape
+    _, _, queries, classes, _, _ = shape
     tried = [defaults(queries)] + [
         {"queries": rows, "targets": targets, "classes": columns, "warps": warps}
         for rows in (4, 8, 16, 32)
@@ -370,13 +374,13 @@ def candidates(shape: tuple) -> list[dict]:
 
 def loop_turns(kernel: str, constants: dict, shape: tuple) -> int:
     """How often the loop over targets turns, in all programs together, if every target is real."""
-    layers, batch, queries, _, targets = shape
+    layers, batch, queries, _, targets, _ = shape
     return layers * batch * cdiv(queries, constants["QUERIES"]) * cdiv(targets, constants["TARGETS"])
 
 
 def bytes_moved(shape: tuple, dtype: torch.dtype) -> int:
     """Logits, boxes and targets read, the cost written."""
-    layers, batch, queries, classes, targets = shape
+    layers, batch, queries, classes, targets, _ = shape
     rows = layers * batch * queries
     return rows * ((classes + 4) * dtype.itemsize + 4 * targets) + batch * (24 * targets + 4)
 
@@ -384,5 +388,5 @@ def bytes_moved(shape: tuple, dtype: torch.dtype) -> int:
 def flops(shape: tuple) -> int:
     """Counted on the formula: 4 a logit; an element of the cost 2 for the score, 7 for the distance, 26 for the GIoU
     with its corners' share, 5 to put them together."""
-    layers, batch, queries, classes, targets = shape
+    layers, batch, queries, classes, targets, _ = shape
     return layers * batch * queries * (4 * classes + 40 * targets)

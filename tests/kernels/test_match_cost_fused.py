@@ -183,7 +183,7 @@ def test_compiles_whole():
 @needs_compiler
 def test_one_launch_for_all_layers_and_images():
     (launch,) = _record.record(
-        lambda: module._launch(*module.launches((6, 8, 100, 92, 20), torch.float32, "cuda")[0][1]), "a100"
+        lambda: module._launch(*module.launches((6, 8, 100, 92, 20, False), torch.float32, "cuda")[0][1]), "a100"
     )
     assert launch.grid == (48, 7, 1)
 
@@ -256,6 +256,7 @@ def test_fused_mode_calls_the_kernel_or_says_why_not():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_a_card(shape, dtype):
     made = module.make(shape, dtype, "cuda")
-    exact = match_cost_reference(*(x.double() if x.is_floating_point() else x for x in made.values()))
-    eager, ours = (f(*made.values()) for f in (match_cost_reference, match_cost_fused))
+    floating = {k: v.double() for k, v in made.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    exact = match_cost_reference(**(made | floating))
+    eager, ours = (f(**made) for f in (match_cost_reference, match_cost_fused))
     assert_as_good_as_eager([ours], [eager], [exact], torch.float32)
