@@ -6,10 +6,8 @@
 
 import ast
 import contextlib
-import inspect
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -40,9 +38,18 @@ class Counts:
 
     @property
     def launches(self) -> int:
-        """Kernels a step launches, about: one an operator, and what an operator of ours or a multi-tensor one adds is
-        not seen."""
+        """Operators that launch work; most are one kernel."""
         return self.ops.total()
+
+    def clear(self) -> None:
+        """Begin again."""
+        self.reads, self.ops, self.to_device = Counter(), Counter(), 0
+
+    def taken(self) -> "Counts":
+        """What was counted so far; counting begins again."""
+        found = Counts(self.reads, self.ops, self.to_device)
+        self.clear()
+        return found
 
 
 class CountingMode(TorchDispatchMode):
@@ -73,8 +80,8 @@ class CountingMode(TorchDispatchMode):
             self.counts.reads[f"{name}: a boolean index"] += 1
         elif before - {"cpu"} and after == {"cpu"}:
             self.counts.reads[f"{name}: a result on the host"] += 1
-        if name not in _VIEWS:
-            self.counts.ops[name] += 1
+        if packet._qualified_op_name.partition("::")[0] != "prim" and name not in _VIEWS:
+            self.counts.ops[packet._qualified_op_name] += 1
         return result
 
 
@@ -96,18 +103,33 @@ CONVERSIONS = ("int", "float", "bool")
 """Builtins that read a tensor; allowed on what is plainly no tensor (a literal, ``len``, ``round``, a shape)."""
 
 
-def host_reads(function) -> list[str]:
-    """The lines of a Python function (or of a class, or a file's path) that read the host, or may."""
-    if isinstance(function, Path):
-        name, text, first = function.name, function.read_text(encoding="utf-8"), 1
-    else:
-        lines, first = inspect.getsourcelines(function)
-        indent = len(lines[0]) - len(lines[0].lstrip())
-        name, text = function.__qualname__, "".join(line[indent:] if line.strip() else line for line in lines)
+@dataclass(frozen=True)
+class Found:
+    """A call in the source that reads the host, or may."""
+
+    file: str
+    function: str
+    """``Class.method`` or ``function``; empty at module level."""
+    line: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} in {self.function or 'the module'}: {self.what}"
+
+
+def host_reads(text: str, file: str = "") -> list[Found]:
+    """The calls in Python source that read the host, or may."""
     found = []
-    for node in ast.walk(ast.parse(text)):
+
+    def walk(node, names):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names = (*names, node.name)
         if isinstance(node, ast.Call) and (what := _reads(node)):
-            found.append(f"{name}:{first + node.lineno - 1}: {what}")
+            found.append(Found(file, ".".join(names), node.lineno, what))
+        for child in ast.iter_child_nodes(node):
+            walk(child, names)
+
+    walk(ast.parse(text), ())
     return found
 
 

@@ -253,6 +253,20 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BucketConfig:
+    """Static shapes that batches are padded to where whole steps are captured (``batch.Buckets``)."""
+
+    heights: int = 2
+    """Short sides of image buckets, evenly down from the longest one."""
+    widths: int = 4
+    """Long sides for each short side, in both orientations. More of either pad less and capture more graphs."""
+    least_text: int = 16
+    """Shortest text bucket, tokens; each next one is twice as long."""
+    least_targets: int = 32
+    """Fewest places for objects; each next bucket has twice as many."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run: what ``config.json`` of a run folder holds."""
 
@@ -290,6 +304,10 @@ class RunConfig:
     """auto: bf16 autocast on CUDA, fp32 on a CPU."""
     device: str = "auto"
     """auto takes CUDA where there is one."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Whole steps as CUDA graphs: auto takes them on CUDA, on is an error elsewhere, off runs every step eagerly."""
+    buckets: BucketConfig = field(default_factory=BucketConfig)
+    """Shapes that captured steps are made for."""
     threads: int = 0
     """CPU threads; 0 keeps the default. The number used is recorded: results depend on it."""
     ema_decay: float = 0.0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unit_fast import checkpoint, convert
+from unit_fast.batch import Buckets
 from unit_fast.config import RunConfig, TextConfig
 from unit_fast.errors import UserError, nearest
 from unit_fast.model import UniT
@@ -31,6 +32,7 @@ _AT_LEAST = {
     "steps": 1, "batch_per_process": 1, "accumulate": 1, "eval_every": -1, "eval_batch": 1, "eval_limit": 0,
     "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "threads": 0, "optim.lr": 0, "optim.lr_backbone": 0,
     "optim.weight_decay": 0, "optim.warmup_steps": 0, "data.workers": 0, "data.prefetch": 1, "data.max_bad_share": 0,
+    "buckets.heights": 1, "buckets.widths": 1, "buckets.least_text": 1, "buckets.least_targets": 1,
 }  # fmt: skip
 
 
@@ -176,6 +178,17 @@ def used_masks(model: UniT, optimizer: MaskedAdamW, tasks) -> dict[str, Tensor]:
             used = {n: u and not n.startswith("bert_pos_projection.") for n, u in used.items()}
         masks[task] = torch.tensor([used[names[id(p)]] for p in members], dtype=torch.uint8, device=members[0].device)
     return masks
+
+
+def buckets_of(config: RunConfig) -> Buckets:
+    """The static shapes of a run's training batches."""
+    data = config.data
+    return Buckets(
+        short_side=max((data.short_side, *(data.train_short_sides if data.augment else ()))),
+        max_side=data.max_side,
+        text_len=max(task.text_length for task in config.model.tasks.values()),
+        **dataclasses.asdict(config.buckets),
+    )
 
 
 def optimizer_state(model: nn.Module, optimizer: MaskedAdamW) -> dict[str, dict[str, Tensor]]:

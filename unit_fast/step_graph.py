@@ -23,6 +23,7 @@ from torch import Tensor
 
 from unit_fast.batch import Batch, Buckets, BucketSpec, fill, real_share
 from unit_fast.errors import UserError
+from unit_fast.tasks import get_task
 
 WARM_UP = 2
 """Eager steps of a bucket before it is captured: the first initialises libraries and optimiser state."""
@@ -73,19 +74,21 @@ class _Captured:
 
 
 class StepGraphs:
-    """Runs ``step(task, batches)``, captured where it can be.
+    """Runs ``step(task, batches, done)``, captured where it can be.
 
     ``step`` is one whole update: it reads only its batches and what lives on the device, and returns a dataclass of
-    tensors (and of what never changes), which the next call may overwrite. ``between`` is called on the host after
-    each capture. ``backend``: ``CudaGraphs``, or what does the same (tests).
+    tensors (and of what never changes), which the next call may overwrite. ``done``: updates before this one, int64 on
+    the device, counted by the steps themselves from the number given here. ``between`` is called on the host after each
+    capture. ``backend``: ``CudaGraphs``, or what does the same (tests).
     """
 
     def __init__(
         self,
-        step: Callable[[str, list[Batch]], object],
+        step: Callable[[str, list[Batch], Tensor], object],
         buckets: Buckets,
         device: torch.device,
         *,
+        done: int = 0,
         between: Callable[[], None] = lambda: None,
         backend=None,
         warm_up: int = WARM_UP,
@@ -95,9 +98,9 @@ class StepGraphs:
         self.backend = CudaGraphs(device) if backend is None else backend
         self.warm_up, self.most = warm_up, most
         self.captured: dict[tuple[str, BucketSpec, int], _Captured] = {}
-        self.ticks = torch.zeros((), dtype=torch.int64, device=device)
-        """Steps that really ran, counted by the steps themselves."""
-        self.expected = 0
+        self.done = torch.full((), done, dtype=torch.int64, device=device)
+        """Updates that really ran."""
+        self.expected = done
         self.real: Counter[str] = Counter()
         self.padded: Counter[str] = Counter()
 
@@ -124,8 +127,9 @@ class StepGraphs:
         return known.result
 
     def _run(self, task: str, batches: list[Batch]):
-        self.ticks.add_(1)
-        return self.step(task, batches)
+        result = self.step(task, batches, self.done)
+        self.done.add_(1)
+        return result
 
     def _capture(self, task: str, bucket: BucketSpec, known: _Captured) -> None:
         count = sum(c.replay is not None for c in self.captured.values())
@@ -147,14 +151,14 @@ class StepGraphs:
 
     def check(self) -> None:
         """``RuntimeError`` unless every step and every replay so far has run on the device. Reads the device."""
-        ran = int(self.ticks)
+        ran = int(self.done)
         if ran != self.expected:
             raise RuntimeError(
                 f"{self.expected} steps were asked for, {ran} ran on the device: a graph did not replay; "
                 "use --graph off and report it"
             )
 
-    def summary(self) -> list[dict]:
+    def rows(self) -> list[dict]:
         """One row a task and bucket: how it ran so far."""
         return [
             {"task": task, "bucket": str(bucket), "eager": k.eager_steps, "replays": k.replays, "refused": k.refused}
@@ -164,6 +168,17 @@ class StepGraphs:
     def waste(self) -> dict[str, float]:
         """Task -> share of its padded image area, or of its padded text, that was padding."""
         return {task: 1 - self.real[task] / count for task, count in self.padded.items()}
+
+    def summary(self) -> str:
+        """One line: how much was captured and replayed, and what the padding cost."""
+        rows = self.rows()
+        graphs, replays = sum(r["replays"] > 0 for r in rows), sum(r["replays"] for r in rows)
+        steps = replays + sum(r["eager"] for r in rows)
+        waste = ", ".join(f"{get_task(task).short} {share:.0%}" for task, share in self.waste().items())
+        return (
+            f"CUDA graphs: {graphs} of {len(rows)} shapes, {replays} of {steps} steps replayed; "
+            f"padding: {waste or 'not known'}"
+        )
 
 
 def wanted(mode: str, device: torch.device) -> str | None:

@@ -20,14 +20,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from unit_fast import step_graph
 from unit_fast.batch import Batch, Output
 from unit_fast.config import RunConfig
 from unit_fast.data.loader import Loader
 from unit_fast.errors import UserError, printable
 from unit_fast.logging import Record
-from unit_fast.optim import MaskedAdamW, lr_multiplier
+from unit_fast.optim import MaskedAdamW
 from unit_fast.run_folder import EXIT, RunFolder, write
 from unit_fast.run_state import RunState
+from unit_fast.schedule import lr_multiplier, lr_multiplier_tensor
+from unit_fast.setup_model import buckets_of
+from unit_fast.step_graph import StepGraphs
 
 STRIKES = 3
 """So many updates in a row that are not finite end the run."""
@@ -169,36 +173,67 @@ class Trainer(RunState):
     def _loop(self, stop: int) -> None:
         """Train up to ``stop`` updates, or until a signal asks to stop."""
         config, model, optimizer = self.config, self.model.train(), self.optimizer
+        graphs = self._graphs()
         loader = Loader(self.datasets, config, self.step, stop, self.counts, pin=self.device.type == "cuda")
         with loader as batches:
             self.log.restart_clock()
             for step in range(self.step, stop):
-                task, batch = self._next(batches)  # one task a step
-                optimizer.scale_lr(lr_multiplier(step, config.optim.warmup_steps, config.steps))
-                update = train_step(model, optimizer, task, batch, used=self.masks[task], bf16=self.bf16)
-                self._count(update)
+                task, batch = self._next(batches, to_device=not graphs)  # one task a step
+                lr = lr_multiplier(step, config.optim.warmup_steps, config.steps)
+                if graphs:
+                    update = graphs(task, batch)
+                else:
+                    optimizer.scale_lr(lr)
+                    update = train_step(model, optimizer, task, batch, used=self.masks[task], bf16=self.bf16)
+                self._count(update, lr * config.optim.lr)
                 evaluating, saving = due(self.step, config.eval_every), due(self.step, config.save_every)
                 if due(self.step, config.log_every) or evaluating or saving or self._last(stop):
                     self._check(self.log.flush())
+                    if graphs:
+                        graphs.check()
                 if evaluating and self.step < config.steps:
                     self.evaluate()
                 if self.improved or (saving and self.step < config.steps):
                     self.save()
                 if self._last(stop):
                     break
+        if graphs:
+            self.log.line(graphs.summary())
+
+    def _graphs(self) -> StepGraphs | None:
+        """What captures whole steps, or None where they run eagerly."""
+        if why_not := step_graph.wanted(self.config.graph, self.device):
+            self.log.line(f"every step runs eagerly, without CUDA graphs: {why_not}")
+            return None
+        config, model, optimizer = self.config, self.model, self.optimizer
+
+        def step(task: str, batches: list[Batch], done: Tensor) -> Update:
+            # The learning rate follows the count on the device: a number of the host would be frozen into the graph.
+            optimizer.scale_lr(lr_multiplier_tensor(done, config.optim.warmup_steps, config.steps))
+            return train_step(model, optimizer, task, batches, used=self.masks[task], bf16=self.bf16)
+
+        buckets = buckets_of(config)
+        self.log.line(f"steps are captured as CUDA graphs, images padded to one of {len(buckets.images())} shapes")
+        return StepGraphs(step, buckets, self.device, done=self.step, between=self._between_graphs)
+
+    def _between_graphs(self) -> None:
+        """After a capture: the gradients' memory belongs to the graph, and is the next one's too."""
+        self.optimizer.finish_capture()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _last(self, stop: int) -> bool:
         """Whether the loop ends here."""
         return self.step == stop or self.signals.requested is not None
 
-    def _next(self, batches: Loader) -> tuple[str, list[Batch]]:
-        """The next step's task and batches, on the device."""
+    def _next(self, batches: Loader, to_device: bool) -> tuple[str, list[Batch]]:
+        """The next step's task and batches; a captured step copies them into its own tensors."""
         begun = time.monotonic()
         self.item = next(batches)
         self.wait_s = time.monotonic() - begun
-        return self.item.task, [batch.to(self.device) for batch in self.item.batches]
+        found = self.item.batches
+        return self.item.task, [batch.to(self.device) for batch in found] if to_device else found
 
-    def _count(self, update: Update) -> None:
+    def _count(self, update: Update, lr: float) -> None:
         """An update is done: move the counters on and hand its figures to the log, unread."""
         item = self.item
         self.step += 1
@@ -210,7 +245,7 @@ class Trainer(RunState):
         record = Record(
             step=self.step,
             task=item.task,
-            lr=self.optimizer.param_groups[0]["lr"],
+            lr=lr,
             samples=item.request.samples,
             wait_s=self.wait_s,
             request=item.request,

@@ -1,0 +1,199 @@
+"""Captured steps: which are captured, that they compute what eager steps do, and what happens when they cannot be.
+
+Without a GPU a stand-in captures: it keeps the function and calls it on every replay, into the same result. All but
+CUDA's own part is thus the code that runs on a card; ``test_a_replayed_graph_is_the_eager_step`` is for one.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.models import random_batch, small_config
+from unit_fast.batch import Buckets, fill
+from unit_fast.errors import UserError
+from unit_fast.model.unit import UniT
+from unit_fast.optim import MaskedAdamW
+from unit_fast.step_graph import CudaGraphs, StepGraphs, cloned, no_host_reads, wanted
+from unit_fast.train import Update, train_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TASKS = ("detection_coco", "detection_visual_genome", "vqa2", "glue_qnli")
+CPU = torch.device("cpu")
+
+
+class Replaying:
+    """Stands in for CUDA's graphs: a replay runs the step again and writes into the captured result."""
+
+    def __init__(self):
+        self.eager_steps = self.replays = 0
+
+    def eager(self, step):
+        self.eager_steps += 1
+        return step()
+
+    def capture(self, step):
+        result = object.__new__(Update)
+
+        def replay():
+            self.replays += 1
+            vars(result).update(vars(step()))
+
+        return replay, result
+
+
+class Failing(Replaying):
+    """What cannot be captured."""
+
+    captures = 0
+
+    def capture(self, step):
+        self.captures += 1
+        raise RuntimeError("operation not permitted when stream is capturing\nCUDA details")
+
+
+class Idle(Replaying):
+    """A graph whose replay does nothing."""
+
+    def capture(self, step):
+        replay, result = super().capture(step)
+        return lambda: None, result
+
+
+def make(backend, seed=0, dropout=0.1, device=CPU, **options):
+    torch.manual_seed(seed)
+    config = small_config(dropout=dropout)
+    model = UniT(config).train().to(device)
+    optimizer = MaskedAdamW(model.parameter_groups(1e-3, 1e-3), unused="skip", max_norm=0.5)
+
+    def step(task, batches, done):
+        return train_step(model, optimizer, task, batches)
+
+    buckets = Buckets(short_side=64, max_side=96, heights=1, widths=2)
+    return model, optimizer, StepGraphs(step, buckets, device, backend=backend, **options)
+
+
+def batches_of(model, steps):
+    return [(TASKS[i % len(TASKS)], random_batch(TASKS[i % len(TASKS)], model.config, seed=i)) for i in range(steps)]
+
+
+def test_the_first_batches_of_a_bucket_run_eagerly_and_the_rest_are_replayed():
+    backend = Replaying()
+    model, _, graphs = make(backend, warm_up=2)
+    for task, batch in batches_of(model, 16):
+        update = graphs(task, [batch])
+        assert update.terms.isfinite().all()
+    assert (backend.eager_steps, backend.replays) == (8, 8)
+    assert [(r["task"], r["eager"], r["replays"], r["refused"]) for r in graphs.rows()] == [
+        (task, 2, 2, None) for task in TASKS
+    ]
+    graphs.check()
+
+
+def test_graphed_training_is_eager_training_on_padded_batches_bit_for_bit():
+    graphed, first, graphs = make(Replaying(), warm_up=1)
+    eager, second, _ = make(Replaying())
+    torch.manual_seed(7)
+    updates = [cloned(graphs(task, [batch])) for task, batch in batches_of(graphed, 12)]
+    torch.manual_seed(7)
+    for (task, batch), update in zip(batches_of(eager, 12), updates, strict=True):
+        static = graphs.buckets.of([batch]).empty(batch, CPU)
+        fill(static, batch)
+        expected = train_step(eager, second, task, static)
+        assert expected.names == update.names
+        assert torch.equal(expected.terms, update.terms)
+        assert torch.equal(expected.grad_norm, update.grad_norm)
+    assert all(torch.equal(a, b) for a, b in zip(graphed.parameters(), eager.parameters(), strict=True))
+    assert torch.equal(first.step_counts(), second.step_counts())
+
+
+def test_other_shapes_get_other_graphs_and_the_same_bucket_the_same_one():
+    model, _, graphs = make(Replaying(), warm_up=0)
+    batch = random_batch("glue_qnli", model.config)
+    longer = dataclasses.replace(
+        batch, **{f: getattr(batch, f).repeat(1, 3) for f in ("input_ids", "attention_mask", "token_type_ids")}
+    )
+    shorter = dataclasses.replace(
+        batch, **{f: getattr(batch, f)[:, :5] for f in ("input_ids", "attention_mask", "token_type_ids")}
+    )
+    for b in (batch, longer, shorter, batch):
+        graphs("glue_qnli", [b])
+    assert [(r["bucket"], r["replays"]) for r in graphs.rows()] == [("2 x 16 tokens", 3), ("2 x 32 tokens", 1)]
+    graphs("glue_qnli", [batch, batch])  # two forward passes an update are another step
+    assert len(graphs.rows()) == 3
+
+
+def test_what_cannot_be_captured_stays_eager_and_says_why_once(caplog):
+    backend = Failing()
+    model, _, graphs = make(backend, warm_up=1)
+    batch = random_batch("glue_qnli", model.config)
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(4):
+        graphs("glue_qnli", [batch])
+    assert (backend.eager_steps, backend.captures) == (4, 1)
+    refused = "capture failed (operation not permitted when stream is capturing)"
+    assert graphs.rows()[0]["refused"] == refused
+    assert [r.message for r in caplog.records if "stays eager" in r.message] == [
+        f"glue_qnli, 2 x 16 tokens: stays eager: {refused}"
+    ]
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    graphs.check()
+
+
+def test_no_more_graphs_than_allowed():
+    model, _, graphs = make(Replaying(), warm_up=0, most=2)
+    for task, batch in batches_of(model, 4):
+        graphs(task, [batch])
+    assert [r["refused"] for r in graphs.rows()] == [None, None, *["2 graphs exist already"] * 2]
+
+
+def test_a_replay_that_does_nothing_is_found():
+    model, _, graphs = make(Idle(), warm_up=1)
+    batch = random_batch("glue_qnli", model.config)
+    graphs("glue_qnli", [batch])
+    graphs.check()
+    graphs("glue_qnli", [batch])
+    with pytest.raises(RuntimeError, match="2 steps were asked for, 1 ran on the device"):
+        graphs.check()
+
+
+def test_the_waste_is_told_by_task():
+    model, _, graphs = make(Replaying())
+    batch = random_batch("detection_coco", model.config)
+    batch.sizes = [(64, 80), (48, 60)]
+    graphs("detection_coco", [batch])
+    assert graphs.waste() == {"detection_coco": 1 - (64 * 80 + 48 * 60) / (2 * 64 * 96)}
+    assert graphs.summary() == "CUDA graphs: 0 of 1 shapes, 0 of 1 steps replayed; padding: coco 35%"
+
+
+def test_when_graphs_are_used():
+    assert wanted("off", torch.device("cuda")) == "--graph off"
+    assert wanted("auto", CPU) == "the run is on cpu"
+    assert wanted("auto", torch.device("cuda")) is None
+    with pytest.raises(UserError, match="--graph on: the run is on cpu"):
+        wanted("on", CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TASKS)
+def test_a_replayed_graph_is_the_eager_step(name):
+    """Bit for bit, dropout included, and without a read of the device by the host."""
+    device = torch.device("cuda", 0)
+    graphed, first, graphs = make(CudaGraphs(device), device=device, warm_up=2)
+    eager, second, _ = make(CudaGraphs(device), device=device)
+    batches = [random_batch(name, graphed.config, seed=i) for i in range(8)]
+    torch.cuda.manual_seed(7)
+    updates = [cloned(graphs(name, [batch])) for batch in batches]
+    assert graphs.rows()[0]["replays"] == 6, graphs.rows()
+    torch.cuda.manual_seed(7)
+    static = graphs.buckets.of(batches[:1]).empty(batches[0], device)
+    for i, (batch, update) in enumerate(zip(batches, updates, strict=True)):
+        fill(static, batch)
+        torch.cuda.synchronize()
+        with no_host_reads(device if i > 1 else CPU):  # the first steps initialise libraries
+            expected = train_step(eager, second, name, static)
+        assert torch.equal(expected.terms, update.terms), i
+    for a, b in zip(graphed.parameters(), eager.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(first.step_counts(), second.step_counts())
+    graphs.check()
