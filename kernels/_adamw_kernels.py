@@ -60,9 +60,10 @@ def _adamw_norms_kernel(
 def _power(base, exponent):
     """base ** exponent in float64 by squaring; exponent int32, not negative."""
     result = base * 0.0 + 1.0
-    for bit in tl.static_range(31):
-        result = tl.where(((exponent >> bit) & 1) != 0, result * base, result)
+    while exponent > 0:
+        result = tl.where((exponent & 1) != 0, result * base, result)
         base = base * base
+        exponent = exponent >> 1
     return result
 
 

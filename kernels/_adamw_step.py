@@ -65,16 +65,16 @@ def adamw_reference(step: Step) -> Stats:
     possible = range(len(step.params)) if step.possible is None else step.possible
     flags = flags_of(step)
     norms = [norm_of(step.grads[i]).masked_fill(~flags[i], 0.0) for i in possible if step.grads[i] is not None]
-    wide = joint(norms, like=step.params[0])
+    exact = joint(norms, like=step.params[0])
     scale = None if step.grad_scale is None else step.grad_scale.reshape(()).double()
-    wide = wide if scale is None else wide / scale
-    norm = wide.to(torch.promote_types(step.params[0].dtype, torch.float32))
+    exact = exact if scale is None else exact / scale
+    norm = exact.to(torch.promote_types(step.params[0].dtype, torch.float32))
     finite = norm.isfinite()
     if step.found_inf is not None:
         finite = finite & (step.found_inf.reshape(()) == 0)
-    factor = torch.ones_like(wide)
+    factor = torch.ones_like(exact)
     if step.max_norm is not None:
-        factor = (step.max_norm / (wide + CLIP_EPS)).clamp(max=1.0)
+        factor = (step.max_norm / (exact + CLIP_EPS)).clamp(max=1.0)
     factor = factor if scale is None else factor / scale
     factor = torch.where(finite, factor, 1.0)
 
@@ -82,9 +82,9 @@ def adamw_reference(step: Step) -> Stats:
         p, used, count = step.params[i], flags[i], step.counts[i]
         grad = torch.zeros_like(p)
         if step.grads[i] is not None:
-            clipped = step.grads[i] * torch.where(used, factor, 1.0).to(norm.dtype)
-            if step.in_place:
-                clipped = step.grads[i].copy_(clipped)
+            wide = torch.promote_types(step.grads[i].dtype, norm.dtype)
+            clipped = step.grads[i].to(wide) * torch.where(used, factor, 1.0).to(norm.dtype)
+            clipped = step.grads[i].copy_(clipped) if step.in_place else clipped.to(step.grads[i].dtype)
             grad = torch.where(used, clipped, grad)
         moves = finite & used
         if step.unused == "skip":

@@ -42,12 +42,13 @@ from unit_fast_kernels._tuned import launch_parameters
 
 
 def addresses_of(rows: Sequence[Sequence[Tensor | None]]) -> list[list[int]]:
-    """[ROWS][n] addresses, 0 where there is no tensor or it is empty. The one place that asks for an address, outside
-    the operator, which must not depend on where its arguments are. Fake tensors have none: zeros, and nothing is ever
-    launched with them."""
-    if any(isinstance(t, FakeTensor) for row in rows[:1] for t in row):
+    """[ROWS][n] addresses, 0 where there is no tensor; of an empty one, which nothing looks at, any other number.
+
+    The one place that asks for an address, outside the operator, which must not depend on where its arguments are. Fake
+    tensors have none: zeros, and nothing is ever launched with them."""
+    if any(isinstance(t, FakeTensor) for t in rows[0]):
         return [[0] * len(row) for row in rows]
-    return [[0 if t is None else t.data_ptr() for t in row] for row in rows]
+    return [[0 if t is None else t.data_ptr() or 16 for t in row] for row in rows]
 
 
 def _capturing(device: torch.device) -> bool:
