@@ -72,9 +72,9 @@ class DetectionLoss(nn.Module):
         if attributes:
             self.attribute_head = AttributeHead(width, outputs, attributes)
 
-    def layer(self, logits: Tensor, boxes: Tensor, hidden: Tensor, targets: list[dict], num_boxes: float):
-        """Weighted terms of one decoder layer, and its matching."""
-        pairs = match(logits, boxes, targets)
+    def layer(self, logits: Tensor, boxes: Tensor, hidden: Tensor, targets: list[dict], num_boxes: float, pairs=None):
+        """Weighted terms of one decoder layer, and its matching (done here unless given)."""
+        pairs = match(logits, boxes, targets) if pairs is None else pairs
         image = torch.cat([torch.full_like(q, i) for i, (q, _) in enumerate(pairs)])
         query = torch.cat([q for q, _ in pairs])
         classes = torch.full(logits.shape[:2], self.no_object, dtype=torch.int64, device=logits.device)
@@ -105,13 +105,14 @@ class DetectionLoss(nn.Module):
         valid = (per_query != 0).sum()
         return per_query.sum() / valid if valid.item() > 0 else per_query.sum() * 0.0
 
-    def forward(self, logits: Tensor, boxes: Tensor, hidden: Tensor, targets: list[dict]):
-        """logits [L,B,Q,K], boxes [L,B,Q,4], hidden [L,B,Q,D] -> terms by name, matching per layer."""
+    def forward(self, logits: Tensor, boxes: Tensor, hidden: Tensor, targets: list[dict], matched=None):
+        """logits [L,B,Q,K], boxes [L,B,Q,4], hidden [L,B,Q,D] -> terms by name, matching per layer (or ``matched``)."""
         total = torch.as_tensor([sum(len(t["labels"]) for t in targets)], dtype=torch.float, device=logits.device)
         num_boxes = total.clamp(min=1).item()
         terms, matching, last = {}, [], len(logits) - 1
         for i in range(len(logits)):
-            layer, pairs = self.layer(logits[i], boxes[i], hidden[i], targets, num_boxes)
+            given = None if matched is None else matched[i]
+            layer, pairs = self.layer(logits[i], boxes[i], hidden[i], targets, num_boxes, given)
             matching.append(pairs)
             terms.update({name if i == last else f"{name}_{i}": value for name, value in layer.items()})
         return terms, matching
