@@ -47,6 +47,13 @@ def _pairs(boxes: Tensor, query: Tensor, target: Tensor) -> tuple[Tensor, Tensor
     return predicted.masked_fill(padding, 1.0), target.masked_fill(padding, 1.0)
 
 
+def box_losses(boxes: Tensor, query: Tensor, target_boxes: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    """([L], [L]): L1 distance and 1 - GIoU of the pairs, summed and divided by the number of boxes."""
+    predicted, wanted = _pairs(boxes, query, target_boxes)
+    bbox = (predicted - wanted).abs().sum((1, 2, 3)) / number
+    return bbox, (1 - pairwise_giou(predicted, wanted)).sum((1, 2)) / number
+
+
 @torch.no_grad()
 def _cardinality(logits: Tensor, counts: Tensor, no_object: int, dtype: torch.dtype) -> Tensor:
     predicted = (logits.max(-1).indices != no_object).sum(-1)
@@ -78,14 +85,33 @@ def set_loss_reference(
         ce = _balanced(nll, target != no_object, number)
     else:
         ce = _weighted_mean(nll, target == no_object, no_object_weight, normalisation)
-    predicted, wanted = _pairs(boxes.to(wide), query, target_boxes.to(wide))
-    bbox = (predicted - wanted).abs().sum((1, 2, 3)) / number
-    giou = (1 - pairwise_giou(predicted, wanted)).sum((1, 2)) / number
+    bbox, giou = box_losses(boxes.to(wide), query, target_boxes.to(wide), number)
     ce, bbox, giou = (x if w == 1.0 else w * x for x, w in zip((ce, bbox, giou), weights, strict=True))
     return ce, bbox, giou, _cardinality(logits, counts, no_object, wide)
 
 
-# --- Its gradient ---
+# --- Its gradient -----------------------------------------------------------------------------------------------------
+
+
+def class_factors(
+    positive: Tensor, number: Tensor, no_object_weight: float, per_process: bool, balanced: bool
+) -> Tensor:
+    """[L,B,Q]: what the cross-entropy of each query is multiplied with; ``positive`` are those with an object. In the
+    dtype of ``number``."""
+    _, images, queries = positive.shape
+    if balanced:
+        others = (images * queries - number).clamp(min=1)
+        return torch.where(positive, POSITIVE_SHARE / number, NEGATIVE_SHARE / others)
+    weight = torch.full(positive.shape, no_object_weight, dtype=number.dtype, device=number.device)
+    weight = weight.masked_fill_(positive, 1.0)
+    total = weight.sum((1, 2), keepdim=True) if per_process else images * weight.sum(2, keepdim=True)
+    return weight / total
+
+
+def class_gradient(p: Tensor, target: Tensor, factor: Tensor) -> Tensor:
+    """factor (p - one-hot of target), written over the probabilities p [L,B,Q,K]; target, factor [L,B,Q]."""
+    factor = factor[..., None]
+    return p.mul_(factor).scatter_add_(-1, target[..., None], -factor)
 
 
 def _share(a: Tensor, b: Tensor) -> Tensor:
@@ -112,6 +138,21 @@ def _giou_gradient(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat((by_low + by_high, 0.5 * (by_high - by_low)), -1)
 
 
+def box_gradient(
+    by_bbox: Tensor | None, by_giou: Tensor | None, boxes: Tensor, query: Tensor, target_boxes: Tensor, number: Tensor
+) -> Tensor:
+    """[L,B,Q,4] for the gradients [L] of the two weighted losses, in the dtype of boxes (float32 or float64)."""
+    predicted, wanted = _pairs(boxes, query, target_boxes)
+    of_object = torch.zeros_like(predicted)
+    if by_bbox is not None:
+        of_object += (by_bbox / number)[:, None, None, None] * (predicted - wanted).sign()
+    if by_giou is not None:
+        of_object -= (by_giou / number)[:, None, None, None] * _giou_gradient(predicted, wanted)
+    of_object = of_object.masked_fill((query < 0)[..., None], 0.0)
+    index = query.clamp(min=0)[..., None].expand(-1, -1, -1, 4)
+    return torch.zeros_like(boxes).scatter_add_(2, index, of_object)
+
+
 def set_loss_bwd_reference(
     by_ce, by_bbox, by_giou, logits, boxes, query, labels, target_boxes, num_boxes, lse, no_object, no_object_weight,
     per_process, balanced, weight_ce, weight_bbox, weight_giou,
@@ -119,32 +160,15 @@ def set_loss_bwd_reference(
     """(dlogits, dboxes) for the gradients by_ce, by_bbox, by_giou [L] of the three losses, any of them None; lse
     [L,B,Q] is the log-sum-exp of the logits. Computed in float32, in the dtypes of logits and boxes."""
     dlogits, dboxes = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (logits, boxes))
-    images, queries = logits.shape[1:3]
-    number, matched = num_boxes.float(), query >= 0
+    number = num_boxes.float()
     if by_ce is None:
         dlogits.zero_()
     else:
-        target = target_classes(query, labels, queries, no_object)
-        positive = target_classes(query, torch.ones_like(labels), queries, 0) > 0
-        if balanced:
-            others = (images * queries - number).clamp(min=1)
-            factor = torch.where(positive, POSITIVE_SHARE / number, NEGATIVE_SHARE / others)
-        else:
-            weight = torch.where(positive, 1.0, no_object_weight)
-            total = weight.sum((1, 2), keepdim=True) if per_process else images * weight.sum(2, keepdim=True)
-            factor = weight / total
-        factor = factor * (by_ce.float() * weight_ce)[:, None, None]
-        p = (logits.float() - lse[..., None]).exp()
-        p.scatter_add_(-1, target[..., None], p.new_full((), -1.0).expand(*target.shape, 1))
-        dlogits.copy_(factor[..., None] * p)
-    predicted, wanted = _pairs(boxes.float(), query, target_boxes.float())
-    of_object = torch.zeros_like(predicted)
-    if by_bbox is not None:
-        of_object += (by_bbox * weight_bbox / number)[:, None, None, None] * (predicted - wanted).sign()
-    if by_giou is not None:
-        by_giou = (by_giou * weight_giou / number)[:, None, None, None]
-        of_object -= by_giou * _giou_gradient(predicted, wanted)
-    of_object = of_object.masked_fill(~matched[..., None], 0.0)
-    grad = torch.zeros(boxes.shape, dtype=torch.float32, device=boxes.device)
-    grad.scatter_add_(2, query.clamp(min=0)[..., None].expand(-1, -1, -1, 4), of_object)
+        target = target_classes(query, labels, logits.shape[2], no_object)
+        factor = class_factors(target != no_object, number, no_object_weight, per_process, balanced)
+        factor = factor * (by_ce * weight_ce)[:, None, None]
+        dlogits.copy_(class_gradient((logits.float() - lse[..., None]).exp(), target, factor))
+    by_bbox = None if by_bbox is None else by_bbox * weight_bbox
+    by_giou = None if by_giou is None else by_giou * weight_giou
+    grad = box_gradient(by_bbox, by_giou, boxes.float(), query, target_boxes.float(), number)
     return dlogits, dboxes.copy_(grad)

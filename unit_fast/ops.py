@@ -25,6 +25,7 @@ from unit_fast_kernels import _triton
 from unit_fast_kernels._adamw_cpu import adamw_cpu, adamw_cpu_unfit
 from unit_fast_kernels._adamw_step import Stats, Step, adamw_reference
 from unit_fast_kernels._attention_cpu import attention_cpu
+from unit_fast_kernels._set_loss_cpu import set_loss_cpu
 from unit_fast_kernels.adamw import Tables, adamw_fused, adamw_unfit
 from unit_fast_kernels.assignment import assignment_fused, assignment_reference, assignment_unfit
 from unit_fast_kernels.attention import attention_fused, attention_reference, attention_unfit
@@ -75,7 +76,7 @@ _IMPLEMENTATIONS = {
     "match_cost": {"reference": match_cost_reference, "cpu": match_cost_cpu, "fused": match_cost_fused},
     "giou": {"reference": pairwise_giou},
     "assignment": {"reference": assignment_reference, "fused": assignment_fused},
-    "set_loss": {"reference": set_loss_reference, "fused": set_loss_fused},
+    "set_loss": {"reference": set_loss_reference, "cpu": set_loss_cpu, "fused": set_loss_fused},
     "attribute_loss": {"reference": attribute_loss_reference, "fused": attribute_loss_fused},
     "adamw": {"reference": adamw_reference, "cpu": adamw_cpu, "fused": adamw_fused},
 }

@@ -3,12 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from unit_fast_kernels._set_loss_cpu import set_loss_cpu
 from unit_fast_kernels._set_loss_reference import set_loss_bwd_reference
 from unit_fast_kernels.match_cost import pairwise_giou
 from unit_fast_kernels.set_loss import set_loss_reference
 
-from tests.kernels.test_set_loss_fused import SETTINGS, SIZES, problem, stacked
+from tests.kernels.common import assert_as_good_as_eager, values_and_gradients
+from tests.kernels.test_set_loss_fused import SETTINGS, SIZES, problem, stacked, wide
 from unit_fast import ops
+
+OPS = {"reference": set_loss_reference, "cpu": set_loss_cpu}
 
 
 def by_loops(logits, boxes, query, labels, target_boxes, counts, num_boxes, no_object, no_object_weight=0.1,
@@ -47,21 +51,60 @@ def by_loops(logits, boxes, query, labels, target_boxes, counts, num_boxes, no_o
     return torch.stack(out).unbind(1)
 
 
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", [name for name in SIZES if not name.startswith("many")])
-def test_is_the_definition(name, setting):
+def test_is_the_definition(name, setting, op):
     inputs, others, _ = problem(name)
-    found = set_loss_reference(*inputs, **others, **SETTINGS[setting])
+    found = op(*inputs, **others, **SETTINGS[setting])
     expected = by_loops(*inputs, **others, **SETTINGS[setting])
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_gradcheck(setting):
+def test_gradcheck(setting, op):
     inputs, others, _ = problem("crowd")
     leaves = [x.requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(stacked(set_loss_reference, others, **SETTINGS[setting]), leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(stacked(op, others, **SETTINGS[setting]), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", SIZES)
+def test_cpu_equals_the_reference(name, setting):
+    """Values and gradients, in float64; then in low precision, as good as the reference."""
+    inputs, others, upstream = problem(name)
+    exact, found = (
+        values_and_gradients(stacked(op, others, **SETTINGS[setting]), inputs, upstream) for op in OPS.values()
+    )
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+    for dtype in (torch.float32, torch.bfloat16):
+        low = [x.to(dtype) for x in inputs]
+        eager, found = (
+            values_and_gradients(stacked(op, wide(others, dtype), **SETTINGS[setting]), low, upstream)
+            for op in OPS.values()
+        )
+        assert_as_good_as_eager(found, eager, exact, torch.float32, dtype, dtype)
+
+
+def test_cpu_predicts_the_first_of_the_largest():
+    (logits, boxes), others, _ = problem("odd")
+    for no_object in (0, 2, 4):
+        arguments = {**others, "no_object": no_object, "labels": others["labels"].clamp(max=-1)}
+        arguments["query"] = torch.full_like(others["query"], -1)
+        assert torch.equal(*(op(logits.round(), boxes, **arguments)[3] for op in OPS.values()))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_cpu_gradients_of_one_input(which):
+    inputs, others, _ = problem("odd")
+    leaves = [x.requires_grad_(i == which) for i, x in enumerate(inputs)]
+    ours, theirs = (
+        torch.autograd.grad(sum(x.sum() for x in op(*leaves, **others)[:3]), leaves[which]) for op in OPS.values()
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
