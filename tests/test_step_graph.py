@@ -5,17 +5,22 @@ CUDA's own part is thus the code that runs on a card; ``test_a_replayed_graph_is
 """
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
 from tests.models import random_batch, small_config
+from tests.small_runs import rows, state_hash
+from tests.small_runs import small_config as run_config
+from unit_fast import step_graph
 from unit_fast.batch import Buckets, fill
 from unit_fast.errors import UserError
 from unit_fast.model.unit import UniT
 from unit_fast.optim import MaskedAdamW
+from unit_fast.schedule import lr_multiplier
 from unit_fast.step_graph import CudaGraphs, StepGraphs, cloned, no_host_reads, wanted
-from unit_fast.train import Update, train_step
+from unit_fast.train import Update, train, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TASKS = ("detection_coco", "detection_visual_genome", "vqa2", "glue_qnli")
@@ -197,3 +202,51 @@ def test_a_replayed_graph_is_the_eager_step(name):
         assert torch.equal(a, b)
     assert torch.equal(first.step_counts(), second.step_counts())
     graphs.check()
+
+
+# ------------------------------------------------------------------------------------------------- in the trainer
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Runs of the trainer capture with the stand-in, as if on CUDA."""
+    monkeypatch.setattr(step_graph, "CudaGraphs", lambda device: Replaying())
+    monkeypatch.setattr(step_graph, "wanted", lambda mode, device: None)
+
+
+def _train(config, out, **options):
+    return train(config, out, progress="none", **options)
+
+
+def test_a_run_replays_its_steps_and_follows_the_schedule(root, tmp_path, stand_in):
+    config = run_config(root, "sst2", "coco", steps=12, log_every=1)
+    run = _train(config, tmp_path / "run")
+    assert run.status == "finished"
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert re.search(r"CUDA graphs: \d of \d shapes, \d+ of 12 steps replayed; padding: ", log), log
+    expected = [1e-3 * lr_multiplier(k, 4, 12) for k in range(12)]
+    assert [r["lr"] for r in rows(tmp_path / "run")] == pytest.approx(expected)
+
+
+def test_the_rate_of_a_replayed_step_is_that_of_the_schedule(root, tmp_path, stand_in, monkeypatch):
+    seen = []
+    step = MaskedAdamW.step
+    monkeypatch.setattr(
+        MaskedAdamW, "step", lambda self, *a, **k: (seen.append(self.device_lr.tolist()), step(self, *a, **k))[1]
+    )
+    _train(run_config(root, "sst2", steps=10), tmp_path / "run", stop_at=4)
+    _train(run_config(root, "sst2", steps=10), tmp_path / "run", resume="auto")
+    assert [rates[0] for rates in seen] == pytest.approx([1e-3 * lr_multiplier(k, 4, 10) for k in range(10)], abs=1e-15)
+
+
+def test_a_graphed_run_resumes_to_the_same_bits(root, tmp_path, stand_in):
+    config = run_config(root, "sst2", "vqa2", steps=12)
+    _train(config, tmp_path / "whole")
+    _train(config, tmp_path / "parts", stop_at=5)
+    _train(config, tmp_path / "parts", resume="auto")
+    assert state_hash(tmp_path / "parts") == state_hash(tmp_path / "whole")
+
+
+def test_a_run_on_a_cpu_says_that_it_is_eager(root, tmp_path):
+    _train(run_config(root, "sst2", steps=1), tmp_path / "run")
+    assert "every step runs eagerly, without CUDA graphs: the run is on cpu" in (tmp_path / "run/log.txt").read_text()

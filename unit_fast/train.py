@@ -173,12 +173,12 @@ class Trainer(RunState):
     def _loop(self, stop: int) -> None:
         """Train up to ``stop`` updates, or until a signal asks to stop."""
         config, model, optimizer = self.config, self.model.train(), self.optimizer
-        graphs = self._graphs()
+        graphs = self.graphs = self._capturing()
         loader = Loader(self.datasets, config, self.step, stop, self.counts, pin=self.device.type == "cuda")
         with loader as batches:
             self.log.restart_clock()
             for step in range(self.step, stop):
-                task, batch = self._next(batches, to_device=not graphs)  # one task a step
+                task, batch = self._next(batches)  # one task a step
                 lr = lr_multiplier(step, config.optim.warmup_steps, config.steps)
                 if graphs:
                     update = graphs(task, batch)
@@ -200,7 +200,7 @@ class Trainer(RunState):
         if graphs:
             self.log.line(graphs.summary())
 
-    def _graphs(self) -> StepGraphs | None:
+    def _capturing(self) -> StepGraphs | None:
         """What captures whole steps, or None where they run eagerly."""
         if why_not := step_graph.wanted(self.config.graph, self.device):
             self.log.line(f"every step runs eagerly, without CUDA graphs: {why_not}")
@@ -225,13 +225,13 @@ class Trainer(RunState):
         """Whether the loop ends here."""
         return self.step == stop or self.signals.requested is not None
 
-    def _next(self, batches: Loader, to_device: bool) -> tuple[str, list[Batch]]:
+    def _next(self, batches: Loader) -> tuple[str, list[Batch]]:
         """The next step's task and batches; a captured step copies them into its own tensors."""
         begun = time.monotonic()
         self.item = next(batches)
         self.wait_s = time.monotonic() - begun
         found = self.item.batches
-        return self.item.task, [batch.to(self.device) for batch in found] if to_device else found
+        return self.item.task, found if self.graphs else [batch.to(self.device) for batch in found]
 
     def _count(self, update: Update, lr: float) -> None:
         """An update is done: move the counters on and hand its figures to the log, unread."""
