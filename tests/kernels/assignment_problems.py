@@ -11,15 +11,15 @@ KINDS = ("random", "ties", "few_values", "duplicates", "equal", "wide", "predict
 
 
 def problems(kind: str, count: int, queries: int, targets: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """cost [P,Q,T] float32 and counts [P] of that kind, counts from 0 to T."""
+    """cost [P,Q,T] and counts [P] of that kind, counts from 0 to T; float64 where sums shall be rounded."""
     shape = count, queries, targets
     cost = torch.randn(shape, generator=rng)
     counts = torch.randint(0, targets + 1, (count,), generator=rng, dtype=torch.int32)
     counts[0] = targets
     if kind == "ties":
         cost = torch.randint(-2, 3, shape, generator=rng).float()
-    elif kind == "few_values":  # sums of which round differently in another order
-        cost = torch.tensor([0.1, 0.2, 0.3, 0.7])[torch.randint(0, 4, shape, generator=rng)]
+    elif kind == "few_values":  # sums of which are equal or not by the order of their terms
+        cost = torch.tensor([0.1, 0.2, 0.3, 0.7], dtype=torch.float64)[torch.randint(0, 4, shape, generator=rng)]
     elif kind == "duplicates" and queries * targets:
         cost = cost[:, torch.randint(0, queries, (queries,), generator=rng)]
         cost = cost[:, :, torch.randint(0, targets, (targets,), generator=rng)]

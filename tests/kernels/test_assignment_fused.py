@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from unit_fast_kernels import _record, _tuned
 from unit_fast_kernels import assignment as module
 from unit_fast_kernels._triton import INTERPRETING
@@ -91,10 +92,11 @@ def test_nothing_to_pair(shape):
     assert not flag.any()
 
 
-def test_everything_non_finite():
-    cost = torch.full((2, 3, 5), math.nan)
+def test_everything_else_is_zero_or_nothing_is_finite():
+    cost = torch.full((3, 3, 5), math.nan)
     cost[1] = -math.inf
-    _equals_scipy(cost, torch.tensor([5, 2]))
+    cost[2] = torch.zeros(3, 5).fill_diagonal_(math.inf)
+    _equals_scipy(cost, torch.tensor([5, 2, 3]))
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------
@@ -179,6 +181,19 @@ def test_compiles_whole():
         for targets in (4, 7) if dynamic else (4,):
             inputs = problems("random", 6, 5, targets, torch.Generator().manual_seed(13))
             assert all(torch.equal(a, b) for a, b in zip(compiled(*inputs), function(*inputs)))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_the_whole_matching_reads_nothing_on_the_host(device):
+    """On fake tensors, where a read of the host raises: from predictions to indices, as the step calls it."""
+    with FakeTensorMode(), ops.kernels("fused"):
+        logits, boxes = (torch.empty(6, 8, 100, n, device=device) for n in (92, 4))
+        labels, counts = torch.empty(8, 20, dtype=torch.int64, device=device), torch.empty(8, device=device).int()
+        cost = ops.match_cost(logits, boxes, labels, torch.empty(8, 20, 4, device=device), counts)
+        query, flag = ops.assignment(cost, counts)
+    assert (cost.shape, cost.stride()) == ((6, 8, 100, 20), (16000, 2000, 1, 100))
+    assert (query.shape, query.dtype, query.device) == ((6, 8, 20), torch.int64, logits.device)
+    assert (flag.shape, flag.dtype, flag.device) == ((6, 8), torch.int32, logits.device)
 
 
 @needs_compiler
