@@ -285,6 +285,14 @@ def candidates(shape: tuple) -> list[dict]:
     return found
 
 
+def loop_turns(kernel: str, constants: dict, shape: tuple) -> int | None:
+    """How often the loop that counts objects turns, in all programs of a forward without others."""
+    layers, images, objects, attributes, _ = shape
+    if kernel != "_attribute_loss_fwd_kernel" or constants["DIRECT"] or constants["BLOCK"] < attributes:
+        return None
+    return layers * images * cdiv(objects, constants["R"]) * cdiv(objects, constants["NB"])
+
+
 def bytes_moved(shape: tuple, dtype: torch.dtype) -> int:
     """Forward: logits, query and attributes read, log-sum-exps written."""
     layers, images, objects, attributes, slots = shape

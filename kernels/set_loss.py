@@ -102,8 +102,8 @@ def _fwd_launch(
 ):  # fmt: skip
     losses, lse = outputs = _fwd_outputs(logits)
     layers, images, queries, _ = logits.shape
-    if lse.numel() == 0:  # no images or no queries: no loss; a mean of nothing is not defined
-        losses.fill_(float("nan"))
+    if lse.numel() == 0:
+        losses.fill_(float("nan"))  # means of nothing
         return outputs
     direct, tune = _fwd_parameters(logits)
     counts = counts.contiguous()
@@ -342,6 +342,16 @@ def candidates(shape: tuple) -> list[dict]:
         ]
         found += [{"op": op, "bucket": bucket, "parameters": parameters} for parameters in tried]
     return found
+
+
+def loop_turns(kernel: str, constants: dict, shape: tuple) -> int | None:
+    """How often the loop over objects turns, in all programs together, where it is the only one: all classes in one
+    block, one block of rows a program."""
+    layers, images, queries, _, objects = shape
+    alone = constants["BLOCK"] >= constants["K"] and not constants["PER_PROCESS"] if "K" in constants else False
+    if not alone or constants.get("DIRECT"):
+        return None
+    return layers * images * cdiv(queries, constants["R"]) * cdiv(objects, OBJECTS)
 
 
 def _sizes(shape: tuple, dtype: torch.dtype) -> tuple[int, int, int]:

@@ -450,6 +450,8 @@ def set_loss(
     op = "set_loss"
     _shape(op, "logits", logits, (None,) * 4, "[L,B,Q,K]")
     layers, images, queries, classes = logits.shape
+    if logits.numel() == 0:
+        _fail(op, "logits", f"of shape {list(logits.shape)}", "there is no loss of nothing: no size may be 0")
     _shape(op, "boxes", boxes, (layers, images, queries, 4), "[L,B,Q,4]")
     _shape(op, "query", query, (layers, images, None), "[L,B,N]")
     _shape(op, "labels", labels, (images, query.shape[2]), "[B,N]")

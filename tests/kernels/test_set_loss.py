@@ -155,6 +155,7 @@ def _arguments(**changes):
     ("changes", "text"),
     [
         ({"logits": torch.zeros(2, 3, 7)}, r"logits is of shape \[2, 3, 7\]; it must be \[L,B,Q,K\]"),
+        ({"logits": torch.zeros(2, 3, 0, 5)}, r"logits is of shape \[2, 3, 0, 5\]; there is no loss of nothing"),
         ({"boxes": torch.zeros(2, 3, 6, 4)}, r"boxes is of shape .* it must be \[L,B,Q,4\] = \[2, 3, 7, 4\]"),
         ({"query": torch.zeros(2, 4, 4).long()}, r"query is of shape .* \[L,B,N\] = \[2, 3, any\]"),
         ({"labels": torch.zeros(3, 5).long()}, r"labels is of shape .* \[B,N\] = \[3, 4\]"),
