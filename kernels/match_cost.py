@@ -372,12 +372,6 @@ def candidates(shape: tuple) -> list[dict]:
     return [{"op": "match_cost", "bucket": _bucket(queries, classes), "parameters": p} for p in tried]
 
 
-def loop_turns(kernel: str, constants: dict, shape: tuple) -> int:
-    """How often the loop over targets turns, in all programs together, if every target is real."""
-    layers, batch, queries, _, targets, _ = shape
-    return layers * batch * cdiv(queries, constants["QUERIES"]) * cdiv(targets, constants["TARGETS"])
-
-
 def bytes_moved(shape: tuple, dtype: torch.dtype) -> int:
     """Logits, boxes and targets read, the cost written."""
     layers, batch, queries, classes, targets, _ = shape
