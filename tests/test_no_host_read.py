@@ -80,8 +80,11 @@ def forward_and_losses(name: str, device: str = "cuda:0") -> tuple[Counts, Count
     return forward, counts.taken()
 
 
-def whole_step(name: str, *, unused: str = "skip", bf16: bool = True, change=lambda model: None) -> Counts:
-    """Counts of ``train_step`` on fake CPU tensors; ``change`` may plant something into the model."""
+def whole_step(
+    name: str, *, unused: str = "skip", bf16: bool = True, change=lambda model: None, warm: bool = False
+) -> Counts:
+    """Counts of ``train_step`` on fake CPU tensors; ``change`` may plant something into the model. ``warm``: of the
+    second one, the first makes the optimiser's moments."""
     with counting() as counts, ops.kernels("fused"):
         model = full_model("cpu")
         optimizer = optimizer_of(model, unused)
@@ -89,6 +92,8 @@ def whole_step(name: str, *, unused: str = "skip", bf16: bool = True, change=lam
         batch = random_batch(name, model.config)
         done = torch.zeros((), dtype=torch.int64)
         change(model)
+        if warm:
+            train_step(model, optimizer, name, batch, used=used, bf16=bf16)
         counts.clear()
         optimizer.scale_lr(lr_multiplier_tensor(done, 2000, 500_000))
         update = train_step(model, optimizer, name, batch, used=used, bf16=bf16)
@@ -340,7 +345,7 @@ def main() -> None:
     print(f"{'task':26}{'forward':>9}{'losses':>9}{'step':>9}{'of it casts':>13}{'optimiser':>11}{'reads':>7}")
     for name in TASKS:
         forward, losses = forward_and_losses(name)
-        step, optimizer = whole_step(name), optimizer_step(name, "skip")
+        step, optimizer = whole_step(name, warm=True), optimizer_step(name, "skip")
         reads = sum((c.reads.total() for c in (forward, losses, step, optimizer)), 0)
         print(
             f"{name:26}{kernels_of(forward):9.0f}{kernels_of(losses):9.0f}{kernels_of(step):9.0f}"
