@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from unit_fast_kernels import adamw as kernel
 
-from benchmarks import _pointwise, _run
+from benchmarks import _pointwise, _run, _tune
 from benchmarks.baselines.unit_eager_training import HFAdamW
 from unit_fast import ops, recipes
 from unit_fast.model import UniT
@@ -176,7 +176,12 @@ def build(args: argparse.Namespace) -> _run.Benchmark:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return _run.main(build, arguments, options=_run.parser(__doc__.splitlines()[0]))
+    options = _run.parser(__doc__.splitlines()[0])
+    _tune.add_tune(options)
+    args = options.parse_args(arguments)
+    if args.tune:
+        return _tune.main("adamw", args.tune_minutes)
+    return _run.main(build, arguments, options=options)
 
 
 if __name__ == "__main__":

@@ -110,4 +110,5 @@ def test_dropout_replays_from_the_seed(device, monkeypatch):
         assert all(torch.equal(first[k], same[k]) for k in first)
         assert not torch.equal(first["hidden_states"], other["hidden_states"])
     fused = {row.op for row in ops.implementations() if "fused" in row.implementations}
-    assert {op for op, how, _ in ops._logged if how == "fused"} == fused
+    elsewhere = {"match_cost", "assignment", "set_loss", "attribute_loss", "adamw"}  # detection's, the optimiser's
+    assert {op for op, how, _ in ops._logged if how == "fused"} == fused - elsewhere

@@ -15,6 +15,7 @@ from unit_fast_kernels._adamw_step import POLICIES, RULES, Step, adamw_reference
 from unit_fast_kernels._triton import INTERPRETING
 from unit_fast_kernels.adamw import CHUNK, Tables, adamw_fused, adamw_unfit
 
+from benchmarks import _tune
 from tests.kernels.common import guarded, poison_new_memory
 from tests.planted_kernels import needs_compiler
 
@@ -370,6 +371,17 @@ def test_three_launches_whatever_the_number_of_tensors(monkeypatch):
     tables = Tables([p.numel() for p in step.params], step.groups, "cpu")
     module._launch(*module._arguments(step, step.grads, tables))
     assert launched == list(zip(names, [(chunks,), (N,), (chunks,)]))
+
+
+def test_every_candidate_of_the_tuning_is_looked_up(monkeypatch):
+    for name in ("_adamw_norms_kernel", "_adamw_decide_kernel", "_adamw_update_kernel"):
+        monkeypatch.setattr(module, name, Record(name, []))
+    shapes = {name: shape for name, shape in module.SHAPES.items() if name.startswith("bert_layer")}
+    monkeypatch.setattr(module, "SHAPES", shapes)
+    buckets = _tune.buckets(module, torch.bfloat16, torch.device("cpu"))
+    assert [(b.op, b.name, len(b.cases)) for b in buckets] == [(op, "any", len(shapes)) for op in module.DEFAULTS]
+    assert [b.candidates[0] for b in buckets] == list(module.DEFAULTS.values())
+    assert all(len(b.candidates) > 4 for b in buckets)
 
 
 def test_tables_are_copied_when_something_has_changed(monkeypatch):
