@@ -28,8 +28,8 @@ COCO_CATEGORIES = {"red": 1, "green": 18, "blue": 37, "yellow": 44, "white": 90}
 """Category -> id, with gaps as in COCO. COCO's categories are the colours here, Visual Genome's the shapes."""
 
 _VG_OBJECTS = (
-    ("square", "box"),
-    ("triangle", "wedge"),
+    ("brick", "block"),
+    ("ladder", "rungs"),
     ("ring", "hoop"),
 )
 _VG_ATTRIBUTES = (*((color,) for color in COLORS), ("small", "little"), ("large", "big"))

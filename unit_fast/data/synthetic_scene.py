@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
-KINDS = ("square", "triangle", "ring")
+KINDS = ("brick", "ladder", "ring")
+"""Flat, upright and round: what is told apart by the sides of a box too is learned in minutes."""
 COLORS = {
     "red": (214, 40, 40),
     "green": (44, 170, 60),
@@ -20,11 +21,11 @@ COLORS = {
     "yellow": (240, 215, 40),
     "white": (240, 240, 240),
 }
-GROUNDS = {"gray": (128, 128, 128), "brown": (118, 78, 46), "black": (34, 34, 38)}
-SIZES = {"small": (10.0, 12.0), "large": (14.0, 17.0)}
+GROUNDS = {"gray": (128, 128, 128), "brown": (136, 82, 36), "purple": (112, 62, 150)}
+SIZES = {"small": (8.0, 9.5), "large": (11.5, 13.5)}
 """Size name -> range of the half side in pixels; the gap keeps the names unambiguous."""
 
-SIDE = 64
+SIDE = 48
 """Pixels a side of every image: the demo trains on them as they are, without resizing or padding."""
 MOST = 3
 """Shapes of a scene, at most."""
@@ -33,6 +34,8 @@ _COUNT_WEIGHTS = (0.55, 0.33, 0.12)
 _CROWD_SHARE = 0.02
 _ATTEMPTS = 50
 _HOLE = 0.6  # of a ring's radius
+_RAIL = 0.25  # of a ladder's width
+_GAPS = ((-0.05, 0.2), (0.4, 0.6), (0.8, 1.05))  # of a ladder's height; the outer ones are open
 _OVERSAMPLING = 3  # shapes are drawn this much larger and averaged down, which smooths their edges
 
 
@@ -82,13 +85,12 @@ class Scene:
 
 
 def _outline(kind: str) -> list[tuple[float, float]]:
-    """Corners of ``kind`` inside [-1, 1] x [-1, 1]."""
+    """Corners of ``kind`` around the origin, its half side being about 1."""
     if kind == "ring":
         angles = (2 * math.pi * i / 24 for i in range(24))
         return [(math.cos(a), math.sin(a)) for a in angles]
-    if kind == "square":
-        return [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]
-    return [(0.0, -1.0), (1.0, 0.8), (-1.0, 0.8)]
+    x, y = (1.1, 0.65) if kind == "brick" else (0.7, 1.1)
+    return [(-x, -y), (x, -y), (x, y), (-x, y)]
 
 
 def _rotate(x: float, y: float, angle: float) -> tuple[float, float]:
@@ -124,7 +126,7 @@ def draw_scene(rng: random.Random, *, crowds: bool = False) -> Scene:
         kind, color = rng.choice(KINDS), rng.choice(list(COLORS))
         cells = [(x + 8 * column, y + 8 * row) for row in range(3) for column in range(4)]
         for left, top in rng.sample(cells, rng.randrange(7, 12)):
-            crowd.append(_place(rng, kind, color, "small", 3.0, width, height, [], (left, top, left + 8, top + 8)))
+            crowd.append(_place(rng, kind, color, "small", 2.6, width, height, [], (left, top, left + 8, top + 8)))
         taken.append((x, y, x + 32, y + 24))
     number = rng.choices(range(1, MOST + 1), _COUNT_WEIGHTS)[0]
     for _ in range(_ATTEMPTS):
@@ -165,13 +167,24 @@ def render(scene: Scene) -> bytes:
     return buffer.getvalue()
 
 
+def _holes(thing: Thing) -> list[list[tuple[float, float]]]:
+    """What is cut out of the outline: the middle of a ring, the gaps between a ladder's rungs."""
+    if thing.kind == "ring":
+        cx, cy = thing.center
+        return [[(cx + _HOLE * (x - cx), cy + _HOLE * (y - cy)) for x, y in thing.polygon]]
+    if thing.kind == "ladder":
+        (x0, y0), (x1, y1), _, (x3, y3) = thing.polygon
+        across, down = (x1 - x0, y1 - y0), (x3 - x0, y3 - y0)
+        gaps = [[(_RAIL, top), (1 - _RAIL, top), (1 - _RAIL, end), (_RAIL, end)] for top, end in _GAPS]
+        return [[(x0 + u * across[0] + v * down[0], y0 + u * across[1] + v * down[1]) for u, v in g] for g in gaps]
+    return []
+
+
 def _mask(thing: Thing, width: int, height: int) -> Image.Image:
     mask = Image.new("L", (width * _OVERSAMPLING, height * _OVERSAMPLING))
     draw = ImageDraw.Draw(mask)
     draw.polygon([(x * _OVERSAMPLING, y * _OVERSAMPLING) for x, y in thing.polygon], fill=255)
-    if thing.kind == "ring":
-        cx, cy = thing.center
-        hole = [(cx + _HOLE * (x - cx), cy + _HOLE * (y - cy)) for x, y in thing.polygon]
+    for hole in _holes(thing):
         draw.polygon([(x * _OVERSAMPLING, y * _OVERSAMPLING) for x, y in hole], fill=0)
     return mask.reduce(_OVERSAMPLING)
 

@@ -18,14 +18,15 @@ ANSWERS = ("<unk>", "yes", "no", *map(str, range(MOST + 1)), *COLORS, *KINDS, *G
 """The VQA answer list; index 0 is the unknown answer."""
 
 QUESTION_KINDS = {
-    "color of kind": 0.26,
+    "color of kind": 0.28,
     "kind of color": 0.18,
-    "pair": 0.06,
-    "kind": 0.10,
-    "count kind": 0.05,
-    "count": 0.10,
-    "beside": 0.03,
-    "ground": 0.22,
+    "pair": 0.04,
+    "kind": 0.06,
+    "color": 0.06,
+    "count kind": 0.03,
+    "count": 0.13,
+    "beside": 0.02,
+    "ground": 0.20,
 }
 """Kind of question -> how often it is asked, where the scene allows it."""
 
@@ -62,6 +63,10 @@ def ask(rng: random.Random, scene: Scene, asked: str) -> tuple[str, str, str, st
         kind = rng.choice(kinds if not absent or rng.random() < 0.5 else absent)
         text = rng.choice(("Is there a {}?", "Do you see a {}?")).format(kind)
         return text, "yes" if kind in kinds else "no", "is there a", "yes/no"
+    elif asked == "color":
+        color = rng.choice(colors if rng.random() < 0.5 else [c for c in COLORS if c not in colors])
+        text = rng.choice(("Is there something {}?", "Do you see something {}?")).format(color)
+        return text, "yes" if color in colors else "no", "is there", "yes/no"
     elif asked == "count kind":
         number = rng.choice(sorted({kinds.count(k) for k in KINDS}))
         kind = rng.choice([k for k in KINDS if kinds.count(k) == number])
