@@ -75,18 +75,23 @@ class Tables:
         self._tensors: dict[str, Tensor] = {}
         self._captured: list[tuple[Tensor, list]] = []
         self._filled = 0
+        self._held: list[Tensor] = []  # what graphs read, also when it has been replaced here
+
+    def _in_a_graph(self) -> bool:
+        return not isinstance(self.layout, FakeTensor) and _capturing(self.device)
 
     def kept(self, name: str, values, dtype: torch.dtype) -> Tensor:
         """``values`` on the device."""
         if self._hosts.get(name) != values:
             self._hosts[name], self._tensors[name] = values, upload(values, dtype, self.device)
+        if self._in_a_graph():
+            self._held.append(self._tensors[name])
         return self._tensors[name]
 
     def addresses(self, rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
         """The table [ROWS,n] of where the tensors are."""
         values = addresses_of(rows)
-        fake = isinstance(self.layout, FakeTensor)
-        if fake or self._hosts.get("addresses") == values or not _capturing(self.device):
+        if not self._in_a_graph():
             return self.kept("addresses", values, torch.int64)
         table = torch.empty((ROWS, len(rows[0])), dtype=torch.int64, device=self.device)
         self._captured.append((table, values))

@@ -400,20 +400,26 @@ def test_tables_are_copied_when_something_has_changed(monkeypatch):
 
 
 def test_a_captured_step_gets_its_own_addresses_after_the_capture(monkeypatch):
+    """Also where they are those of the eager step before: that one's table is replaced when they change."""
     step = make()
     tables = Tables([p.numel() for p in step.params], step.groups, "cpu")
+    names = [argument.name for argument in module._operator._schema.arguments]
+    at, hyper = names.index("addresses"), names.index("hyper")
     eager = module._arguments(step, step.grads, tables)
+    others = [None if g is None else g.clone() for g in step.grads]
     with monkeypatch.context() as patch:
         patch.setattr(module, "_capturing", lambda device: True)
-        same = module._arguments(step, step.grads, tables)
-        grads = [None if g is None else g.clone() for g in step.grads]
-        captured = module._arguments(step, grads, tables)
-    at = [argument.name for argument in module._operator._schema.arguments].index("addresses")
-    assert same[at] is eager[at]
-    assert captured[at] is not eager[at]
+        patch.setattr(module, "upload", lambda *_: pytest.fail("copied within the capture"))
+        first, second = (module._arguments(step, grads, tables) for grads in (step.grads, others))
     tables.finish_capture()
-    assert captured[at][1].tolist() == [0 if g is None else g.data_ptr() or 16 for g in grads]
-    assert eager[at][1].tolist() == [0 if g is None else g.data_ptr() or 16 for g in step.grads]
+    for arguments, grads in ((eager, step.grads), (first, step.grads), (second, others)):
+        assert arguments[at][1].tolist() == [0 if g is None else g.data_ptr() or 16 for g in grads]
+    assert len({arguments[at].data_ptr() for arguments in (eager, first, second)}) == 3
+    assert any(held is first[hyper] for held in tables._held)
+    written = []
+    monkeypatch.setattr(module, "upload", lambda values, *_: written.append(values))
+    tables.finish_capture()
+    assert written == []
 
 
 @pytest.mark.parametrize("policy", POLICIES)
