@@ -5,6 +5,7 @@ per parameter and moves the subset; what happens to the others is the policy ``u
 ``ops.adamw``.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -254,6 +255,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             return
         for group in self.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
+        self._written = [math.nan] * len(self.param_groups)  # a tensor may have changed them since
         self._write_rates()
 
     def _write_rates(self) -> None:

@@ -178,6 +178,9 @@ def test_what_is_written_to_the_rates_holds_until_a_group_changes(mode):
             optimizer.step()
         moved.append(before - p.item())
     assert moved == pytest.approx([0.25, 0.25, 0.5], rel=1e-5)
+    for multiplier, rate in ((1.0, 0.5), (torch.tensor(0.3), 0.15), (1.0, 0.5)):
+        optimizer.scale_lr(multiplier)
+        assert optimizer.device_lr.tolist() == pytest.approx([rate])
 
 
 # --- GradScaler -------------------------------------------------------------------------------------------------------
