@@ -5,14 +5,17 @@ scattered and nothing outside the tensors is read whatever ``query`` holds. Each
 which depends on the matching alone; forward and backward compute it alike. Classes come in blocks of BLOCK columns,
 with the log-sum-exp carried from one to the next. Everything is float32.
 
-A program of the forward adds the rows of one block (DIRECT: of a whole layer, and writes the result); partials are
-added in a fixed order by a second kernel. The backward has a program for every block of rows and writes every element.
+A program of the forward adds the rows of one block, one more an image the boxes of its pairs, an object a thread
+(DIRECT: one program has a whole layer and writes the result); partials are added in a fixed order by a second kernel.
+The backward has the same programs; every element is written by one: boxes without an object by that of their row.
 """
 
 from unit_fast_kernels._triton import jit, tl
 
 OBJECTS = 32
 """Objects that a row is compared with at a time."""
+LOWEST = tl.constexpr(-3.0e38)
+"""Below every logit but minus infinity; that less infinity would be NaN."""
 
 
 @jit
@@ -67,6 +70,16 @@ def _box(ptr, offset, mask):
     w = tl.load(ptr + offset + 2, mask=mask, other=1.0).to(tl.float32)
     h = tl.load(ptr + offset + 3, mask=mask, other=1.0).to(tl.float32)
     return cx, cy, w, h
+
+
+@jit
+def _pairs(query_ptr, start, layer, of_image, images, queries, objects, PAIRS: tl.constexpr):
+    """(rows of boxes, of target_boxes, which count) for the objects from ``start`` on of an image in a layer. The
+    masks keep queries that do not exist out."""
+    number = start + tl.arange(0, PAIRS)
+    query = tl.load(query_ptr + of_image * objects + number, mask=number < objects, other=-1).to(tl.int64)
+    valid = (query >= 0) & (query < queries)
+    return of_image * queries + query, (of_image - layer * images) * objects + number, valid
 
 
 @jit
@@ -156,6 +169,8 @@ def _set_loss_fwd_kernel(
     R: tl.constexpr,
     BLOCK: tl.constexpr,
     NB: tl.constexpr,
+    PAIRS: tl.constexpr,
+    LAST: tl.constexpr,
     PER_PROCESS: tl.constexpr,
     BALANCED: tl.constexpr,
     POSITIVE: tl.constexpr,
@@ -168,15 +183,17 @@ def _set_loss_fwd_kernel(
     if PER_PROCESS:
         of_layer = _matched_in_layer(query_ptr + layer * images * objects, images * objects, R, NB)
     if DIRECT:
-        image_from, image_to, row_from, row_to = 0, images, 0, queries
+        image_from, image_to, row_from, row_to, pair_from, pair_to = 0, images, 0, queries, 0, objects
     else:
         image_from, row_from = tl.program_id(1), tl.program_id(0) * R
-        image_to, row_to = image_from + 1, row_from + R
+        image_to, row_to = image_from + 1, tl.minimum(row_from + R, queries)
+        # The last program, which has no rows, has the boxes of the image.
+        pair_from, pair_to = tl.where(row_from < queries, objects, 0), objects
     ce = tl.zeros([R], tl.float32)
-    bbox = tl.zeros([R], tl.float32)
-    giou = tl.zeros([R], tl.float32)
     predicted = tl.zeros([R], tl.float32)
     cardinality = tl.zeros([R], tl.float32)
+    bbox = tl.zeros([PAIRS], tl.float32)
+    giou = tl.zeros([PAIRS], tl.float32)
     for image in range(image_from, image_to):
         of_image = layer * images + image
         predicted = tl.zeros([R], tl.float32)
@@ -193,20 +210,22 @@ def _set_loss_fwd_kernel(
             # A label that is no class gives NaN, not another class's loss.
             of_target = tl.load(logits_ptr + at * K + target, mask=known, other=float("nan")).to(tl.float32)
             of_none = tl.load(logits_ptr + at * K + no_object, mask=inside, other=0.0).to(tl.float32)
-            top = tl.full([R], -3.0e38, tl.float32)
+            top = tl.maximum(of_none, LOWEST)
             total = tl.zeros([R], tl.float32)
-            better = tl.zeros([R], tl.int32)
+            best = tl.full([R], float("-inf"), tl.float32)  # of the classes of objects
+            before = tl.full([R], float("-inf"), tl.float32)  # of those before no-object
             for first in range(0, K, BLOCK):
                 column = first + tl.arange(0, BLOCK)
                 mask = inside[:, None] & (column < K)[None, :]
                 x = tl.load(logits_ptr + at[:, None] * K + column[None, :], mask=mask, other=float("-inf"))
                 x = x.to(tl.float32)
-                above = tl.maximum(top, tl.max(x, 1))
+                here = tl.max(tl.where((column == no_object)[None, :], float("-inf"), x), 1)
+                best = tl.maximum(best, here)
+                if not LAST:
+                    before = tl.maximum(before, tl.max(tl.where((column < no_object)[None, :], x, float("-inf")), 1))
+                above = tl.maximum(top, here)
                 total = total * tl.exp(top - above) + tl.sum(tl.exp(x - above[:, None]), 1)
                 top = above
-                # The first of the largest is the prediction.
-                wins = (x > of_none[:, None]) | ((x == of_none[:, None]) & (column < no_object)[None, :])
-                better = tl.maximum(better, tl.max((wins & mask).to(tl.int32), 1))
             lse = top + tl.log(tl.where(inside, total, 1.0))
             tl.store(lse_ptr + at, lse, mask=inside)
             factor = _factors(
@@ -214,12 +233,19 @@ def _set_loss_fwd_kernel(
                 PER_PROCESS, BALANCED, POSITIVE, NEGATIVE,
             )  # fmt: skip
             ce += tl.where(inside, factor * (lse - of_target), 0.0)
-            predicted += tl.where(inside, better.to(tl.float32), 0.0)
-            ax, ay, aw, ah = _box(boxes_ptr, at * 4, matched)
-            bx, by, bw, bh = _box(target_boxes_ptr, of_object * 4, matched)
+            # The first of the largest is the prediction.
+            if LAST:
+                is_object = best >= of_none
+            else:
+                is_object = (before >= of_none) | (best > of_none)
+            predicted += tl.where(inside & is_object, 1.0, 0.0)
+        for start in range(pair_from, pair_to, PAIRS):
+            of_query, of_object, valid = _pairs(query_ptr, start, layer, of_image, images, queries, objects, PAIRS)
+            ax, ay, aw, ah = _box(boxes_ptr, of_query * 4, valid)
+            bx, by, bw, bh = _box(target_boxes_ptr, of_object * 4, valid)
             distance, dissimilarity = _box_terms(ax, ay, aw, ah, bx, by, bw, bh)
-            bbox += tl.where(matched, distance, 0.0)
-            giou += tl.where(matched, dissimilarity, 0.0)
+            bbox += tl.where(valid, distance, 0.0)
+            giou += tl.where(valid, dissimilarity, 0.0)
         if DIRECT:
             count = tl.load(counts_ptr + image).to(tl.float32)
             cardinality += tl.abs(tl.sum(predicted, 0) - count)
@@ -290,67 +316,77 @@ def _set_loss_bwd_kernel(
     R: tl.constexpr,
     BLOCK: tl.constexpr,
     NB: tl.constexpr,
+    PAIRS: tl.constexpr,
     PER_PROCESS: tl.constexpr,
     BALANCED: tl.constexpr,
     POSITIVE: tl.constexpr,
     NEGATIVE: tl.constexpr,
 ):
     layer, image = tl.program_id(2).to(tl.int64), tl.program_id(1)
-    row = tl.program_id(0) * R + tl.arange(0, R)
-    inside = row < queries
     of_image = layer * images + image
     number = tl.load(number_ptr).to(tl.float32)
-    object_, matched_in_image = _object_of_rows(query_ptr + of_image * objects, row, objects, R, NB)
-    matched = inside & (object_ >= 0)
-    of_object = image.to(tl.int64) * objects + object_
-    at = of_image * queries + row
-
-    if by_ce_ptr is not None:
-        of_layer = tl.zeros([R], tl.float32)
-        if PER_PROCESS:
-            of_layer = _matched_in_layer(query_ptr + layer * images * objects, images * objects, R, NB)
-        target = tl.load(labels_ptr + of_object, mask=matched, other=0)
-        target = tl.where(matched, target, no_object)
-        factor = _factors(
-            matched, matched_in_image, of_layer, number, images, queries, no_object_weight,
-            PER_PROCESS, BALANCED, POSITIVE, NEGATIVE,
-        )  # fmt: skip
-        factor *= tl.load(by_ce_ptr + layer) * weight_ce
-        factor = tl.where((target >= 0) & (target < K), factor, float("nan"))
-        lse = tl.load(lse_ptr + at, mask=inside, other=0.0)
-        for first in range(0, K, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            mask = inside[:, None] & (column < K)[None, :]
-            offset = at[:, None] * K + column[None, :]
-            x = tl.load(logits_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-            p = tl.exp(x - lse[:, None]) - (column[None, :] == target[:, None]).to(tl.float32)
-            tl.store(dlogits_ptr + offset, (factor[:, None] * p).to(dlogits_ptr.dtype.element_ty), mask=mask)
+    first_row = tl.program_id(0) * R
+    if first_row < queries:
+        row = first_row + tl.arange(0, R)
+        inside = row < queries
+        object_, matched_in_image = _object_of_rows(query_ptr + of_image * objects, row, objects, R, NB)
+        matched = inside & (object_ >= 0)
+        at = of_image * queries + row
+        if by_ce_ptr is not None:
+            of_layer = tl.zeros([R], tl.float32)
+            if PER_PROCESS:
+                of_layer = _matched_in_layer(query_ptr + layer * images * objects, images * objects, R, NB)
+            target = tl.load(labels_ptr + image * objects + object_, mask=matched, other=0)
+            target = tl.where(matched, target, no_object)
+            factor = _factors(
+                matched, matched_in_image, of_layer, number, images, queries, no_object_weight,
+                PER_PROCESS, BALANCED, POSITIVE, NEGATIVE,
+            )  # fmt: skip
+            factor *= tl.load(by_ce_ptr + layer) * weight_ce
+            factor = tl.where((target >= 0) & (target < K), factor, float("nan"))
+            lse = tl.load(lse_ptr + at, mask=inside, other=0.0)
+            for first in range(0, K, BLOCK):
+                column = first + tl.arange(0, BLOCK)
+                mask = inside[:, None] & (column < K)[None, :]
+                offset = at[:, None] * K + column[None, :]
+                x = tl.load(logits_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+                p = tl.exp(x - lse[:, None]) - (column[None, :] == target[:, None]).to(tl.float32)
+                tl.store(dlogits_ptr + offset, (factor[:, None] * p).to(dlogits_ptr.dtype.element_ty), mask=mask)
+        else:
+            for first in range(0, K, BLOCK):
+                column = first + tl.arange(0, BLOCK)
+                mask = inside[:, None] & (column < K)[None, :]
+                zeros = tl.zeros([R, BLOCK], tl.float32).to(dlogits_ptr.dtype.element_ty)
+                tl.store(dlogits_ptr + at[:, None] * K + column[None, :], zeros, mask=mask)
+        # The boxes of matched rows are the last program's.
+        coordinate = tl.arange(0, 4)
+        zeros = tl.zeros([R, 4], tl.float32).to(dboxes_ptr.dtype.element_ty)
+        mask = (inside & (object_ < 0))[:, None] & (coordinate < 4)[None, :]
+        tl.store(dboxes_ptr + at[:, None] * 4 + coordinate[None, :], zeros, mask=mask)
     else:
-        for first in range(0, K, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            mask = inside[:, None] & (column < K)[None, :]
-            zeros = tl.zeros([R, BLOCK], tl.float32).to(dlogits_ptr.dtype.element_ty)
-            tl.store(dlogits_ptr + at[:, None] * K + column[None, :], zeros, mask=mask)
-
-    ax, ay, aw, ah = _box(boxes_ptr, at * 4, matched)
-    bx, by, bw, bh = _box(target_boxes_ptr, of_object * 4, matched)
-    dx, dy = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
-    dw, dh = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
-    if by_bbox_ptr is not None:
-        by_bbox = tl.load(by_bbox_ptr + layer) * weight_bbox / number
-        dx += by_bbox * _sign(ax - bx)
-        dy += by_bbox * _sign(ay - by)
-        dw += by_bbox * _sign(aw - bw)
-        dh += by_bbox * _sign(ah - bh)
-    if by_giou_ptr is not None:
-        by_giou = tl.load(by_giou_ptr + layer) * weight_giou / number
-        gx, gy, gw, gh = _giou_gradient(ax, ay, aw, ah, bx, by, bw, bh)
-        dx -= by_giou * gx
-        dy -= by_giou * gy
-        dw -= by_giou * gw
-        dh -= by_giou * gh
-    place = dboxes_ptr + at * 4
-    tl.store(place, tl.where(matched, dx, 0.0).to(dboxes_ptr.dtype.element_ty), mask=inside)
-    tl.store(place + 1, tl.where(matched, dy, 0.0).to(dboxes_ptr.dtype.element_ty), mask=inside)
-    tl.store(place + 2, tl.where(matched, dw, 0.0).to(dboxes_ptr.dtype.element_ty), mask=inside)
-    tl.store(place + 3, tl.where(matched, dh, 0.0).to(dboxes_ptr.dtype.element_ty), mask=inside)
+        by_bbox, by_giou = 0.0, 0.0
+        if by_bbox_ptr is not None:
+            by_bbox = tl.load(by_bbox_ptr + layer) * weight_bbox / number
+        if by_giou_ptr is not None:
+            by_giou = tl.load(by_giou_ptr + layer) * weight_giou / number
+        for start in range(0, objects, PAIRS):
+            of_query, of_object, valid = _pairs(query_ptr, start, layer, of_image, images, queries, objects, PAIRS)
+            ax, ay, aw, ah = _box(boxes_ptr, of_query * 4, valid)
+            bx, by, bw, bh = _box(target_boxes_ptr, of_object * 4, valid)
+            dx, dy, dw, dh = tl.zeros_like(ax), tl.zeros_like(ax), tl.zeros_like(ax), tl.zeros_like(ax)
+            if by_bbox_ptr is not None:
+                dx += by_bbox * _sign(ax - bx)
+                dy += by_bbox * _sign(ay - by)
+                dw += by_bbox * _sign(aw - bw)
+                dh += by_bbox * _sign(ah - bh)
+            if by_giou_ptr is not None:
+                gx, gy, gw, gh = _giou_gradient(ax, ay, aw, ah, bx, by, bw, bh)
+                dx -= by_giou * gx
+                dy -= by_giou * gy
+                dw -= by_giou * gw
+                dh -= by_giou * gh
+            place = dboxes_ptr + of_query * 4
+            tl.store(place, dx.to(dboxes_ptr.dtype.element_ty), mask=valid)
+            tl.store(place + 1, dy.to(dboxes_ptr.dtype.element_ty), mask=valid)
+            tl.store(place + 2, dw.to(dboxes_ptr.dtype.element_ty), mask=valid)
+            tl.store(place + 3, dh.to(dboxes_ptr.dtype.element_ty), mask=valid)

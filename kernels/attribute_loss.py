@@ -62,9 +62,9 @@ def attribute_loss_reference(
 
 
 def fwd_defaults(attributes: int) -> dict[str, int]:
-    """Rows and columns of a block, warps: 16 logits to a thread."""
+    """Rows and columns of a block, warps: 16 logits to a thread of one warp, so that no row is more than one warp's."""
     block = min(power_of_two(attributes), 512)
-    return {"rows": max(1, min(32, 2048 // block)), "block": block, "warps": 4}
+    return {"rows": min(16, 512 // block), "block": block, "warps": 1}
 
 
 def direct_defaults(objects: int, attributes: int) -> dict[str, int]:

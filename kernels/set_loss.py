@@ -55,16 +55,16 @@ DIRECT_TURNS = 4
 
 
 def fwd_defaults(classes: int) -> dict[str, int]:
-    """Rows and columns of a block, warps: 16 logits to a thread."""
+    """Rows and columns of a block, warps: 16 logits to a thread of one warp, so that no row is more than one warp's."""
     block = min(power_of_two(classes), 512)
-    return {"rows": max(1, min(64, 2048 // block)), "block": block, "warps": 4}
+    return {"rows": min(16, 512 // block), "block": block, "warps": 1}
 
 
 def direct_defaults(queries: int, classes: int) -> dict[str, int]:
-    """The same where a program takes a layer: few programs, so up to 16 warps."""
+    """The same where a program takes a layer: few programs, so up to 8 warps, and up to 32 logits to a thread."""
     block = min(power_of_two(classes), 512)
     rows = min(power_of_two(queries), 8192 // block, 128)
-    return {"rows": rows, "block": block, "warps": max(1, min(16, rows * block // 512))}
+    return {"rows": rows, "block": block, "warps": max(1, min(8, rows * block // 512))}
 
 
 def _is_direct(logits: Tensor) -> bool:
@@ -84,8 +84,9 @@ def _fwd_parameters(logits: Tensor) -> tuple[bool, dict[str, int]]:
 
 def _constants(logits: Tensor, tune: dict[str, int], per_process: bool, balanced: bool) -> dict:
     return {
-        "K": logits.shape[-1], "R": tune["rows"], "BLOCK": tune["block"], "NB": OBJECTS, "PER_PROCESS": per_process,
-        "BALANCED": balanced, "POSITIVE": POSITIVE_SHARE, "NEGATIVE": NEGATIVE_SHARE, "num_warps": tune["warps"],
+        "K": logits.shape[-1], "R": tune["rows"], "BLOCK": tune["block"], "NB": OBJECTS, "PAIRS": 32 * tune["warps"],
+        "PER_PROCESS": per_process, "BALANCED": balanced, "POSITIVE": POSITIVE_SHARE, "NEGATIVE": NEGATIVE_SHARE,
+        "num_warps": tune["warps"],
     }  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def _fwd_launch(
         return outputs
     direct, tune = _fwd_parameters(logits)
     counts = counts.contiguous()
-    blocks = cdiv(queries, tune["rows"])
+    blocks = cdiv(queries, tune["rows"]) + 1  # of rows, and the boxes
     out = losses
     if not direct:
         out = torch.empty((4, layers, images, blocks), dtype=torch.float32, device=logits.device)
@@ -128,6 +129,7 @@ def _fwd_launch(
         no_object_weight,
         *weights,
         **_constants(logits, tune, per_process, balanced),
+        LAST=no_object == logits.shape[-1] - 1,
         DIRECT=direct,
     )
     if not direct:
@@ -137,7 +139,7 @@ def _fwd_launch(
             losses,
             images,
             blocks,
-            BB=min(32, power_of_two(images)),
+            BB=min(16, power_of_two(images)),
             SB=min(32, power_of_two(blocks)),
             num_warps=1,
         )
@@ -176,7 +178,7 @@ def _bwd_launch(
         return outputs
     bucket = f"classes{power_of_two(classes)}"
     tune = launch_parameters("set_loss_bwd", bucket, fwd_defaults(classes), logits.device)
-    _set_loss_bwd_kernel[(cdiv(queries, tune["rows"]), images, layers)](
+    _set_loss_bwd_kernel[(cdiv(queries, tune["rows"]) + 1, images, layers)](
         *(None if g is None else g.contiguous() for g in (by_ce, by_bbox, by_giou)),
         logits.contiguous(),
         boxes.contiguous(),
@@ -342,16 +344,6 @@ def candidates(shape: tuple) -> list[dict]:
         ]
         found += [{"op": op, "bucket": bucket, "parameters": parameters} for parameters in tried]
     return found
-
-
-def loop_turns(kernel: str, constants: dict, shape: tuple) -> int | None:
-    """How often the loop over objects turns, in all programs together, where it is the only one: all classes in one
-    block, one block of rows a program."""
-    layers, images, queries, _, objects = shape
-    alone = constants["BLOCK"] >= constants["K"] and not constants["PER_PROCESS"] if "K" in constants else False
-    if not alone or constants.get("DIRECT"):
-        return None
-    return layers * images * cdiv(queries, constants["R"]) * cdiv(objects, OBJECTS)
 
 
 def _sizes(shape: tuple, dtype: torch.dtype) -> tuple[int, int, int]:

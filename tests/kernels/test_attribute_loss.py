@@ -31,7 +31,7 @@ SIZES = {  # (L, B, N, A, M), objects of the images that have a query
     "no_slots": ((2, 2, 3, 5, 0), (1, 3)),
     "all_padded": ((2, 3, 6, 4, 5), (0, 0, 0)),
 }
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16]
 NORMALISATIONS = ["per_image", "per_process"]
 
 
@@ -107,8 +107,7 @@ def check(name, dtype, **settings):
     return ours
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(("name", "dtype"), [*((n, d) for n in SIZES for d in DTYPES), ("odd", torch.float16)], ids=str)
 def test_is_as_good_as_eager(name, dtype):
     loss, dlogits = check(name, dtype)
     if name in ("empty", "no_slots", "all_padded"):

@@ -23,10 +23,10 @@ from unit_fast import ops
 SIZES = {  # (L, B, Q, K, N), objects of the images
     "row": ((1, 1, 1, 3, 1), (1,)),
     "odd": ((2, 3, 7, 5, 4), (4, 0, 3)),
-    "tail": ((2, 2, 33, 130, 9), (9, 5)),
+    "tail": ((1, 2, 9, 130, 5), (5, 2)),
     "many_classes": ((1, 2, 5, 1602, 6), (3, 6)),
     "many_objects": ((1, 2, 80, 6, 70), (70, 35)),
-    "many_images": ((1, 34, 2, 4, 2), (2, 1) * 17),
+    "many_images": ((1, 17, 2, 3, 1), (1, 0) * 8 + (1,)),
     "two_classes": ((2, 2, 9, 2, 3), (3, 1)),
     "empty": ((2, 2, 5, 4, 0), (0, 0)),
     "no_targets": ((2, 3, 6, 4, 5), (0, 0, 0)),
@@ -39,7 +39,7 @@ SETTINGS = {
     "balanced": {"balanced": True},
     "weights": {"weights": (2.5, 5.0, 0.5)},
 }
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(params=["direct", "split"])
@@ -101,8 +101,7 @@ def check(name, dtype, **settings):
     assert_as_good_as_eager(ours, eager, exact, torch.float32, dtype, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(("name", "dtype"), [*((n, d) for n in SIZES for d in DTYPES), ("odd", torch.float16)], ids=str)
 def test_is_as_good_as_eager(name, dtype):
     check(name, dtype)
 
