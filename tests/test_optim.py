@@ -554,6 +554,7 @@ def test_a_group_added_later_takes_part():
         ({"unused": "skp"}, "unused is 'skp'; nearest: skip"),
         ({"max_norm": 0.0}, "max_norm is 0.0; give a positive number"),
         ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": torch.tensor(0.1)}, "lr is a tensor; give a number"),
         ({"weight_decay": math.nan}, "weight_decay is nan"),
         ({"betas": (0.9, 1.0)}, "betas are"),
     ],
@@ -685,3 +686,14 @@ def test_loading_into_an_optimiser_that_has_stepped_takes_the_saved_counts():
     assert other.step_counts().tolist() == [0, 0]
     other.load_state_dict(saved.state_dict())
     assert other.step_counts().tolist() == [3, 0]
+
+
+def test_a_rate_that_torch_kept_as_a_tensor_is_loaded_as_a_number():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    theirs = torch.optim.AdamW([parameter], lr=torch.tensor(0.25), foreach=False)
+    parameter.grad = torch.ones(3)
+    theirs.step()
+    ours = MaskedAdamW([parameter])
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["lr"] == 0.25
+    assert isinstance(ours.param_groups[0]["lr"], float)

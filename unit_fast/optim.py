@@ -121,6 +121,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         super().add_param_group(group)
         self._forget()
         group = self.param_groups[-1]
+        if isinstance(group["lr"], Tensor):
+            raise ValueError("MaskedAdamW: lr is a tensor; give a number, and write rates of the device to device_lr")
         for name in ("lr", "eps", "weight_decay"):
             if not group[name] >= 0:
                 raise ValueError(f"MaskedAdamW: {name} is {group[name]}; it must not be negative")
@@ -339,6 +341,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         for group, old in zip(self.param_groups, before, strict=True):
             for name, value in old.items():
                 group.setdefault(name, value)
+            group["lr"] = float(group["lr"])  # torch's may be a tensor
         counts = [0] * len(shapes)
         for i, (p, _) in enumerate(self._members()):
             if p not in self.state:
