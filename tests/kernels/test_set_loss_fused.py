@@ -101,7 +101,11 @@ def check(name, dtype, **settings):
     assert_as_good_as_eager(ours, eager, exact, torch.float32, dtype, dtype)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((n, d) for n in SIZES for d in DTYPES), ("odd", torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((n, d) for n in SIZES for d in DTYPES[: 1 + (n != "many_images")]), ("odd", torch.float16)],
+    ids=str,
+)
 def test_is_as_good_as_eager(name, dtype):
     check(name, dtype)
 
