@@ -14,8 +14,6 @@ from unit_fast_kernels._triton import jit, tl
 
 OBJECTS = 32
 """Objects that a row is compared with at a time."""
-LOWEST = tl.constexpr(-3.0e38)
-"""Below every logit but minus infinity; that less infinity would be NaN."""
 
 
 @jit
@@ -210,7 +208,7 @@ def _set_loss_fwd_kernel(
             # A label that is no class gives NaN, not another class's loss.
             of_target = tl.load(logits_ptr + at * K + target, mask=known, other=float("nan")).to(tl.float32)
             of_none = tl.load(logits_ptr + at * K + no_object, mask=inside, other=0.0).to(tl.float32)
-            top = tl.maximum(of_none, LOWEST)
+            top = tl.maximum(of_none, -3.0e38)  # minus infinity less itself would be NaN
             total = tl.zeros([R], tl.float32)
             best = tl.full([R], float("-inf"), tl.float32)  # of the classes of objects
             before = tl.full([R], float("-inf"), tl.float32)  # of those before no-object

@@ -8,11 +8,13 @@ a mean over the process, or per image (0 without such objects) and then of the i
 
 Shapes: L decoder layers, B images, N padded objects, A attributes, M slots. logits [L,B,N,A], of the query of each
 object; query int64 [L,B,N] (-1 = none), attributes int64 [B,N,M] (-1 = empty slot; one twice counts twice). Replaces
-``log_softmax``, a gather of the slots, masks and means, 20 launches, and 15 of their backward. Fused: the forward reads
-the logits once and keeps a log-sum-exp an object; the backward reads them again and writes their gradient, in one
-launch. The forward is one launch where a layer is few blocks of objects (``direct``), else partial sums are added in
-a fixed order by a second, small one. Bytes: the logits once, and in the backward twice; FLOPs: about 5 a logit forward,
-5 + M backward; memory-bound. Limits of the fused path: float32, bfloat16, float16; M <= 64.
+``log_softmax``, a gather of the slots, masks and means, some 20 operators, and 10 of their backward.
+
+Fused: the forward reads the logits once and keeps a log-sum-exp an object; the backward reads them again and writes
+their gradient, in one launch. The forward is one launch where a layer is few blocks of objects (``direct``), else
+partial sums are added in a fixed order by a second, small one. Bytes: the logits once, and in the backward twice;
+FLOPs: about 5 a logit forward, 5 + M backward; memory-bound. Limits of the fused path: float32, bfloat16, float16;
+M <= 64.
 """
 
 import torch
