@@ -297,7 +297,7 @@ def demo() -> RunConfig:
         ratios={
             get_task(name).name: ratio
             for name, ratio in {
-                "coco": 0.16, "vg": 0.18, "vqa2": 0.30, "snli_ve": 0.12, "qnli": 0.06, "mnli": 0.06, "qqp": 0.09,
+                "coco": 0.12, "vg": 0.18, "vqa2": 0.30, "snli_ve": 0.16, "qnli": 0.06, "mnli": 0.06, "qqp": 0.09,
                 "sst2": 0.03,
             }.items()
         },

@@ -156,6 +156,7 @@ def render(scene: Scene) -> bytes:
     spots = rng.normal(0, 9, (height // 8 + 2, width // 8 + 2)).clip(-20, 20)
     coarse = Image.fromarray(spots.astype(np.float32))
     texture = np.asarray(coarse.resize((width, height), Image.Resampling.BILINEAR))
+    texture = texture + _pattern(scene.ground, width, height)
     ground = np.array(GROUNDS[scene.ground], np.float32) + rng.normal(0, 2.5) + texture[..., None]
     image = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
     for thing in scene.crowd + scene.things:
@@ -165,6 +166,19 @@ def render(scene: Scene) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=92, subsampling=0)
     return buffer.getvalue()
+
+
+def _pattern(ground: str, width: int, height: int) -> np.ndarray:
+    """What is added to a ground's brightness, [height,width]: gray is plain, brown has planks, purple is chequered.
+
+    A group norm takes the mean colour of an image away, so a ground that is only a colour is found late.
+    """
+    y, x = np.mgrid[:height, :width]
+    if ground == "brown":
+        return np.where(y % 8 < 2, -24.0, 0.0)
+    if ground == "purple":
+        return np.where((x // 4 + y // 4) % 2 == 0, 14.0, -14.0)
+    return np.zeros((height, width))
 
 
 def _holes(thing: Thing) -> list[list[tuple[float, float]]]:
