@@ -13,7 +13,7 @@ from tests.small_runs import ALL, log_of, rows, small_config
 from unit_fast import checkpoint
 from unit_fast.data import collate, open_dataset
 from unit_fast.errors import UserError
-from unit_fast.optim import lr_multiplier
+from unit_fast.schedule import lr_multiplier
 from unit_fast.setup_model import build, check_config, used_masks
 from unit_fast.tasks import TASKS
 from unit_fast.train import NonFinite, Trainer, train, train_step

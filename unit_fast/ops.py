@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from unit_fast_kernels import _triton
+from unit_fast_kernels import _adamw_step, _triton
 from unit_fast_kernels._adamw_cpu import adamw_cpu, adamw_cpu_unfit
 from unit_fast_kernels._adamw_step import Stats, Step, adamw_reference
 from unit_fast_kernels._attention_cpu import attention_cpu
@@ -61,6 +61,8 @@ from unit_fast_kernels.set_loss import NORMALISATIONS, set_loss_fused, set_loss_
 
 from unit_fast.errors import UserError, nearest
 
+adamw_step = _adamw_step
+"""What ``MaskedAdamW`` shares with its kernels."""
 MODES = ("auto", "fused", "reference")
 _IMPLEMENTATIONS = {
     "attention": {"reference": attention_reference, "cpu": attention_cpu, "fused": attention_fused},

@@ -11,18 +11,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from unit_fast_kernels._adamw_step import CLIP_EPS, NORM_ROW, POLICIES, RULES, Step, same_layout, upload
-from unit_fast_kernels.adamw import Tables
 
 from unit_fast import ops
 from unit_fast.config import OptimConfig
 from unit_fast.errors import UserError, nearest
-from unit_fast.schedule import lr_multiplier, lr_multiplier_tensor
-
-__all__ = [
-    "CLIP_EPS", "NORM_ROW", "POLICIES", "RULES", "MaskedAdamW", "StepStats", "lr_multiplier", "lr_multiplier_tensor",
-    "make_optimizer",
-]  # fmt: skip
+from unit_fast.ops import Step, Tables, adamw_step
 
 
 class StepStats(NamedTuple):
@@ -95,7 +88,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         ema: Mapping[Tensor, Tensor] | None = None,
         ema_decay: float = 0.999,
     ):
-        for name, value, known in (("rule", rule, RULES), ("unused", unused, POLICIES)):
+        for name, value, known in (("rule", rule, adamw_step.RULES), ("unused", unused, adamw_step.POLICIES)):
             if value not in known:
                 raise ValueError(f"MaskedAdamW: {name} is {value!r}; {nearest(value, known)}")
         if max_norm is not None and not max_norm > 0:
@@ -138,7 +131,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             for p, t in tensors.items():
                 if p not in members:
                     raise ValueError(f"MaskedAdamW: {name} has a tensor that is not one of the parameters")
-                if t.shape != p.shape or t.dtype != dtype or t.device != p.device or not same_layout(t, p):
+                if t.shape != p.shape or t.dtype != dtype or t.device != p.device or not adamw_step.same_layout(t, p):
                     raise ValueError(
                         f"MaskedAdamW: {name} of a parameter {list(p.shape)} on {p.device} is {t.dtype} "
                         f"{list(t.shape)} on {t.device}; it must be {dtype}, of its shape, device and strides"
@@ -239,7 +232,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         and holds until that changes. A captured step follows it."""
         if self._device_lr is None:
             self._written = [group["lr"] for group in self.param_groups]
-            self._device_lr = upload(self._written, torch.float64, self._members()[0][0].device)
+            self._device_lr = adamw_step.upload(self._written, torch.float64, self._members()[0][0].device)
         return self._device_lr
 
     def scale_lr(self, multiplier: float | Tensor) -> None:

@@ -15,7 +15,8 @@ from unit_fast_kernels._triton import INTERPRETING
 from tests.kernels.test_adamw import bits
 from unit_fast import ops, recipes
 from unit_fast.model import UniT
-from unit_fast.optim import MaskedAdamW, lr_multiplier, lr_multiplier_tensor
+from unit_fast.optim import MaskedAdamW
+from unit_fast.schedule import lr_multiplier, lr_multiplier_tensor
 
 FAST = "fused" if INTERPRETING else "auto"
 MODES = (FAST, "reference")
