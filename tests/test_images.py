@@ -1,5 +1,6 @@
 """Reading images and the transforms of SPEC 4.3."""
 
+import dataclasses
 import io
 import math
 import pickle
@@ -15,9 +16,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.data_roots import picture, write
+from tests.small_runs import small_config
 from unit_fast.config import DataConfig
-from unit_fast.data import BadImage
-from unit_fast.data.images import EvalTransform, TrainTransform, image_size, load_image, resized, to_tensor
+from unit_fast.data import BadImage, open_dataset
+from unit_fast.data.images import (
+    EvalTransform,
+    ImageCache,
+    TrainTransform,
+    image_size,
+    load_image,
+    resized,
+    to_tensor,
+)
 
 MAX = 50_000_000
 
@@ -299,3 +309,30 @@ def test_resize_equals_torchvisions_pil_path():
     geometry = EvalTransform(DataConfig(short_side=40, max_side=1333)).geometry(60, 90)
     expected = functional.resize(image, list(geometry.size))
     assert (np.asarray(geometry.apply_image(image)) == np.asarray(expected)).all()
+
+
+def test_cached_images_are_read_once_and_up_to_the_limit(tmp_path):
+    cache = ImageCache(3 * 8 * 6 + 3 * 4 * 4)
+    for name, size in (("a", (8, 6)), ("b", (5, 5)), ("c", (4, 4))):
+        Image.new("RGB", size, (10, 20, 30)).save(tmp_path / f"{name}.png")
+    first = {name: cache.load(tmp_path / f"{name}.png", 100) for name in "abc"}
+    for name in "abc":
+        (tmp_path / f"{name}.png").unlink()
+    assert cache.load(tmp_path / "a.png", 100) is first["a"]
+    assert cache.load(tmp_path / "c.png", 100) is first["c"]
+    with pytest.raises(BadImage, match="no such file"):
+        cache.load(tmp_path / "b.png", 100)  # did not fit beside a
+
+
+def test_a_cache_changes_no_sample(root):
+    run = small_config(root, "coco", "vqa2", "snli_ve")
+    config = run.data
+    for name, task in run.model.tasks.items():
+        plain = open_dataset(name, "train", config, task, augment=True)
+        cached = open_dataset(name, "train", dataclasses.replace(config, cache_mib=4), task, augment=True)
+        for key in (3, 4):  # the second visit finds the image decoded
+            a, b = plain.get(1, key), cached.get(1, key)
+            assert torch.equal(a["image"], b["image"])
+            assert {k: v for k, v in a.items() if not isinstance(v, torch.Tensor)} == {
+                k: v for k, v in b.items() if not isinstance(v, torch.Tensor)
+            }

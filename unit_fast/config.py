@@ -246,6 +246,9 @@ class DataConfig:
     """Loader processes; 0 loads in the training process."""
     prefetch: int = 2
     """Batches ready ahead per worker."""
+    cache_mib: int = 0
+    """Decoded images that each data set keeps in the memory of each loading process, MiB; a file that changes meanwhile
+    is not read again."""
     max_pixels: int = 50_000_000
     """Images with more pixels are refused before decoding."""
     max_bad_share: float = 0.01

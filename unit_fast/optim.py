@@ -362,4 +362,5 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> MaskedAdamW:
         rule=config.rule,
         unused=config.unused,
         max_norm=config.max_norm,
+        clip_gradients_in_place=False,  # nothing looks at the gradients afterwards
     )

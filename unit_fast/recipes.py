@@ -328,7 +328,9 @@ def demo() -> RunConfig:
         optim=OptimConfig(
             lr=8e-4, lr_backbone=8e-4, betas=(0.9, 0.99), max_norm=3.0, warmup_steps=100, unused="skip"
         ),
-        data=DataConfig(short_side=synthetic_scene.SIDE, max_side=synthetic_scene.SIDE, augment=False),
+        data=DataConfig(
+            short_side=synthetic_scene.SIDE, max_side=synthetic_scene.SIDE, augment=False, cache_mib=32
+        ),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 from unit_fast.data import files
 from unit_fast.data.dataset import Dataset
 from unit_fast.data.errors import BadImage
-from unit_fast.data.images import TrainTransform, load_image, to_tensor
+from unit_fast.data.images import TrainTransform, to_tensor
 from unit_fast.errors import UserError, printable
 
 ATTRIBUTES = 16
@@ -88,7 +88,7 @@ class Detection(Dataset):
         """``image`` [3,H,W] float32, ``labels`` int64 [n], ``boxes`` float32 [n,4] cx cy w h of the image as given,
         ``attributes`` int64 [n,16] (Visual Genome), ids and the stored size. See ``Dataset.get``."""
         path = self.image_path(index)
-        image = load_image(path, self.data.max_pixels)
+        image = self.decoded.load(path, self.data.max_pixels)
         stated = tuple(self.objects.sizes[index].tolist())
         if (image.height, image.width) != stated:
             raise BadImage(

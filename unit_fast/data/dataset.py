@@ -7,7 +7,7 @@ import torch
 from unit_fast.config import DataConfig, TaskConfig
 from unit_fast.data.errors import BadImage, EmptySplit, Findings, MissingSplit
 from unit_fast.data.files import safe_path
-from unit_fast.data.images import EvalTransform, load_image, to_tensor
+from unit_fast.data.images import EvalTransform, ImageCache, to_tensor
 from unit_fast.data.layout import Layout
 from unit_fast.data.text import WordPieces
 from unit_fast.errors import UserError, printable
@@ -48,6 +48,7 @@ class Dataset:
         self.findings = findings or Findings()
         self.facts: dict[str, object] = {}
         """What was read, by name: counts and the files used."""
+        self.decoded = ImageCache(data.cache_mib * 2**20)
         self.transform = EvalTransform(data, floor=task.has_text)
         self._read()
         # after the files: where a split is missing, that is what to say
@@ -124,7 +125,7 @@ class Dataset:
 
     def _image(self, path: Path) -> dict:
         """The image at ``path`` through the evaluation transform, with the fields every image sample has."""
-        image = load_image(path, self.data.max_pixels)
+        image = self.decoded.load(path, self.data.max_pixels)
         geometry = self.transform.geometry(image.height, image.width)
         return {
             "image": to_tensor(geometry.apply_image(image)),

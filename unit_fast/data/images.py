@@ -80,6 +80,28 @@ def load_image(path: str | Path, max_pixels: int) -> Image.Image:
             raise BadImage(path, describe(error)) from None
 
 
+class ImageCache:
+    """``load_image`` with the images read first kept, up to ``limit`` bytes of pixels.
+
+    Nothing is dropped for a later one: visits are in random order, so none is likelier to be asked for again.
+    """
+
+    def __init__(self, limit: int):
+        self.left, self._images = limit, {}
+
+    def load(self, path: str | Path, max_pixels: int) -> Image.Image:
+        """As ``load_image``; the image belongs to the cache and is not to be changed."""
+        name = str(path)
+        image = self._images.get(name)
+        if image is None:
+            image = load_image(path, max_pixels)
+            size = 3 * image.width * image.height
+            if size <= self.left:
+                self.left -= size
+                self._images[name] = image
+        return image
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """[3,H,W] float32: RGB scaled to 0..1, then normalised with ``MEAN`` and ``STD``."""
     pixels = torch.from_numpy(np.array(image))  # np.array copies: the image's own memory is read-only
