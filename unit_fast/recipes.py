@@ -292,7 +292,7 @@ def demo() -> RunConfig:
     outputs = {"vqa2": len(synthetic_text.ANSWERS), "detection_visual_genome": len(synthetic.VG_OBJECT_IDS) + 2}
     tasks = {name: dataclasses.replace(task, outputs=outputs.get(name, task.outputs)) for name, task in tasks.items()}
     return RunConfig(
-        steps=5000,
+        steps=4400,
         batch_per_process=32,
         ratios={
             get_task(name).name: ratio

@@ -27,6 +27,9 @@ SIZES = {"small": (8.0, 9.5), "large": (11.5, 13.5)}
 
 SIDE = 48
 """Pixels a side of every image: the demo trains on them as they are, without resizing or padding."""
+FRAME = 2
+"""Pixels of the white frame around every scene. A group norm takes the mean colour of an image away; beside a white
+that is always the same the ground keeps its colour."""
 MOST = 3
 """Shapes of a scene, at most."""
 
@@ -104,7 +107,7 @@ def _place(rng, kind, color, size, half, width, height, taken, area=None) -> Thi
     corners = [_rotate(x * half * stretch_x, y * half * stretch_y, angle) for x, y in _outline(kind)]
     left, top = min(x for x, _ in corners), min(y for _, y in corners)
     right, bottom = max(x for x, _ in corners), max(y for _, y in corners)
-    x0, y0, x1, y1 = area or (1, 1, width - 1, height - 1)
+    x0, y0, x1, y1 = area or (FRAME, FRAME, width - FRAME, height - FRAME)
     if right - left >= x1 - x0 or bottom - top >= y1 - y0:
         return None
     for _ in range(30):
@@ -122,12 +125,12 @@ def draw_scene(rng: random.Random, *, crowds: bool = False) -> Scene:
     taken: list = []
     crowd: list = []
     if crowds and rng.random() < _CROWD_SHARE:
-        x, y = rng.choice((1, width - 33)), rng.choice((1, height - 25))  # in a corner, out of the way
+        x, y = (rng.choice((FRAME, side - FRAME - 24)) for side in (width, height))  # in a corner, out of the way
         kind, color = rng.choice(KINDS), rng.choice(list(COLORS))
-        cells = [(x + 8 * column, y + 8 * row) for row in range(3) for column in range(4)]
-        for left, top in rng.sample(cells, rng.randrange(7, 12)):
+        cells = [(x + 8 * column, y + 8 * row) for row in range(3) for column in range(3)]
+        for left, top in rng.sample(cells, rng.randrange(6, 9)):
             crowd.append(_place(rng, kind, color, "small", 2.6, width, height, [], (left, top, left + 8, top + 8)))
-        taken.append((x, y, x + 32, y + 24))
+        taken.append((x, y, x + 24, y + 24))
     number = rng.choices(range(1, MOST + 1), _COUNT_WEIGHTS)[0]
     for _ in range(_ATTEMPTS):
         things = _things(rng, number, width, height, list(taken))
@@ -162,17 +165,17 @@ def render(scene: Scene) -> bytes:
     for thing in scene.crowd + scene.things:
         color = np.array(COLORS[thing.color]) + rng.normal(0, 4.5, 3)
         image.paste(tuple(int(c) for c in color.clip(0, 255)), mask=_mask(thing, width, height))
-    pixels = np.asarray(image, np.float32) + rng.normal(0, 2.5, (height, width, 1))
+    pixels = np.full((height, width, 3), 250.0)
+    inside = (slice(FRAME, height - FRAME), slice(FRAME, width - FRAME))
+    pixels[inside] = np.asarray(image, np.float32)[inside]
+    pixels += rng.normal(0, 2.5, (height, width, 1))
     buffer = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=92, subsampling=0)
     return buffer.getvalue()
 
 
 def _pattern(ground: str, width: int, height: int) -> np.ndarray:
-    """What is added to a ground's brightness, [height,width]: gray is plain, brown has planks, purple is chequered.
-
-    A group norm takes the mean colour of an image away, so a ground that is only a colour is found late.
-    """
+    """What is added to a ground's brightness, [height,width]: gray is plain, brown has planks, purple is chequered."""
     y, x = np.mgrid[:height, :width]
     if ground == "brown":
         return np.where(y % 8 < 2, -24.0, 0.0)
