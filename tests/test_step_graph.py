@@ -4,6 +4,7 @@ Without a GPU a stand-in captures: it keeps the function and calls it on every r
 CUDA's own part is thus the code that runs on a card; ``test_a_replayed_graph_is_the_eager_step`` is for one.
 """
 
+import contextlib
 import dataclasses
 import re
 
@@ -19,7 +20,7 @@ from unit_fast.errors import UserError
 from unit_fast.model.unit import UniT
 from unit_fast.optim import MaskedAdamW
 from unit_fast.schedule import lr_multiplier
-from unit_fast.step_graph import CudaGraphs, StepGraphs, cloned, no_host_reads, wanted
+from unit_fast.step_graph import CudaGraphs, StepGraphs, wanted
 from unit_fast.train import Update, train, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,6 +64,26 @@ class Idle(Replaying):
     def capture(self, step):
         replay, result = super().capture(step)
         return lambda: None, result
+
+
+@contextlib.contextmanager
+def no_host_reads(device):
+    """Within the block a read of the device by the host is an error (CUDA only)."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def cloned(update):
+    """A copy that the next replay does not overwrite."""
+    tensors = {f.name: v for f in dataclasses.fields(update) if isinstance(v := getattr(update, f.name), torch.Tensor)}
+    return dataclasses.replace(update, **{name: value.clone() for name, value in tensors.items()})
 
 
 def make(backend, seed=0, dropout=0.1, device=CPU, **options):

@@ -292,12 +292,12 @@ def demo() -> RunConfig:
     outputs = {"vqa2": len(synthetic_text.ANSWERS), "detection_visual_genome": len(synthetic.VG_OBJECT_IDS) + 2}
     tasks = {name: dataclasses.replace(task, outputs=outputs.get(name, task.outputs)) for name, task in tasks.items()}
     return RunConfig(
-        steps=4400,
+        steps=5200,
         batch_per_process=32,
         ratios={
             get_task(name).name: ratio
             for name, ratio in {
-                "coco": 0.12, "vg": 0.18, "vqa2": 0.30, "snli_ve": 0.16, "qnli": 0.06, "mnli": 0.06, "qqp": 0.09,
+                "coco": 0.14, "vg": 0.15, "vqa2": 0.29, "snli_ve": 0.17, "qnli": 0.06, "mnli": 0.06, "qqp": 0.10,
                 "sst2": 0.03,
             }.items()
         },

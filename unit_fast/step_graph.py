@@ -11,8 +11,6 @@ Where a step cannot be captured, its bucket runs eagerly and one line says why. 
 replays happen: ``check`` compares it with the host's.
 """
 
-import contextlib
-import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -193,25 +191,3 @@ def wanted(mode: str, device: torch.device) -> str | None:
     if mode == "on":
         raise UserError(f"--graph on: the run is on {device}, graphs need a CUDA device; take --graph auto")
     return f"the run is on {device}"
-
-
-@contextlib.contextmanager
-def no_host_reads(device: torch.device):
-    """Within the block a read of the device by the host is an error (CUDA only)."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-def cloned(result):
-    """A copy of a dataclass whose tensors the next replay does not overwrite."""
-    return dataclasses.replace(
-        result,
-        **{f.name: v.clone() for f in dataclasses.fields(result) if isinstance(v := getattr(result, f.name), Tensor)},
-    )
