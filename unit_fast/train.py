@@ -179,13 +179,14 @@ class Trainer(RunState):
             self.log.restart_clock()
             for step in range(self.step, stop):
                 task, batch = self._next(batches)  # one task a step
-                lr = lr_multiplier(step, config.optim.warmup_steps, config.steps)
+                multiplier = lr_multiplier(step, config.optim.warmup_steps, config.steps)
+                self.lr = multiplier * config.optim.lr
                 if graphs:
                     update = graphs(task, batch)
                 else:
-                    optimizer.scale_lr(lr)
+                    optimizer.scale_lr(multiplier)
                     update = train_step(model, optimizer, task, batch, used=self.masks[task], bf16=self.bf16)
-                self._count(update, lr * config.optim.lr)
+                self._count(update)
                 evaluating, saving = due(self.step, config.eval_every), due(self.step, config.save_every)
                 if due(self.step, config.log_every) or evaluating or saving or self._last(stop):
                     self._check(self.log.flush())
@@ -233,7 +234,7 @@ class Trainer(RunState):
         found = self.item.batches
         return self.item.task, found if self.graphs else [batch.to(self.device) for batch in found]
 
-    def _count(self, update: Update, lr: float) -> None:
+    def _count(self, update: Update) -> None:
         """An update is done: move the counters on and hand its figures to the log, unread."""
         item = self.item
         self.step += 1
@@ -245,7 +246,7 @@ class Trainer(RunState):
         record = Record(
             step=self.step,
             task=item.task,
-            lr=lr,
+            lr=self.lr,
             samples=item.request.samples,
             wait_s=self.wait_s,
             request=item.request,
