@@ -301,3 +301,11 @@ def test_parameter_groups_leave_out_what_is_not_trained():
     assert [g["name"] for g in groups] == ["main", "backbone"]
     assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
     assert [g["name"] for g in model.parameter_groups(1e-3, 0.0)] == ["main"]
+
+
+@pytest.mark.parametrize(("least", "expected"), [(4, [2, 8, 16, 32, 32]), (16, [1, 2, 4, 8, 16])])
+def test_group_norm_has_groups_of_at_least_so_many_channels(least, expected):
+    config = BackboneConfig(depth=14, width=8, norm="group", group_channels=least, first_trained_stage=0)
+    backbone = Backbone(config)
+    last = [getattr(backbone, f"layer{i}")[0].bn3 for i in (1, 2, 3, 4)]
+    assert [norm.num_groups for norm in (backbone.bn1, *last)] == expected  # of 8, 32, 64, 128 and 256 channels

@@ -25,6 +25,9 @@ class BackboneConfig:
     """Channels of the stem; the last stage has 32 times as many (bottleneck) or 8 times (basic)."""
     norm: Literal["frozen", "group"] = "frozen"
     """``frozen``: batch norm with constant statistics, for pretrained weights. ``group``: for training from scratch."""
+    group_channels: int = 4
+    """Fewest channels of a group of ``group`` norm, which has at most 32 groups. The fewer, the more of what is the
+    same all over an image is taken away."""
     norm_eps: float = 1e-5
     """Epsilon of the normalisation; 0 imitates the authors' release stack (SPEC quirk 26)."""
     stride: Literal[8, 16, 32] = 16

@@ -308,7 +308,9 @@ def demo() -> RunConfig:
         criterion="mean",
         threads=2,
         model=ModelConfig(
-            backbone=BackboneConfig(depth=14, width=8, norm="group", stride=8, first_trained_stage=0),
+            backbone=BackboneConfig(
+                depth=14, width=8, norm="group", group_channels=16, stride=8, first_trained_stage=0
+            ),
             encoder=EncoderConfig(width=width, layers=2, heads=4, ffn_width=ffn, dropout=0.0),
             text=TextConfig(
                 width=width, layers=2, heads=4, ffn_width=ffn, vocab_size=len(synthetic_text.VOCABULARY),

@@ -32,7 +32,8 @@ _AT_LEAST = {
     "steps": 1, "batch_per_process": 1, "accumulate": 1, "eval_every": -1, "eval_batch": 1, "eval_limit": 0,
     "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "threads": 0, "optim.lr": 0, "optim.lr_backbone": 0,
     "optim.weight_decay": 0, "optim.warmup_steps": 0, "data.workers": 0, "data.prefetch": 1, "data.max_bad_share": 0,
-    "data.cache_mib": 0, "buckets.heights": 1, "buckets.widths": 1, "buckets.least_text": 1, "buckets.least_targets": 1,
+    "data.cache_mib": 0, "model.backbone.group_channels": 1,
+    "buckets.heights": 1, "buckets.widths": 1, "buckets.least_text": 1, "buckets.least_targets": 1,
 }  # fmt: skip
 
 

@@ -96,9 +96,9 @@ class FoldedBasicBlock(BasicBlock):
 def _norm_layer(config: BackboneConfig):
     if config.norm == "frozen":
         return functools.partial(FrozenBatchNorm2d, eps=config.norm_eps)
-    # At most 32 groups of at least 16 channels; narrow stages have one group. The fewer channels a group has, the more
-    # of what is the same all over an image is taken away.
-    return lambda channels: nn.GroupNorm(math.gcd(32, max(1, channels // 16)), channels, eps=config.norm_eps)
+    return lambda channels: nn.GroupNorm(
+        math.gcd(32, max(1, channels // config.group_channels)), channels, eps=config.norm_eps
+    )
 
 
 class Backbone(nn.Module):
