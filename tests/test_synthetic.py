@@ -277,9 +277,7 @@ def test_the_best_guess_from_the_text_stays_low_with_many_samples():
         labels[synthetic_text.hypothesis(rng, scene, label)][label] += 1
     vqa = sum(c.most_common(1)[0][1] for c in votes.values()) / sum(sum(c.values()) for c in votes.values())
     entailment = sum(c.most_common(1)[0][1] for c in labels.values()) / sum(sum(c.values()) for c in labels.values())
-    # By the shares of the kinds: 0.27 yes or no (half), 0.22 grounds (a third), 0.2 colours (a quarter), 0.15 kinds
-    # (0.4), 0.16 numbers (0.55), which is 0.40, and what a finite number of samples adds.
-    assert vqa < 0.45
+    assert vqa < 0.42
     assert entailment < 0.75
 
 
