@@ -34,7 +34,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 class NotCaptured:
-    """What stands for CUDA's graphs on a CPU: each replay runs the step again."""
+    """What stands for CUDA's graphs on a CPU: each replay runs the step again, into the captured result."""
 
     def eager(self, step):
         return step()

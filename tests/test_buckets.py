@@ -21,8 +21,8 @@ def _buckets(**changes) -> Buckets:
 
 
 def test_image_buckets_have_two_orientations_and_a_square():
-    assert _buckets(heights=1, widths=1).images() == [(800, 1344), (1344, 800), (1344, 1344)]
-    found = _buckets(heights=2, widths=4).images()
+    assert _buckets(heights=1, widths=1).images == ((800, 1344), (1344, 800), (1344, 1344))
+    found = _buckets(heights=2, widths=4).images
     assert len(found) == len(set(found)) == 15  # a square has one orientation: 2 x 2 x 4 - 2, and the largest square
     assert all((w, h) in found for h, w in found)
     assert all(h % 32 == 0 and w % 32 == 0 for h, w in found)
@@ -36,8 +36,8 @@ def test_every_training_image_fits_the_smallest_bucket_that_holds_it():
         spec = buckets.bucket_of([size])
         assert spec.height >= size[0]
         assert spec.width >= size[1]
-        assert (spec.height, spec.width) in buckets.images()
-        smaller = [s for s in buckets.images() if s[0] * s[1] < spec.height * spec.width]
+        assert (spec.height, spec.width) in buckets.images
+        smaller = [s for s in buckets.images if s[0] * s[1] < spec.height * spec.width]
         assert not any(h >= size[0] and w >= size[1] for h, w in smaller)
 
 

@@ -5,6 +5,7 @@ C decoder width, K classes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -189,7 +190,8 @@ class Buckets:
             if getattr(self, name) < 1:
                 raise ValueError(f"Buckets: {name} is {getattr(self, name)}; it must be at least 1")
 
-    def images(self) -> list[tuple[int, int]]:
+    @functools.cached_property
+    def images(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of every image bucket, the smallest area first."""
         short, long = self._up(self.short_side), self._up(max(self.max_side, self.short_side))
         found = {(long, long)}
@@ -200,7 +202,7 @@ class Buckets:
                 share = j / (self.widths - 1) if self.widths > 1 else 1.0
                 high = self._up(low + (long * low / short - low) * share)
                 found |= {(low, high), (high, low)}
-        return sorted(found, key=lambda side: (side[0] * side[1], side))
+        return tuple(sorted(found, key=lambda side: (side[0] * side[1], side)))
 
     def bucket_of(self, sizes: list[tuple[int, ...]], *, text_len: int = 0, targets: int = 0) -> BucketSpec:
         """The smallest bucket for samples of these sizes: (height, width) of images, anything else of a text alone.
@@ -210,7 +212,7 @@ class Buckets:
         height = width = 0
         if sizes and len(sizes[0]) == 2:
             height, width = (max(side) for side in zip(*sizes))
-            fitting = (s for s in self.images() if s[0] >= height and s[1] >= width)
+            fitting = (s for s in self.images if s[0] >= height and s[1] >= width)
             height, width = next(fitting, (self._up(height), self._up(width)))
         return BucketSpec(
             height=height, width=width, batch=len(sizes),

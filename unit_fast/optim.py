@@ -1,4 +1,4 @@
-"""AdamW that knows which parameters took part in a step, with clipping inside, and the learning-rate schedule (SPEC 3).
+"""AdamW that knows which parameters took part in a step, with clipping inside (SPEC 3).
 
 UniT draws one data set a step, so every step uses another subset of the parameters. ``MaskedAdamW`` keeps a step count
 per parameter and moves the subset; what happens to the others is the policy ``unused``. The arithmetic is

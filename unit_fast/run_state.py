@@ -107,7 +107,6 @@ class RunState:
         self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None
         self.step, self.counts = 0, Counter(dict.fromkeys(self.datasets, 0))
         self.strikes = self.nonfinite_steps = 0
-        self.lr = 0.0  # of the main parameters, of the update under way
         self.bad = BadImages(config.data.max_bad_share)
         self.best: dict[str, dict] = {}
         self.metrics: dict[str, dict] = {}

@@ -179,12 +179,10 @@ class Trainer(RunState):
             self.log.restart_clock()
             for step in range(self.step, stop):
                 task, batch = self._next(batches)  # one task a step
-                multiplier = lr_multiplier(step, config.optim.warmup_steps, config.steps)
-                self.lr = multiplier * config.optim.lr
                 if graphs:
                     update = graphs(task, batch)
                 else:
-                    optimizer.scale_lr(multiplier)
+                    optimizer.scale_lr(self._lr_multiplier(step))
                     update = train_step(model, optimizer, task, batch, used=self.masks[task], bf16=self.bf16)
                 self._count(update)
                 evaluating, saving = due(self.step, config.eval_every), due(self.step, config.save_every)
@@ -214,13 +212,17 @@ class Trainer(RunState):
             return train_step(model, optimizer, task, batches, used=self.masks[task], bf16=self.bf16)
 
         buckets = buckets_of(config)
-        self.log.line(f"steps are captured as CUDA graphs, images padded to one of {len(buckets.images())} shapes")
+        self.log.line(f"steps are captured as CUDA graphs, images padded to one of {len(buckets.images)} shapes")
         return StepGraphs(step, buckets, self.device, done=self.step, between=self._between_graphs)
 
     def _between_graphs(self) -> None:
         """After a capture: the gradients' memory belongs to the graph, and is the next one's too."""
         self.optimizer.finish_capture()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _lr_multiplier(self, done: int) -> float:
+        """Factor on the learning rates of the update after ``done`` ones."""
+        return lr_multiplier(done, self.config.optim.warmup_steps, self.config.steps)
 
     def _last(self, stop: int) -> bool:
         """Whether the loop ends here."""
@@ -246,7 +248,7 @@ class Trainer(RunState):
         record = Record(
             step=self.step,
             task=item.task,
-            lr=self.lr,
+            lr=self._lr_multiplier(self.step - 1) * self.config.optim.lr,
             samples=item.request.samples,
             wait_s=self.wait_s,
             request=item.request,
