@@ -1,9 +1,17 @@
-"""Fixtures of the tests that train."""
+"""Fixtures of the tests that train, and a cache folder of the tests' own."""
 
 import pytest
 import torch
 
 from tests.small_runs import make_world
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Where caches go in these tests, in processes they start too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")

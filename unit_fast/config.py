@@ -252,6 +252,9 @@ class DataConfig:
     cache_mib: int = 0
     """Decoded images that each data set keeps in the memory of each loading process, MiB; a file that changes meanwhile
     is not read again."""
+    cache_dir: str | None = None
+    """Folder where parsed annotations and tokenised texts of large data sets are kept, outside the data root; default
+    $XDG_CACHE_HOME/unit_fast or ~/.cache/unit_fast. An empty text keeps nothing."""
     max_pixels: int = 50_000_000
     """Images with more pixels are refused before decoding."""
     max_bad_share: float = 0.01

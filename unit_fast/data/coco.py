@@ -1,12 +1,13 @@
 """Detection data in COCO's JSON format (SPEC 4.1, 4.2): COCO itself, and what Visual Genome shares with it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from unit_fast.data import files
+from unit_fast.data.cache import Content, read_through
 from unit_fast.data.dataset import Dataset
 from unit_fast.data.errors import BadImage
 from unit_fast.data.images import TrainTransform, to_tensor
@@ -17,28 +18,26 @@ ATTRIBUTES = 16
 
 
 class Objects:
-    """Images and boxes of one split in flat arrays: image i has the rows ``starts[i] : starts[i + 1]``."""
+    """Images and boxes of one split in flat arrays: image i has the rows ``starts[i] : starts[i + 1]``.
 
-    def __init__(self, images: list[tuple[int, str, int, int]], rows: dict[int, list[tuple]], names: dict[int, str]):
-        """
-        Args:
-            images: (id, file name, height, width) of each image.
-            rows: image id -> (class, x, y, w, h, area, iscrowd, attributes) of its objects.
-            names: class -> name.
-        """
-        self.ids = np.array([i for i, *_ in images], dtype=np.int64)
-        self.file_names = [name for _, name, *_ in images]
-        self.sizes = np.array([(h, w) for *_, h, w in images], dtype=np.int32).reshape(-1, 2)
-        flat = [row for i in self.ids.tolist() for row in rows.get(i, ())]
-        self.starts = np.concatenate([[0], np.cumsum([len(rows.get(i, ())) for i in self.ids.tolist()])]).astype(int)
-        self.labels = np.array([row[0] for row in flat], dtype=np.int32)
-        self.xywh = np.array([row[1:5] for row in flat], dtype=np.float64).reshape(-1, 4)
-        self.area = np.array([row[5] for row in flat], dtype=np.float64)
-        self.crowd = np.array([row[6] for row in flat], dtype=bool)
-        self.attributes = np.full((len(flat), ATTRIBUTES), -1, dtype=np.int16)
-        for i, row in enumerate(flat):
-            self.attributes[i, : len(row[7])] = row[7]
-        self.names = names
+    Attributes:
+        ids, sizes, file_names: int64 [n], int32 [n,2] height and width, n texts.
+        starts: int64 [n + 1].
+        labels, xywh, area, crowd, attributes: int32 [m], float64 [m,4] and [m] pixels, bool [m], int16 [m,16] with
+            -1 in empty places.
+        names: class -> name.
+    """
+
+    def __init__(self, content: Content):
+        """content: from ``pack``, or the same from the cache."""
+        arrays = content.arrays
+        self.ids, self.sizes, self.file_names = arrays["ids"], arrays["sizes"], content.strings("files")
+        self.starts, self.labels, self.xywh = arrays["starts"], arrays["labels"], arrays["xywh"]
+        self.area, self.crowd = arrays["area"], arrays["crowd"]
+        none = np.broadcast_to(np.int16(-1), (len(self.labels), ATTRIBUTES))
+        self.attributes = arrays.get("attributes", none)
+        self.names = {int(label): name for label, name in content.values["names"]}
+        self.content = content
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,6 +45,35 @@ class Objects:
     def rows(self, index: int) -> slice:
         """The objects of image ``index``."""
         return slice(int(self.starts[index]), int(self.starts[index + 1]))
+
+
+def pack(images: list[tuple[int, str, int, int]], rows: dict[int, list[tuple]], names: dict[int, str]) -> Content:
+    """The arrays of ``Objects``; ``attributes`` only where an object has one.
+
+    Args:
+        images: (id, file name, height, width) of each image.
+        rows: image id -> (class, x, y, w, h, area, iscrowd, attributes) of its objects.
+        names: class -> name.
+    """
+    ids = [i for i, *_ in images]
+    flat = [row for i in ids for row in rows.get(i, ())]
+    content = Content(values={"names": list(names.items())})
+    content.put_strings("files", [name for _, name, *_ in images])
+    content.arrays |= {
+        "ids": np.array(ids, dtype=np.int64),
+        "sizes": np.array([(h, w) for *_, h, w in images], dtype=np.int32).reshape(-1, 2),
+        "starts": np.concatenate([[0], np.cumsum([len(rows.get(i, ())) for i in ids])]).astype(np.int64),
+        "labels": np.array([row[0] for row in flat], dtype=np.int32),
+        "xywh": np.array([row[1:5] for row in flat], dtype=np.float64).reshape(-1, 4),
+        "area": np.array([row[5] for row in flat], dtype=np.float64),
+        "crowd": np.array([row[6] for row in flat], dtype=bool),
+    }
+    if any(row[7] for row in flat):
+        attributes = np.full((len(flat), ATTRIBUTES), -1, dtype=np.int16)
+        for i, row in enumerate(flat):
+            attributes[i, : len(row[7])] = row[7]
+        content.arrays["attributes"] = attributes
+    return content
 
 
 def corners(xywh: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -140,6 +168,11 @@ class Detection(Dataset):
 
     # ------------------------------------------------------------------------------------------------- reading
 
+    def _read_objects(self, sources: dict[str, list[Path]], build: Callable[[], Content]) -> Objects:
+        """The objects that ``build`` makes of the files ``sources``, through the cache."""
+        depends = {"classes": self._class_limit(), "attributes": self.attribute_limit if self.task.attributes else 0}
+        return Objects(read_through(self, sources, depends, build))
+
     def _set_up(self, objects: Objects) -> None:
         """Keep ``objects``; choose the transform; count what the training targets leave out."""
         self.objects = objects
@@ -181,8 +214,8 @@ class Detection(Dataset):
         return True
 
 
-def read_instances(dataset: Detection, path: Path, wanted=None) -> Objects:
-    """``Objects`` from a file in COCO's format, checked record by record.
+def read_instances(dataset: Detection, path: Path, wanted=None) -> Content:
+    """The content of ``Objects`` from a file in COCO's format, checked record by record.
 
     Args:
         wanted: (image record, image id) -> bool: whether an image belongs to the split; None takes all.
@@ -254,7 +287,7 @@ def read_instances(dataset: Detection, path: Path, wanted=None) -> Objects:
         _, _, height, width = images[image_id]
         if dataset._check_class(label, where) and dataset._check_box(box, height, width, where):
             rows.setdefault(image_id, []).append((label, *box, area, crowd != 0, attributes))
-    return Objects(list(images.values()), rows, names)
+    return pack(list(images.values()), rows, names)
 
 
 def _attributes(dataset, record, where) -> tuple[int, ...]:
@@ -286,7 +319,7 @@ class Coco(Detection):
             raise self._missing(f"coco.{self.split}_annotations")
         self.has_targets = self.split != "test"
         self.facts["file"] = str(path)
-        objects = read_instances(self, path)
+        objects = self._read_objects({"file": [path]}, lambda: read_instances(self, path))
         self.folder = self._folder(f"coco.{self.split}_images")
         self._set_up(objects)
 

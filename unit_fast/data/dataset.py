@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from unit_fast.config import DataConfig, TaskConfig
+from unit_fast.data.cache import Cache, Content, Strings, open_cache
 from unit_fast.data.errors import BadImage, EmptySplit, Findings, MissingSplit
 from unit_fast.data.files import safe_path
 from unit_fast.data.images import EvalTransform, ImageCache, to_tensor
 from unit_fast.data.layout import Layout
 from unit_fast.data.text import WordPieces
+from unit_fast.data.tokens import Tokens, cached_tokens, lengths, tokenise
 from unit_fast.errors import UserError, printable
 from unit_fast.tasks import Task
 
@@ -19,10 +22,20 @@ NOTABLE = ("file", "files", "split by", "questions without answers")
 
 
 class Dataset:
-    """One split of one data set: annotations in memory, images and word pieces made when asked for.
+    """One split of one data set: annotations in flat arrays, images made when asked for.
 
-    Subclasses fill themselves from files in ``_read`` and define ``__len__``, ``sample_id`` and ``get``.
+    The arrays of large files are mapped from the cache (``cache.py``), and so are the word pieces of their texts; of
+    small files the arrays are in memory and the word pieces made when asked for. Forked workers share either; the
+    mapped ones cost them no memory of their own.
+
+    Subclasses fill themselves from files in ``_read``, those with texts ``columns`` and ``rows`` too, and define
+    ``__len__``, ``sample_id`` and ``get``.
     """
+
+    columns: tuple[Strings, ...] = ()
+    """The first sentence of every row, and the second ones of pairs."""
+    rows: Content | None = None
+    """What ``columns`` are part of."""
 
     def __init__(
         self,
@@ -50,6 +63,8 @@ class Dataset:
         """What was read, by name: counts and the files used."""
         self.decoded = ImageCache(data.cache_mib * 2**20)
         self.transform = EvalTransform(data, floor=task.has_text)
+        # a check of the files reads the files
+        self.cache = open_cache(data) if self.findings.strict else Cache(None)
         self._read()
         # after the files: where a split is missing, that is what to say
         self.words = self._word_pieces(vocab_size) if task.has_text else None
@@ -63,6 +78,9 @@ class Dataset:
                 f"check the files with: unit-fast data check {printable(self.layout.root, 400)}",
                 by_ids="split by" in self.facts,
             )
+        self._tokens: Tokens | None = None
+        if self.words is not None and self.rows is not None and self.rows.name is not None:
+            self._tokens = cached_tokens(self.cache, self.rows, self.words, self.columns, f"{task.short} {split}")
 
     def _read(self) -> None:
         raise NotImplementedError
@@ -89,6 +107,29 @@ class Dataset:
         """(path, stated (height, width) or None) of every image of the split, each once."""
         return iter(())
 
+    def text(self, index: int) -> str | tuple[str, str]:
+        """The sentence of row ``index``, or the two of a pair."""
+        texts = tuple(column[index] for column in self.columns)
+        return texts[0] if len(texts) == 1 else texts
+
+    def text_tokens(self, index: int) -> int:
+        """Number of ids of row ``index`` as ``get`` gives them: cut to ``text_length``, special pieces included.
+
+        Raises:
+            UserError: the text cannot be tokenised, and no tokens are at hand (``text_lengths`` then counts it as one
+                piece).
+        """
+        if self._tokens is None:
+            return len(self.words.encode(self.text(index), self.config.text_length)[0])
+        counts = [ends[index + 1 : index + 2] - ends[index : index + 1] for ends in self._tokens.ends]
+        return int(lengths(counts, self.config.text_length)[0])
+
+    def text_lengths(self) -> np.ndarray:
+        """``text_tokens`` of all rows: int64 [n]. Texts that have no tokens yet are tokenised once, for ``get`` too."""
+        if self._tokens is None:
+            self._tokens = Tokens(tokenise(self.words, self.columns, self.task.short), len(self.columns))
+        return lengths(self._tokens.counts(), self.config.text_length)
+
     # ------------------------------------------------------------------------------------------------- helpers
 
     def _word_pieces(self, vocab_size):
@@ -102,8 +143,13 @@ class Dataset:
             raise UserError(f"vocabulary not found: {self.layout.where('bert.vocab')}; or give --vocab FILE")
         return WordPieces(path, vocab_size)
 
-    def _encode(self, text) -> dict:
-        ids, segments = self.words.encode(text, self.config.text_length)
+    def _encode(self, index: int) -> dict:
+        text = self.text(index)
+        pieces = self._tokens.pieces(index) if self._tokens is not None else None
+        if pieces is None:  # without tokens, or one raises the error of its text
+            ids, segments = self.words.encode(text, self.config.text_length)
+        else:
+            ids, segments = self.words.form(pieces[0], pieces[1] if len(pieces) > 1 else [], self.config.text_length)
         return {
             "input_ids": torch.tensor(ids, dtype=torch.int64),
             "attention_mask": torch.ones(len(ids), dtype=torch.int64),

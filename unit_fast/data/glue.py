@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from unit_fast.data import files
+from unit_fast.data.cache import Content, read_through
 from unit_fast.data.dataset import Dataset
 from unit_fast.errors import UserError, printable
 
@@ -36,8 +37,13 @@ class Glue(Dataset):
             raise self._missing(key)
         self.facts["files"] = [str(path) for path in paths]
         self.labelled = self.split != "test"
-        self.texts: list[tuple[str, ...]] = []
-        self.rows: list[int] = []
+        self.rows = read_through(self, {"files": paths}, {}, lambda: self._rows(paths))
+        self.labels, self.row_numbers = self.rows.arrays["labels"], self.rows.arrays["row_numbers"]
+        self.columns = tuple(self.rows.strings(f"sentence{i}") for i in range(len(COLUMNS[self.task.short][0])))
+
+    def _rows(self, paths: list[Path]) -> Content:
+        texts: list[tuple[str, ...]] = []
+        rows: list[int] = []
         labels = []
         row = 0
         for path in paths:
@@ -49,25 +55,27 @@ class Glue(Dataset):
                 value = self._label(label, where) if self.labelled else -1
                 if value is None:
                     continue
-                self.texts.append(text)
-                self.rows.append(row - 1)
+                texts.append(text)
+                rows.append(row - 1)
                 labels.append(value)
-        self.labels = np.array(labels, dtype=np.int8)
+        content = Content({"labels": np.array(labels, dtype=np.int8), "row_numbers": np.array(rows, dtype=np.int64)})
+        for i in range(len(COLUMNS[self.task.short][0])):
+            content.put_strings(f"sentence{i}", [text[i] for text in texts])
         self.facts["rows"] = len(labels)
         if self.labelled:
-            self.facts.update({name: int((self.labels == i).sum()) for i, name in enumerate(self.task.labels)})
+            self.facts.update({name: labels.count(i) for i, name in enumerate(self.task.labels)})
+        return content
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def sample_id(self, index: int) -> int:
         """Number of the row in its file or files, from 0."""
-        return self.rows[index]
+        return int(self.row_numbers[index])
 
     def get(self, index: int, key: int | None = None) -> dict:
         """``input_ids`` and so on, and ``label`` where the split has labels."""
-        text = self.texts[index]
-        sample = {**self._encode(text[0] if len(text) == 1 else text), "sample_id": self.rows[index]}
+        sample = {**self._encode(index), "sample_id": self.sample_id(index)}
         if self.labelled:
             sample["label"] = int(self.labels[index])
         return sample

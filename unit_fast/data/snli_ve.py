@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from unit_fast.data import files
+from unit_fast.data.cache import Content, read_through
 from unit_fast.data.dataset import Dataset
 from unit_fast.data.errors import BadImage
 from unit_fast.errors import UserError, printable
@@ -23,9 +24,15 @@ class SnliVe(Dataset):
         self.facts["file"] = str(path)
         self.labelled = True
         self.folder = self._folder("snli_ve.images")
-        self.hypotheses: list[str] = []
-        self.images: list[str] = []
-        self.ids: list[str] = []
+        self.rows = read_through(self, {"file": [path]}, {}, lambda: self._rows(path))
+        self.labels = self.rows.arrays["labels"]
+        self.images, self.ids = self.rows.strings("images"), self.rows.strings("ids")
+        self.columns = (self.rows.strings("hypotheses"),)
+
+    def _rows(self, path: Path) -> Content:
+        hypotheses: list[str] = []
+        images: list[str] = []
+        ids: list[str] = []
         labels = []
         seen = set()
         for number, line in files.read_lines(path):
@@ -56,13 +63,16 @@ class SnliVe(Dataset):
             if pair in seen:
                 self.findings.note("pair id twice", f"{where}: pairID {printable(pair)} was used before")
             seen.add(pair)
-            self.images.append(image if image.endswith(".jpg") else f"{image}.jpg")
-            self.hypotheses.append(hypothesis)
-            self.ids.append(pair)
+            images.append(image if image.endswith(".jpg") else f"{image}.jpg")
+            hypotheses.append(hypothesis)
+            ids.append(pair)
             labels.append(self.task.labels.index(gold))
-        self.labels = np.array(labels, dtype=np.int8)
-        self.facts.update(rows=len(labels), images=len(set(self.images)))
-        self.facts.update({name: int((self.labels == i).sum()) for i, name in enumerate(self.task.labels)})
+        content = Content({"labels": np.array(labels, dtype=np.int8)})
+        for name, texts in (("images", images), ("ids", ids), ("hypotheses", hypotheses)):
+            content.put_strings(name, texts)
+        self.facts.update(rows=len(labels), images=len(set(images)))
+        self.facts.update({name: labels.count(i) for i, name in enumerate(self.task.labels)})
+        return content
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,7 +84,7 @@ class SnliVe(Dataset):
         """``image``, ``input_ids`` and so on of the hypothesis, and ``label``."""
         return {
             **self._image(self.image_path(index)),
-            **self._encode(self.hypotheses[index]),
+            **self._encode(index),
             "label": int(self.labels[index]),
             "image_id": self.images[index],
             "sample_id": self.ids[index],

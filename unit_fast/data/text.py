@@ -1,5 +1,6 @@
 """Sentences to word pieces (SPEC 1.6 and 4.4): BERT's lower-casing WordPiece with a vocabulary from a file."""
 
+import hashlib
 from pathlib import Path
 
 from unit_fast.data.files import open_file
@@ -78,6 +79,11 @@ class WordPieces:
     def __len__(self) -> int:
         return len(self.vocabulary)
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the word pieces in their order."""
+        return hashlib.sha256("\n".join(self.vocabulary).encode("utf-8", "surrogatepass")).hexdigest()
+
     def pieces(self, text: str) -> list[int]:
         """Ids of the word pieces of ``text``, no special ones added."""
         text = text[:MAX_CHARACTERS]
@@ -94,7 +100,10 @@ class WordPieces:
             length: largest number of ids, special ones included.
         """
         first, second = (text, "") if isinstance(text, str) else text
-        a, b = self.pieces(first), self.pieces(second)
+        return self.form(self.pieces(first), self.pieces(second), length)
+
+    def form(self, a: list[int], b: list[int], length: int) -> tuple[list[int], list[int]]:
+        """``encode`` for the word pieces of one sentence (``b`` empty) or of two."""
         if not b:
             ids = [self.cls, *a[: max(length - 2, 0)], self.sep]
             return ids, [0] * len(ids)

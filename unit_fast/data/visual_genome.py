@@ -15,8 +15,13 @@ training image is an image of COCO's val, as far as the ids are known.
 from pathlib import Path
 
 from unit_fast.data import files
-from unit_fast.data.coco import ATTRIBUTES, Detection, Objects, read_instances
+from unit_fast.data.cache import Content, existing
+from unit_fast.data.coco import ATTRIBUTES, Detection, pack, read_instances
 from unit_fast.errors import UserError, printable
+
+VOCABULARIES = ("vg.object_vocab", "vg.attribute_vocab")
+SPLIT_BY = ("vg.image_data", "coco.val_annotations")
+"""Layout keys of the files that say which split an image belongs to."""
 
 
 def read_vocabulary(path: Path, first: int = 1) -> tuple[dict[str, int], dict[int, str]]:
@@ -47,16 +52,14 @@ class VisualGenome(Detection):
         path = self.layout.find(f"vg.{split}_annotations")
         if path is not None:
             self.facts["file"] = str(path)
-            objects = read_instances(self, path)
+            objects = self._read_objects({"file": [path]}, lambda: read_instances(self, path))
         elif (path := self.layout.find("vg.annotations")) is not None:
             self.facts["file"] = str(path)
-            coco_ids = self._coco_ids()
-            self._val_images()
-            objects = read_instances(
-                self, path, lambda record, i: self._belongs(record.get("coco_id", coco_ids.get(i)))
-            )
+            sources = existing(self.layout, "vg.annotations", *SPLIT_BY)
+            objects = self._read_objects(sources, lambda: self._from_annotations(path))
         else:
-            objects = self._from_scene_graphs(split)
+            sources = existing(self.layout, "vg.scene_graphs", "vg.objects", "vg.attributes", *VOCABULARIES, *SPLIT_BY)
+            objects = self._read_objects(sources, lambda: self._from_scene_graphs(split))
         self.folder = self._folder("vg.images")
         self._set_up(objects)
 
@@ -70,6 +73,11 @@ class VisualGenome(Detection):
                 if other.exists():
                     return other
         return path
+
+    def _from_annotations(self, path) -> Content:
+        coco_ids = self._coco_ids()
+        self._val_images()
+        return read_instances(self, path, lambda record, i: self._belongs(record.get("coco_id", coco_ids.get(i))))
 
     # ------------------------------------------------------------------------------------------------- splits
 
@@ -122,14 +130,14 @@ class VisualGenome(Detection):
 
     # ------------------------------------------------------------------------------------------------- scene graphs
 
-    def _from_scene_graphs(self, split) -> Objects:
+    def _from_scene_graphs(self, split) -> Content:
         graphs = self.layout.find("vg.scene_graphs")
         plain = self.layout.find("vg.objects")
         image_data = self.layout.find("vg.image_data")
-        vocabularies = [self.layout.find("vg.object_vocab"), self.layout.find("vg.attribute_vocab")]
+        vocabularies = [self.layout.find(key) for key in VOCABULARIES]
         if graphs is None and plain is None:
             raise self._missing(f"vg.{split}_annotations", "vg.annotations", "vg.scene_graphs")
-        for key, found in zip(("vg.image_data", "vg.object_vocab", "vg.attribute_vocab"), (image_data, *vocabularies)):
+        for key, found in zip(("vg.image_data", *VOCABULARIES), (image_data, *vocabularies)):
             if found is None:
                 raise UserError(f"vg: scene graphs need also {self.layout.where(key)}")
         class_ids, names = read_vocabulary(vocabularies[0])
@@ -175,7 +183,7 @@ class VisualGenome(Detection):
                 f"{printable(path, 400)}: none of {self._attributes} attributes is in "
                 f"{printable(vocabularies[1], 400)}; give the vocabulary of these scene graphs",
             )
-        return Objects(images, rows, names)
+        return pack(images, rows, names)
 
     def _graphs(self, path):
         content = files.read_json(path, drop=("relationships", "synsets", "merged_object_ids"))

@@ -16,13 +16,18 @@ import numpy as np
 import torch
 
 from unit_fast.data import files
+from unit_fast.data.cache import Content, existing, read_through
 from unit_fast.data.dataset import Dataset
 from unit_fast.data.pickles import read_records
 from unit_fast.data.visual_genome import coco_image_ids
 from unit_fast.errors import UserError, printable
 
 ANNOTATORS = 10
-_PART = re.compile(r"COCO_(train2014|val2014|test2015)_(\d{12})(?:\.jpg)?")
+PARTS = ("train2014", "val2014", "test2015")
+"""The releases of COCO images that questions are about."""
+OFFICIAL = (*(f"vqa2.{part}_questions" for part in PARTS), "vqa2.train2014_annotations", "vqa2.val2014_annotations")
+"""Layout keys of the official files."""
+_PART = re.compile(rf"COCO_({'|'.join(PARTS)})_(\d{{12}})(?:\.jpg)?")
 
 
 def normalise_answer(answer: str) -> str:
@@ -100,10 +105,22 @@ class Vqa2(Dataset):
         if path is None:
             raise UserError(f"vqa2: answer list not found: {self.layout.where('vqa2.answers')}")
         self.answers = read_answers(path, self.config.outputs)
+        self._folders: dict[str, Path | None] = {}
+        sources = existing(self.layout, f"vqa2.{self.split}_imdb", *OFFICIAL, "coco.val_annotations")
+        self.rows = read_through(self, sources, {"answers": self.answers}, self._content)
+        self.labelled = self.rows.values["labelled"]
+        arrays = self.rows.arrays
+        self.question_ids, self.part, self.image_ids = arrays["question_ids"], arrays["part"], arrays["image_ids"]
+        self.starts, self.score_index, self.score_value = (
+            arrays[name] for name in ("starts", "score_index", "score_value")
+        )
+        self.questions = self.rows.strings("questions")
+        self.columns = (self.questions,)
+
+    def _content(self) -> Content:
         # as in the authors' reader the list's entries are taken as they stand, and answers are normalised
         index_of = {answer: index for index, answer in enumerate(self.answers) if index}
-        self.questions: list[str] = []
-        ids, images, scores = [], [], []
+        ids, images, scores, questions = [], [], [], []
         seen = set()
         out_of_list = 0
         for where, question_id, image, question, answers in self._rows():
@@ -112,7 +129,7 @@ class Vqa2(Dataset):
             seen.add(question_id)
             ids.append(question_id)
             images.append(image)
-            self.questions.append(question)
+            questions.append(question)
             if answers is not None:
                 scores.append(soft_scores(answers, index_of))
                 if not scores[-1]:
@@ -121,20 +138,24 @@ class Vqa2(Dataset):
                         "question whose answers are all outside the list",
                         f"{where}: question_id {question_id}: {printable(', '.join(sorted(set(answers))), 80)}",
                     )
-        self.labelled = len(scores) > 0
-        self.question_ids = np.array(ids, dtype=np.int64)
-        self.part = [part for part, _ in images]
-        self.image_ids = np.array([image_id for _, image_id in images], dtype=np.int64)
-        self.starts = np.concatenate([[0], np.cumsum([len(s) for s in scores])]).astype(np.int64)
-        self.score_index = np.array([i for s in scores for i in s], dtype=np.int32)
-        self.score_value = np.array([v for s in scores for v in s.values()], dtype=np.float32)
+        content = Content(values={"labelled": len(scores) > 0})
+        content.put_strings("questions", questions)
+        content.arrays |= {
+            "question_ids": np.array(ids, dtype=np.int64),
+            "part": np.array([PARTS.index(part) for part, _ in images], dtype=np.uint8),
+            "image_ids": np.array([image_id for _, image_id in images], dtype=np.int64),
+            "starts": np.concatenate([[0], np.cumsum([len(s) for s in scores])]).astype(np.int64),
+            "score_index": np.array([i for s in scores for i in s], dtype=np.int32),
+            "score_value": np.array([v for s in scores for v in s.values()], dtype=np.float32),
+        }
         self.facts.update(
             questions=len(ids),
             images=len(set(images)),
             answers=len(self.answers),
         )
-        if self.labelled:
+        if scores:
             self.facts["with an answer in the list"] = len(ids) - out_of_list
+        return content
 
     def __len__(self) -> int:
         return len(self.question_ids)
@@ -146,23 +167,26 @@ class Vqa2(Dataset):
         """``image``, ``input_ids`` and so on, and ``answer_scores`` float32 [answers] where the split has answers."""
         sample = {
             **self._image(self.image_path(index)),
-            **self._encode(self.questions[index]),
+            **self._encode(index),
             "image_id": int(self.image_ids[index]),
             "sample_id": self.sample_id(index),
         }
         if self.labelled:
             rows = slice(self.starts[index], self.starts[index + 1])
             scores = torch.zeros(len(self.answers))
-            scores[torch.from_numpy(self.score_index[rows]).long()] = torch.from_numpy(self.score_value[rows])
+            # copies: torch takes no arrays that are mapped read-only
+            index = torch.from_numpy(self.score_index[rows].astype(np.int64))
+            scores[index] = torch.from_numpy(self.score_value[rows].copy())
             sample["answer_scores"] = scores
         return sample
 
     def image_path(self, index: int) -> Path:
         """COCO 2014 / 2015 image of a question; the 2017 folders hold the same images and serve where it is absent."""
-        return self._find_image(self.part[index], int(self.image_ids[index]))
+        return self._find_image(PARTS[self.part[index]], int(self.image_ids[index]))
 
     def image_paths(self):
-        for part, image_id in sorted(set(zip(self.part, self.image_ids.tolist()))):
+        parts = (PARTS[part] for part in self.part.tolist())
+        for part, image_id in sorted(set(zip(parts, self.image_ids.tolist()))):
             yield self._find_image(part, image_id), None
 
     def _find_image(self, part, image_id):
@@ -184,7 +208,6 @@ class Vqa2(Dataset):
 
     def _rows(self):
         """(where, question id, (part, image id), question, answers or None) of every question of the split."""
-        self._folders: dict[str, Path | None] = {}
         imdb = self.layout.files(f"vqa2.{self.split}_imdb")
         if imdb:
             self.facts["files"] = [str(path) for path in imdb]
