@@ -179,7 +179,7 @@ class Cache:
         try:
             held = open(entry / META, "rb")  # noqa: SIM115 - open as long as the content is used
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and not os.path.lexists(entry):
+            if isinstance(error, _NOT_AS_WRITTEN) and not os.path.lexists(entry):
                 return None
             kind = Damaged if isinstance(error, _NOT_AS_WRITTEN) else Unreadable
             raise kind(f"{META}: {error.strerror}") from None
