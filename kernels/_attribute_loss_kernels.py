@@ -2,12 +2,16 @@
 
 A row's factor depends on the matching and on which slots are filled alone; forward and backward compute it alike. The
 attributes come in blocks of BLOCK columns, with the log-sum-exp carried from one to the next. Everything is float32. A
-program of the forward adds the objects of one block (DIRECT: of a whole layer, and writes the result); the backward has
-a program for every block and writes every element. MB is the power of two not below the SLOTS, NB how many objects are
-counted at a time.
+program of the forward adds the objects of one block, the last of a layer's programs what all of them left, in a fixed
+order; the backward has a program for every block and writes every element. MB is the power of two not below the SLOTS,
+NB how many objects are counted at a time.
 """
 
+from unit_fast_kernels._ticket import is_last
 from unit_fast_kernels._triton import jit, tl
+
+SUM_BLOCKS = 256
+"""Partial sums that the last program of a layer loads at a time."""
 
 
 @jit
@@ -53,7 +57,9 @@ def _attribute_loss_fwd_kernel(
     query_ptr,  # int64 [L,B,N]
     attributes_ptr,  # int64 [B,N,M]
     lse_ptr,  # [L,B,N] float32
-    out_ptr,  # float32: DIRECT [L]; else [B S,L]: the sum of each block of objects
+    partials_ptr,  # [L,B,S] float32: the sum of each block of objects
+    counters_ptr,  # int32 [L], 0
+    loss_ptr,  # [L] float32
     images,  # B
     objects,  # N
     factor,
@@ -64,47 +70,43 @@ def _attribute_loss_fwd_kernel(
     MB: tl.constexpr,
     NB: tl.constexpr,
     PER_PROCESS: tl.constexpr,
-    DIRECT: tl.constexpr,
+    SB: tl.constexpr,
 ):
-    layer = tl.program_id(2).to(tl.int64)
-    if DIRECT:
-        image_from, image_to, row_from, row_to = 0, images, 0, objects
-    else:
-        image_from, row_from = tl.program_id(1), tl.program_id(0) * R
-        image_to, row_to = image_from + 1, row_from + R
-    loss = tl.zeros([R], tl.float32)
-    for image in range(image_from, image_to):
-        of_image = layer * images + image
-        number = _number(attributes_ptr, query_ptr, layer, of_image, images, objects, NB, SLOTS, MB, PER_PROCESS)
-        slots_ptr = attributes_ptr + (of_image - layer * images) * objects * SLOTS
-        for start in range(row_from, row_to, R):
-            row = start + tl.arange(0, R)
-            inside = row < objects
-            at = of_image * objects + row
-            top = tl.full([R], -3.0e38, tl.float32)
-            total = tl.zeros([R], tl.float32)
-            for first in range(0, A, BLOCK):
-                column = first + tl.arange(0, BLOCK)
-                mask = inside[:, None] & (column < A)[None, :]
-                x = tl.load(logits_ptr + at[:, None] * A + column[None, :], mask=mask, other=float("-inf"))
-                x = x.to(tl.float32)
-                above = tl.maximum(top, tl.max(x, 1))
-                total = total * tl.exp(top - above) + tl.sum(tl.exp(x - above[:, None]), 1)
-                top = above
-            lse = top + tl.log(tl.where(inside, total, 1.0))
-            tl.store(lse_ptr + at, lse, mask=inside)
-            slots, valid = _valid_slots(slots_ptr, query_ptr + of_image * objects, row, objects, SLOTS, MB)
-            # An attribute that does not exist gives NaN, not another one's loss.
-            z = tl.load(logits_ptr + at[:, None] * A + slots, mask=valid & (slots < A), other=float("nan"))
-            ce = tl.sum(tl.where(valid, lse[:, None] - z.to(tl.float32), 0.0), 1)
-            k = tl.sum(valid.to(tl.float32), 1)
-            loss += ce / tl.maximum(k, 1.0) / number
-    result = tl.sum(loss, 0) * factor
-    if DIRECT:
-        tl.store(out_ptr + layer, result)
-    else:
-        place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(out_ptr + place * tl.num_programs(2) + layer, result)
+    layer, image = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    programs = images * tl.num_programs(0)
+    of_image = layer * images + image
+    number = _number(attributes_ptr, query_ptr, layer, of_image, images, objects, NB, SLOTS, MB, PER_PROCESS)
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    inside = row < objects
+    at = of_image * objects + row
+    top = tl.full([R], -3.0e38, tl.float32)
+    total = tl.zeros([R], tl.float32)
+    for first in range(0, A, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        mask = inside[:, None] & (column < A)[None, :]
+        x = tl.load(logits_ptr + at[:, None] * A + column[None, :], mask=mask, other=float("-inf"))
+        x = x.to(tl.float32)
+        above = tl.maximum(top, tl.max(x, 1))
+        total = total * tl.exp(top - above) + tl.sum(tl.exp(x - above[:, None]), 1)
+        top = above
+    lse = top + tl.log(tl.where(inside, total, 1.0))
+    tl.store(lse_ptr + at, lse, mask=inside)
+    slots_ptr = attributes_ptr + (of_image - layer * images) * objects * SLOTS
+    slots, valid = _valid_slots(slots_ptr, query_ptr + of_image * objects, row, objects, SLOTS, MB)
+    # An attribute that does not exist gives NaN, not another one's loss.
+    z = tl.load(logits_ptr + at[:, None] * A + slots, mask=valid & (slots < A), other=float("nan"))
+    ce = tl.sum(tl.where(valid, lse[:, None] - z.to(tl.float32), 0.0), 1)
+    k = tl.sum(valid.to(tl.float32), 1)
+    loss = tl.sum(ce / tl.maximum(k, 1.0) / number, 0)
+    partials_ptr += layer * programs
+    tl.store(partials_ptr + image * tl.num_programs(0) + tl.program_id(0), loss)
+    if is_last(counters_ptr + layer, programs):
+        # In an order that only the sizes decide.
+        of_layer = tl.zeros([SB], tl.float32)
+        for start in range(0, programs, SB):
+            block = start + tl.arange(0, SB)
+            of_layer += tl.load(partials_ptr + block, mask=block < programs, other=0.0, cache_modifier=".cg")
+        tl.store(loss_ptr + layer, tl.sum(of_layer, 0) * factor)
 
 
 @jit

@@ -5,15 +5,18 @@ scattered and nothing outside the tensors is read whatever ``query`` holds. Each
 which depends on the matching alone; forward and backward compute it alike. Classes come in blocks of BLOCK columns,
 with the log-sum-exp carried from one to the next. Everything is float32.
 
-A program of the forward adds the rows of one block, one more an image the boxes of its pairs, an object a thread
-(DIRECT: one program has a whole layer and writes the result); partials are added in a fixed order by a second kernel.
-The backward has the same programs; every element is written by one: boxes without an object by that of their row.
+A program of the forward adds the rows of one block, one more an image the boxes of its pairs, an object a thread. The
+last of a layer's programs adds what all of them left, in a fixed order. The backward has the same programs; every
+element is written by one: boxes without an object by that of their row.
 """
 
+from unit_fast_kernels._ticket import is_last
 from unit_fast_kernels._triton import jit, tl
 
 OBJECTS = 32
 """Objects that a row is compared with at a time."""
+SUM_IMAGES, SUM_BLOCKS = 8, 32
+"""Partial sums that the last program of a layer loads at a time: of so many images so many blocks."""
 
 
 @jit
@@ -144,17 +147,44 @@ def _giou_gradient(ax, ay, aw, ah, bx, by, bw, bh):
 
 
 @jit
+def _layer_sums(partials_ptr, counts_ptr, images, blocks, IB: tl.constexpr, SB: tl.constexpr):
+    """(ce, bbox, giou, cardinality) of a layer from its partials [2,B,S], in an order that only the sizes decide."""
+    per_result = images * blocks
+    ce = tl.zeros([IB, SB], tl.float32)
+    bbox = tl.zeros([IB], tl.float32)
+    giou = tl.zeros([IB], tl.float32)
+    cardinality = tl.zeros([IB], tl.float32)
+    for first in range(0, images, IB):
+        image = first + tl.arange(0, IB)
+        of_image = image * blocks
+        predicted = tl.zeros([IB, SB], tl.float32)
+        for start in range(0, blocks - 1, SB):
+            block = start + tl.arange(0, SB)
+            mask = (image < images)[:, None] & (block < blocks - 1)[None, :]
+            place = of_image[:, None] + block[None, :]
+            ce += tl.load(partials_ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
+            predicted += tl.load(partials_ptr + per_result + place, mask=mask, other=0.0, cache_modifier=".cg")
+        pairs_ptr = partials_ptr + blocks - 1
+        bbox += tl.load(pairs_ptr + of_image, mask=image < images, other=0.0, cache_modifier=".cg")
+        giou += tl.load(pairs_ptr + per_result + of_image, mask=image < images, other=0.0, cache_modifier=".cg")
+        count = tl.load(counts_ptr + image, mask=image < images, other=0).to(tl.float32)
+        cardinality += tl.abs(tl.sum(predicted, 1) - count)
+    return tl.sum(tl.sum(ce, 1), 0), tl.sum(bbox, 0), tl.sum(giou, 0), tl.sum(cardinality, 0) / images
+
+
+@jit
 def _set_loss_fwd_kernel(
     logits_ptr,  # [L,B,Q,K]
     boxes_ptr,  # [L,B,Q,4]
     query_ptr,  # int64 [L,B,N]
     labels_ptr,  # int64 [B,N]
     target_boxes_ptr,  # [B,N,4]
-    counts_ptr,  # integer [B]; DIRECT only
+    counts_ptr,  # integer [B]
     number_ptr,  # scalar: number of boxes
     lse_ptr,  # [L,B,Q] float32
-    out_ptr,  # float32: DIRECT [4,L]: ce, bbox, giou, cardinality; else [4,L,B,S]: the sums of each block of rows, the
-    # last counting those that predict an object
+    partials_ptr,  # [L,2,B,S] float32: of a block of rows ce, and how many predict an object; of the last bbox, giou
+    counters_ptr,  # int32 [L], 0
+    losses_ptr,  # [4,L] float32: ce, bbox, giou, cardinality
     images,  # B
     queries,  # Q
     objects,  # N
@@ -173,119 +203,78 @@ def _set_loss_fwd_kernel(
     BALANCED: tl.constexpr,
     POSITIVE: tl.constexpr,
     NEGATIVE: tl.constexpr,
-    DIRECT: tl.constexpr,
+    IB: tl.constexpr,
+    SB: tl.constexpr,
 ):
-    layer = tl.program_id(2).to(tl.int64)
+    layer, image, block = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0)
+    layers, blocks = tl.num_programs(2), tl.num_programs(0)
+    of_image = layer * images + image
     number = tl.load(number_ptr).to(tl.float32)
-    of_layer = tl.zeros([R], tl.float32)
-    if PER_PROCESS:
-        of_layer = _matched_in_layer(query_ptr + layer * images * objects, images * objects, R, NB)
-    if DIRECT:
-        image_from, image_to, row_from, row_to, pair_from, pair_to = 0, images, 0, queries, 0, objects
+    partials_ptr += layer * 2 * images * blocks
+    place = partials_ptr + image.to(tl.int64) * blocks + block
+    if block * R < queries:
+        row = block * R + tl.arange(0, R)
+        inside = row < queries
+        object_, matched_in_image = _object_of_rows(query_ptr + of_image * objects, row, objects, R, NB)
+        of_layer = tl.zeros([R], tl.float32)
+        if PER_PROCESS:
+            of_layer = _matched_in_layer(query_ptr + layer * images * objects, images * objects, R, NB)
+        matched = inside & (object_ >= 0)
+        target = tl.load(labels_ptr + image * objects + object_, mask=matched, other=0)
+        target = tl.where(matched, target, no_object)
+        at = of_image * queries + row
+        known = inside & (target >= 0) & (target < K)
+        # A label that is no class gives NaN, not another class's loss.
+        of_target = tl.load(logits_ptr + at * K + target, mask=known, other=float("nan")).to(tl.float32)
+        of_none = tl.load(logits_ptr + at * K + no_object, mask=inside, other=0.0).to(tl.float32)
+        top = tl.maximum(of_none, -3.0e38)  # minus infinity less itself would be NaN
+        total = tl.zeros([R], tl.float32)
+        best = tl.full([R], float("-inf"), tl.float32)  # of the classes of objects
+        before = tl.full([R], float("-inf"), tl.float32)  # of those before no-object
+        for first in range(0, K, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            mask = inside[:, None] & (column < K)[None, :]
+            x = tl.load(logits_ptr + at[:, None] * K + column[None, :], mask=mask, other=float("-inf"))
+            x = x.to(tl.float32)
+            here = tl.max(tl.where((column == no_object)[None, :], float("-inf"), x), 1)
+            best = tl.maximum(best, here)
+            if not LAST:
+                before = tl.maximum(before, tl.max(tl.where((column < no_object)[None, :], x, float("-inf")), 1))
+            above = tl.maximum(top, here)
+            total = total * tl.exp(top - above) + tl.sum(tl.exp(x - above[:, None]), 1)
+            top = above
+        lse = top + tl.log(tl.where(inside, total, 1.0))
+        tl.store(lse_ptr + at, lse, mask=inside)
+        factor = _factors(
+            matched, matched_in_image, of_layer, number, images, queries, no_object_weight,
+            PER_PROCESS, BALANCED, POSITIVE, NEGATIVE,
+        )  # fmt: skip
+        ce = tl.where(inside, factor * (lse - of_target), 0.0)
+        # The first of the largest is the prediction.
+        if LAST:
+            is_object = best >= of_none
+        else:
+            is_object = (before >= of_none) | (best > of_none)
+        tl.store(place, tl.sum(ce, 0))
+        tl.store(place + images * blocks, tl.sum(tl.where(inside & is_object, 1.0, 0.0), 0))
     else:
-        image_from, row_from = tl.program_id(1), tl.program_id(0) * R
-        image_to, row_to = image_from + 1, tl.minimum(row_from + R, queries)
-        # The last program, which has no rows, has the boxes of the image.
-        pair_from, pair_to = tl.where(row_from < queries, objects, 0), objects
-    ce = tl.zeros([R], tl.float32)
-    predicted = tl.zeros([R], tl.float32)
-    cardinality = tl.zeros([R], tl.float32)
-    bbox = tl.zeros([PAIRS], tl.float32)
-    giou = tl.zeros([PAIRS], tl.float32)
-    for image in range(image_from, image_to):
-        of_image = layer * images + image
-        predicted = tl.zeros([R], tl.float32)
-        for start in range(row_from, row_to, R):
-            row = start + tl.arange(0, R)
-            inside = row < queries
-            object_, matched_in_image = _object_of_rows(query_ptr + of_image * objects, row, objects, R, NB)
-            matched = inside & (object_ >= 0)
-            of_object = (of_image - layer * images) * objects + object_
-            target = tl.load(labels_ptr + of_object, mask=matched, other=0)
-            target = tl.where(matched, target, no_object)
-            at = of_image * queries + row
-            known = inside & (target >= 0) & (target < K)
-            # A label that is no class gives NaN, not another class's loss.
-            of_target = tl.load(logits_ptr + at * K + target, mask=known, other=float("nan")).to(tl.float32)
-            of_none = tl.load(logits_ptr + at * K + no_object, mask=inside, other=0.0).to(tl.float32)
-            top = tl.maximum(of_none, -3.0e38)  # minus infinity less itself would be NaN
-            total = tl.zeros([R], tl.float32)
-            best = tl.full([R], float("-inf"), tl.float32)  # of the classes of objects
-            before = tl.full([R], float("-inf"), tl.float32)  # of those before no-object
-            for first in range(0, K, BLOCK):
-                column = first + tl.arange(0, BLOCK)
-                mask = inside[:, None] & (column < K)[None, :]
-                x = tl.load(logits_ptr + at[:, None] * K + column[None, :], mask=mask, other=float("-inf"))
-                x = x.to(tl.float32)
-                here = tl.max(tl.where((column == no_object)[None, :], float("-inf"), x), 1)
-                best = tl.maximum(best, here)
-                if not LAST:
-                    before = tl.maximum(before, tl.max(tl.where((column < no_object)[None, :], x, float("-inf")), 1))
-                above = tl.maximum(top, here)
-                total = total * tl.exp(top - above) + tl.sum(tl.exp(x - above[:, None]), 1)
-                top = above
-            lse = top + tl.log(tl.where(inside, total, 1.0))
-            tl.store(lse_ptr + at, lse, mask=inside)
-            factor = _factors(
-                matched, matched_in_image, of_layer, number, images, queries, no_object_weight,
-                PER_PROCESS, BALANCED, POSITIVE, NEGATIVE,
-            )  # fmt: skip
-            ce += tl.where(inside, factor * (lse - of_target), 0.0)
-            # The first of the largest is the prediction.
-            if LAST:
-                is_object = best >= of_none
-            else:
-                is_object = (before >= of_none) | (best > of_none)
-            predicted += tl.where(inside & is_object, 1.0, 0.0)
-        for start in range(pair_from, pair_to, PAIRS):
+        bbox = tl.zeros([PAIRS], tl.float32)
+        giou = tl.zeros([PAIRS], tl.float32)
+        for start in range(0, objects, PAIRS):
             of_query, of_object, valid = _pairs(query_ptr, start, layer, of_image, images, queries, objects, PAIRS)
             ax, ay, aw, ah = _box(boxes_ptr, of_query * 4, valid)
             bx, by, bw, bh = _box(target_boxes_ptr, of_object * 4, valid)
             distance, dissimilarity = _box_terms(ax, ay, aw, ah, bx, by, bw, bh)
             bbox += tl.where(valid, distance, 0.0)
             giou += tl.where(valid, dissimilarity, 0.0)
-        if DIRECT:
-            count = tl.load(counts_ptr + image).to(tl.float32)
-            cardinality += tl.abs(tl.sum(predicted, 0) - count)
-    if DIRECT:
-        place, step = layer, tl.num_programs(2)
-        last = tl.max(cardinality, 0) / images
-    else:
-        place = (layer * images + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-        step = tl.num_programs(2).to(tl.int64) * images * tl.num_programs(0)
-        last = tl.sum(predicted, 0)
-    tl.store(out_ptr + place, tl.sum(ce, 0) * weight_ce)
-    tl.store(out_ptr + step + place, tl.sum(bbox, 0) / number * weight_bbox)
-    tl.store(out_ptr + 2 * step + place, tl.sum(giou, 0) / number * weight_giou)
-    tl.store(out_ptr + 3 * step + place, last)
-
-
-@jit
-def _set_loss_sum_kernel(
-    partials_ptr,  # [4,L,B,S] float32
-    counts_ptr,  # integer [B]
-    out_ptr,  # [4,L] float32
-    images,  # B
-    blocks,  # S
-    BB: tl.constexpr,
-    SB: tl.constexpr,
-):
-    layer, layers, which = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
-    partials_ptr += (which.to(tl.int64) * layers + layer) * images * blocks
-    total = tl.zeros([BB], tl.float32)
-    for first in range(0, images, BB):
-        image = first + tl.arange(0, BB)
-        of_image = tl.zeros([BB, SB], tl.float32)
-        for start in range(0, blocks, SB):
-            block = start + tl.arange(0, SB)
-            mask = (image < images)[:, None] & (block < blocks)[None, :]
-            of_image += tl.load(partials_ptr + image[:, None] * blocks + block[None, :], mask=mask, other=0.0)
-        found = tl.sum(of_image, 1)
-        if which == 3:
-            count = tl.load(counts_ptr + image, mask=image < images, other=0).to(tl.float32)
-            found = tl.abs(found - count) / images
-        total += found
-    tl.store(out_ptr + which * layers + layer, tl.sum(total, 0))
+        tl.store(place, tl.sum(bbox, 0))
+        tl.store(place + images * blocks, tl.sum(giou, 0))
+    if is_last(counters_ptr + layer, images * blocks):
+        ce, bbox, giou, cardinality = _layer_sums(partials_ptr, counts_ptr, images, blocks, IB, SB)
+        tl.store(losses_ptr + layer, ce * weight_ce)
+        tl.store(losses_ptr + layers + layer, bbox / number * weight_bbox)
+        tl.store(losses_ptr + 2 * layers + layer, giou / number * weight_giou)
+        tl.store(losses_ptr + 3 * layers + layer, cardinality)
 
 
 @jit

@@ -11,26 +11,27 @@ object; query int64 [L,B,N] (-1 = none), attributes int64 [B,N,M] (-1 = empty sl
 ``log_softmax``, a gather of the slots, masks and means, some 20 operators, and 10 of their backward.
 
 Fused: the forward reads the logits once and keeps a log-sum-exp an object; the backward reads them again and writes
-their gradient, in one launch. The forward is one launch where a layer is few blocks of objects (``direct``), else
-partial sums are added in a fixed order by a second, small one. Bytes: the logits once, and in the backward twice;
-FLOPs: about 5 a logit forward, 5 + M backward; memory-bound. Limits of the fused path: float32, bfloat16, float16;
-M <= 64.
+their gradient. Each is one launch: the last program of a layer adds the partial sums of its blocks of objects in a
+fixed order (``_ticket``). Bytes: the logits once, and in the backward twice; FLOPs: about 5 a logit forward, 5 + M
+backward; memory-bound. Limits of the fused path: float32, bfloat16, float16; M <= 64.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from unit_fast_kernels._attribute_loss_kernels import _attribute_loss_bwd_kernel, _attribute_loss_fwd_kernel
+from unit_fast_kernels._attribute_loss_kernels import (
+    SUM_BLOCKS,
+    _attribute_loss_bwd_kernel,
+    _attribute_loss_fwd_kernel,
+)
 from unit_fast_kernels._op import DTYPES, register
-from unit_fast_kernels._sums import sum_partials
+from unit_fast_kernels._ticket import counters
 from unit_fast_kernels._triton import cdiv, power_of_two
 from unit_fast_kernels._tuned import launch_parameters
 
 SCALE = 0.5
 """Constant factor of the authors' attribute loss (SPEC quirk 7)."""
 MAX_SLOTS = 64
-DIRECT_TURNS = 4
-"""A layer of up to so many blocks of objects is one program's, which saves the second launch."""
 
 
 def _slots(query: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,28 +64,15 @@ def attribute_loss_reference(
 # --- Launchers, their references and fakes ---------------------------------------------------------------------------
 
 
-def fwd_defaults(attributes: int) -> dict[str, int]:
+def defaults(attributes: int) -> dict[str, int]:
     """Rows and columns of a block, warps: 16 logits to a thread of one warp, so that no row is more than one warp's."""
     block = min(power_of_two(attributes), 512)
     return {"rows": min(16, 512 // block), "block": block, "warps": 1}
 
 
-def direct_defaults(objects: int, attributes: int) -> dict[str, int]:
-    """The same where a program takes a layer: few programs, so up to 8 warps."""
-    block = min(power_of_two(attributes), 512)
-    rows = min(power_of_two(objects), 4096 // block, 64)
-    return {"rows": rows, "block": block, "warps": max(1, min(8, rows * block // 512))}
-
-
-def _fwd_parameters(logits: Tensor) -> tuple[bool, dict[str, int]]:
-    """(whether a program takes a whole layer, launch parameters)."""
-    _, images, objects, attributes = logits.shape
-    width, default = power_of_two(attributes), direct_defaults(objects, attributes)
-    if images * cdiv(objects, default["rows"]) <= DIRECT_TURNS:
-        bucket = f"objects{power_of_two(objects)}_attributes{width}"
-        return True, launch_parameters("attribute_loss_direct", bucket, default, logits.device)
-    bucket = f"attributes{width}"
-    return False, launch_parameters("attribute_loss_fwd", bucket, fwd_defaults(attributes), logits.device)
+def _parameters(op: str, logits: Tensor) -> dict[str, int]:
+    width = logits.shape[-1]
+    return launch_parameters(op, f"attributes{power_of_two(width)}", defaults(width), logits.device)
 
 
 def _constants(logits: Tensor, attributes: Tensor, tune: dict[str, int], per_process: bool) -> dict:
@@ -110,25 +98,22 @@ def _fwd_launch(logits, query, attributes, per_process, weight):
         loss.zero_()
         lse.zero_()
         return outputs
-    direct, tune = _fwd_parameters(logits)
+    tune = _parameters("attribute_loss_fwd", logits)
     blocks = cdiv(objects, tune["rows"])
-    out = loss
-    if not direct:
-        out = torch.empty((1, images * blocks, layers), dtype=torch.float32, device=logits.device)
-    _attribute_loss_fwd_kernel[(1, 1, layers) if direct else (blocks, images, layers)](
+    _attribute_loss_fwd_kernel[(blocks, images, layers)](
         logits.contiguous(),
         query.contiguous(),
         attributes.contiguous(),
         lse,
-        out,
+        torch.empty((layers, images, blocks), dtype=torch.float32, device=logits.device),
+        counters(logits, layers),
+        loss,
         images,
         objects,
         weight * SCALE,
         **_constants(logits, attributes, tune, per_process),
-        DIRECT=direct,
+        SB=SUM_BLOCKS,
     )
-    if not direct:
-        sum_partials(out, loss)
     return outputs
 
 
@@ -149,11 +134,10 @@ def _bwd_output(logits: Tensor) -> Tensor:
 
 def _bwd_launch(by_loss, logits, query, attributes, lse, per_process, weight):
     dlogits = _bwd_output(logits)
-    layers, images, objects, width = logits.shape
+    layers, images, objects, _ = logits.shape
     if logits.numel() == 0 or attributes.numel() == 0:
         return dlogits.zero_()
-    default = fwd_defaults(width)
-    tune = launch_parameters("attribute_loss_bwd", f"attributes{power_of_two(width)}", default, logits.device)
+    tune = _parameters("attribute_loss_bwd", logits)
     _attribute_loss_bwd_kernel[(cdiv(objects, tune["rows"]), images, layers)](
         by_loss.contiguous(),
         logits.contiguous(),
@@ -269,30 +253,20 @@ def launches(shape: tuple, dtype: torch.dtype, device) -> list[tuple[str, tuple]
 
 def candidates(shape: tuple) -> list[dict]:
     """Launch parameters worth trying: {"op", "bucket", "parameters"}, the defaults first."""
-    _, images, objects, attributes, _ = shape
-    width, direct = power_of_two(attributes), direct_defaults(objects, attributes)
-    forward = ("attribute_loss_fwd", f"attributes{width}", fwd_defaults(attributes))
-    if images * cdiv(objects, direct["rows"]) <= DIRECT_TURNS:
-        forward = ("attribute_loss_direct", f"objects{power_of_two(objects)}_attributes{width}", direct)
-    found = []
-    for op, bucket, default in (forward, ("attribute_loss_bwd", f"attributes{width}", fwd_defaults(attributes))):
-        tried = [default] + [
-            {"rows": rows, "block": block, "warps": warps}
-            for block in dict.fromkeys(min(width, b) for b in (128, 256, 512))
-            for rows in (1, 2, 4, 8, 16, 32)
-            for warps in (1, 2, 4, 8, 16)
-            if 4 <= rows * block // (32 * warps) <= 32
-        ]
-        found += [{"op": op, "bucket": bucket, "parameters": parameters} for parameters in tried]
-    return found
-
-
-def loop_turns(kernel: str, constants: dict, shape: tuple) -> int | None:
-    """How often the loop that counts objects turns, in all programs of a forward without others."""
-    layers, images, objects, attributes, _ = shape
-    if kernel != "_attribute_loss_fwd_kernel" or constants["DIRECT"] or constants["BLOCK"] < attributes:
-        return None
-    return layers * images * cdiv(objects, constants["R"]) * cdiv(objects, constants["NB"])
+    attributes = shape[3]
+    width = power_of_two(attributes)
+    tried = [defaults(attributes)] + [
+        {"rows": rows, "block": block, "warps": warps}
+        for block in dict.fromkeys(min(width, b) for b in (128, 256, 512))
+        for rows in (1, 2, 4, 8, 16, 32)
+        for warps in (1, 2, 4, 8, 16)
+        if 4 <= rows * block // (32 * warps) <= 32
+    ]
+    return [
+        {"op": op, "bucket": f"attributes{width}", "parameters": parameters}
+        for op in ("attribute_loss_fwd", "attribute_loss_bwd")
+        for parameters in tried
+    ]
 
 
 def bytes_moved(shape: tuple, dtype: torch.dtype) -> int:

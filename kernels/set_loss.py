@@ -14,11 +14,10 @@ the device. Replaces, a layer, a scatter of classes, ``cross_entropy``, gathers 
 pairs, an argmax, and their backward; as batched PyTorch they are still 83 operators forward and 119 backward.
 
 Fused: the forward reads the logits once and keeps a log-sum-exp a query; the backward reads them once more, finds the
-objects of the queries again and writes both gradients, in one launch. The forward is one launch where a layer is few
-blocks of rows (``direct``: the published one image a process), else the blocks leave partial sums that a second, small
-launch adds in a fixed order: a count of finished blocks would need zeroed memory, which is a launch too, and one
-program a layer would take some 200 blocks in turn at 8 images of Visual Genome. Bytes: the logits once, and in the
-backward twice. FLOPs: about 5 a logit; memory-bound. Limits of the fused path: float32, bfloat16, float16; K <= 65536.
+objects of the queries again and writes both gradients. Each is one launch: the blocks of rows leave partial sums, and
+the last program of a layer adds them in a fixed order (``_ticket``). One program a layer without partial sums was not
+kept even for one image: it takes its blocks in turn. Bytes: the logits once, and in the backward twice. FLOPs: about 5
+a logit; memory-bound. Limits of the fused path: float32, bfloat16, float16; K <= 65536.
 """
 
 import torch
@@ -28,9 +27,10 @@ from torch.autograd.function import once_differentiable
 from unit_fast_kernels._op import DTYPES, register
 from unit_fast_kernels._set_loss_kernels import (
     OBJECTS,
+    SUM_BLOCKS,
+    SUM_IMAGES,
     _set_loss_bwd_kernel,
     _set_loss_fwd_kernel,
-    _set_loss_sum_kernel,
 )
 from unit_fast_kernels._set_loss_reference import (
     NEGATIVE_SHARE,
@@ -39,6 +39,7 @@ from unit_fast_kernels._set_loss_reference import (
     set_loss_bwd_reference,
     set_loss_reference,
 )
+from unit_fast_kernels._ticket import counters
 from unit_fast_kernels._triton import cdiv, power_of_two
 from unit_fast_kernels._tuned import launch_parameters
 
@@ -50,36 +51,17 @@ _SETTINGS = (
     "int no_object, float no_object_weight, bool per_process, bool balanced, float weight_ce, float weight_bbox, "
     "float weight_giou"
 )
-DIRECT_TURNS = 4
-"""A layer of up to so many blocks of rows is one program's, which saves the second launch."""
 
 
-def fwd_defaults(classes: int) -> dict[str, int]:
+def defaults(classes: int) -> dict[str, int]:
     """Rows and columns of a block, warps: 16 logits to a thread of one warp, so that no row is more than one warp's."""
     block = min(power_of_two(classes), 512)
     return {"rows": min(16, 512 // block), "block": block, "warps": 1}
 
 
-def direct_defaults(queries: int, classes: int) -> dict[str, int]:
-    """The same where a program takes a layer: few programs, so up to 8 warps, and up to 32 logits to a thread."""
-    block = min(power_of_two(classes), 512)
-    rows = min(power_of_two(queries), 8192 // block, 128)
-    return {"rows": rows, "block": block, "warps": max(1, min(8, rows * block // 512))}
-
-
-def _is_direct(logits: Tensor) -> bool:
-    _, images, queries, classes = logits.shape
-    return images * cdiv(queries, direct_defaults(queries, classes)["rows"]) <= DIRECT_TURNS
-
-
-def _fwd_parameters(logits: Tensor) -> tuple[bool, dict[str, int]]:
-    """(whether a program takes a whole layer, launch parameters)."""
-    _, _, queries, classes = logits.shape
-    width = power_of_two(classes)
-    if _is_direct(logits):
-        bucket, default = f"queries{power_of_two(queries)}_classes{width}", direct_defaults(queries, classes)
-        return True, launch_parameters("set_loss_direct", bucket, default, logits.device)
-    return False, launch_parameters("set_loss_fwd", f"classes{width}", fwd_defaults(classes), logits.device)
+def _parameters(op: str, logits: Tensor) -> dict[str, int]:
+    classes = logits.shape[-1]
+    return launch_parameters(op, f"classes{power_of_two(classes)}", defaults(classes), logits.device)
 
 
 def _constants(logits: Tensor, tune: dict[str, int], per_process: bool, balanced: bool) -> dict:
@@ -106,22 +88,20 @@ def _fwd_launch(
     if lse.numel() == 0:
         losses.fill_(float("nan"))  # means of nothing
         return outputs
-    direct, tune = _fwd_parameters(logits)
-    counts = counts.contiguous()
+    tune = _parameters("set_loss_fwd", logits)
     blocks = cdiv(queries, tune["rows"]) + 1  # of rows, and the boxes
-    out = losses
-    if not direct:
-        out = torch.empty((4, layers, images, blocks), dtype=torch.float32, device=logits.device)
-    _set_loss_fwd_kernel[(1, 1, layers) if direct else (blocks, images, layers)](
+    _set_loss_fwd_kernel[(blocks, images, layers)](
         logits.contiguous(),
         boxes.contiguous(),
         query.contiguous(),
         labels.contiguous(),
         target_boxes.contiguous(),
-        counts,
+        counts.contiguous(),
         num_boxes,
         lse,
-        out,
+        torch.empty((layers, 2, images, blocks), dtype=torch.float32, device=logits.device),
+        counters(logits, layers),
+        losses,
         images,
         queries,
         query.shape[2],
@@ -130,19 +110,9 @@ def _fwd_launch(
         *weights,
         **_constants(logits, tune, per_process, balanced),
         LAST=no_object == logits.shape[-1] - 1,
-        DIRECT=direct,
+        IB=SUM_IMAGES,
+        SB=SUM_BLOCKS,
     )
-    if not direct:
-        _set_loss_sum_kernel[(layers, 4)](
-            out,
-            counts,
-            losses,
-            images,
-            blocks,
-            BB=min(16, power_of_two(images)),
-            SB=min(32, power_of_two(blocks)),
-            num_warps=1,
-        )
     return outputs
 
 
@@ -173,11 +143,10 @@ def _bwd_launch(
     per_process, balanced, *weights,
 ):  # fmt: skip
     dlogits, dboxes = outputs = _bwd_outputs(logits, boxes)
-    layers, images, queries, classes = logits.shape
+    layers, images, queries, _ = logits.shape
     if lse.numel() == 0:
         return outputs
-    bucket = f"classes{power_of_two(classes)}"
-    tune = launch_parameters("set_loss_bwd", bucket, fwd_defaults(classes), logits.device)
+    tune = _parameters("set_loss_bwd", logits)
     _set_loss_bwd_kernel[(cdiv(queries, tune["rows"]) + 1, images, layers)](
         *(None if g is None else g.contiguous() for g in (by_ce, by_bbox, by_giou)),
         logits.contiguous(),
@@ -327,23 +296,20 @@ def launches(shape: tuple, dtype: torch.dtype, device) -> list[tuple[str, tuple]
 
 def candidates(shape: tuple) -> list[dict]:
     """Launch parameters worth trying: {"op", "bucket", "parameters"}, the defaults first."""
-    _, images, queries, classes, _ = shape
+    classes = shape[3]
     width = power_of_two(classes)
-    direct = images * cdiv(queries, direct_defaults(queries, classes)["rows"]) <= DIRECT_TURNS
-    found = []
-    for op in ("set_loss_direct" if direct else "set_loss_fwd", "set_loss_bwd"):
-        whole = op == "set_loss_direct"
-        bucket = f"queries{power_of_two(queries)}_classes{width}" if whole else f"classes{width}"
-        tried = [direct_defaults(queries, classes) if whole else fwd_defaults(classes)]
-        tried += [
-            {"rows": rows, "block": block, "warps": warps}
-            for block in dict.fromkeys(min(width, b) for b in (128, 256, 512, 1024, 2048))
-            for rows in (1, 2, 4, 8, 16, 32, 64, 128)
-            for warps in (1, 2, 4, 8, 16)
-            if 4 <= rows * block // (32 * warps) <= 32 and (not whole or rows * block >= 4096)
-        ]
-        found += [{"op": op, "bucket": bucket, "parameters": parameters} for parameters in tried]
-    return found
+    tried = [defaults(classes)] + [
+        {"rows": rows, "block": block, "warps": warps}
+        for block in dict.fromkeys(min(width, b) for b in (128, 256, 512, 1024, 2048))
+        for rows in (1, 2, 4, 8, 16, 32, 64, 128)
+        for warps in (1, 2, 4, 8, 16)
+        if 4 <= rows * block // (32 * warps) <= 32
+    ]
+    return [
+        {"op": op, "bucket": f"classes{width}", "parameters": parameters}
+        for op in ("set_loss_fwd", "set_loss_bwd")
+        for parameters in tried
+    ]
 
 
 def _sizes(shape: tuple, dtype: torch.dtype) -> tuple[int, int, int]:

@@ -359,15 +359,6 @@ def test_errors_name_the_remedy():
         run(make((2,)), LossConfig(balanced_class_loss=True), head)
 
 
-def test_cardinality_error():
-    logits = torch.zeros(2, 2, 3, 4)
-    logits[..., 3] = 1  # all no-object
-    logits[1, 0, :2, 0] = 2  # layer 1, image 0: two objects
-    error = criterion.cardinality_error(logits, torch.tensor([1, 3], dtype=torch.int32))
-    assert error.tolist() == [2.0, 2.0]
-    assert criterion.cardinality_error(logits, torch.tensor([2, 0], dtype=torch.int32)).tolist() == [1.0, 0.0]
-
-
 def test_vqa_loss_is_the_sum_over_answers():
     scores = torch.tensor([[0.5, -1.0, 2.0], [0.0, 1.0, -3.0]], dtype=torch.float64)
     targets = torch.tensor([[0.3, 0.0, 1.0], [0.0, 0.9, 0.6]], dtype=torch.float64)

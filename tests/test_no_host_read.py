@@ -199,6 +199,7 @@ ON_THE_HOST = {
 """Files that may read the host, and why."""
 ALLOWED = {
     ("_triton.py", ""): "a setting of Triton",
+    ("_ticket.py", "_stream"): "which stream is current and its state are known to the host",
     ("adamw.py", "addresses_of"): "an address is known to the host",
     ("adamw.py", "_capturing"): "the state of the stream is known to the host",
     ("adamw.py", "_operator_reference"): "the reference, on a CPU",

@@ -17,6 +17,7 @@ from tests.kernels.common import (
     poison_new_memory,
     values_and_gradients,
 )
+from tests.kernels.program_order import ORDERS, permute_programs
 from tests.planted_kernels import needs_compiler
 from unit_fast import ops
 
@@ -29,16 +30,19 @@ SIZES = {  # (L, B, N, A, M), objects of the images that have a query
     "two_attributes": ((1, 2, 4, 2, 2), (3, 4)),
     "empty": ((2, 2, 0, 5, 16), (0, 0)),
     "no_slots": ((2, 2, 3, 5, 0), (1, 3)),
+    "many_layers": ((40, 1, 2, 3, 2), (2,)),
     "all_padded": ((2, 3, 6, 4, 5), (0, 0, 0)),
 }
 DTYPES = [torch.float32, torch.bfloat16]
 NORMALISATIONS = ["per_image", "per_process"]
 
 
-@pytest.fixture(params=["direct", "split"])
-def form(request, monkeypatch):
-    """One program a layer, or blocks of objects and a sum."""
-    monkeypatch.setattr(module, "DIRECT_TURNS", {"direct": 1 << 30, "split": 0}[request.param])
+@pytest.fixture(params=["default", "row"])
+def blocks(request, monkeypatch):
+    """The default blocks, or one of each object: many partial sums, added a few at a time."""
+    if request.param == "row":
+        monkeypatch.setattr(module, "SUM_BLOCKS", 4)
+        monkeypatch.setattr(module, "launch_parameters", lambda *_: {"rows": 1, "block": 64, "warps": 1})
     return request.param
 
 
@@ -116,7 +120,7 @@ def test_is_as_good_as_eager(name, dtype):
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 @pytest.mark.parametrize("name", ["odd", "many", "all_padded"])
-def test_both_forms(form, name, normalisation):
+def test_every_setting(blocks, name, normalisation):
     check(name, torch.float32, normalisation=normalisation, weight=1.5)
 
 
@@ -142,7 +146,7 @@ def test_real_shapes_on_a_gpu(shape, normalisation):
 
 
 @pytest.mark.parametrize("name", ["odd", "many", "empty", "no_slots"])
-def test_reads_inside_and_writes_everything(form, name, monkeypatch):
+def test_reads_inside_and_writes_everything(blocks, name, monkeypatch):
     logits, others, upstream = problem(name)
     low = logits.float()
     plain = values_and_gradients(of(attribute_loss_fused, others), [low], upstream)
@@ -213,15 +217,8 @@ def test_compiles_whole(dynamic):
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    ("shape", "forward"),
-    [
-        ("unit_vg_one_image", ["_attribute_loss_fwd_kernel"]),
-        ("unit_vg", ["_attribute_loss_fwd_kernel", "_sum_partials_kernel"]),
-    ],
-)
-def test_launches(shape, forward):
-    """Forward: one launch where a program takes a layer, else one and a sum. Backward: one."""
+@pytest.mark.parametrize("shape", module.SHAPES)
+def test_one_launch_each(shape):
     found, recorded = [], []
 
     def both():
@@ -231,36 +228,54 @@ def test_launches(shape, forward):
             found.append([launch.name for launch in recorded[before:]])
 
     _record.record(both, "a100", into=recorded)
-    assert found == [forward, ["_attribute_loss_bwd_kernel"]]
+    assert found == [["_attribute_loss_fwd_kernel"], ["_attribute_loss_bwd_kernel"]]
 
 
 def test_results_do_not_depend_on_launch_parameters(monkeypatch):
     logits, others, upstream = problem("many")
     first = values_and_gradients(of(attribute_loss_fused, others), [logits.float()], upstream)
-    monkeypatch.setattr(module, "DIRECT_TURNS", 0)
     monkeypatch.setattr(module, "launch_parameters", lambda *_: {"rows": 16, "block": 4, "warps": 1})
     second = values_and_gradients(of(attribute_loss_fused, others), [logits.float()], upstream)
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_two_runs_are_equal(form):
+def test_two_runs_are_equal():
     logits, others, upstream = problem("tail")
     low = [logits.bfloat16()]
     runs = [values_and_gradients(of(attribute_loss_fused, others), low, upstream) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def forward_of(name):
+    """Loss and log-sum-exps."""
+    logits, others, _ = problem(name)
+    return module._forward(logits.float(), others["query"], others["attributes"], False, 1.5)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_programs_in_any_order_give_the_same_bits(blocks, order, monkeypatch):
+    """Other sizes in turn: a counter that were not back at 0 would give other sums, or none."""
+    names = ["odd", "tail", "many_layers", "row", "all_padded", "empty", "odd"]
+    plain = [forward_of(name) for name in names]
+    poison_new_memory(monkeypatch)
+    permute_programs(monkeypatch, order)
+    for name, expected in zip(names, plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(forward_of(name), expected, strict=True)), name
+
+
 def test_candidates_are_looked_up(monkeypatch):
     """Tuning would find every entry, the default first."""
+    asked = []
+    monkeypatch.setattr(
+        module, "launch_parameters", lambda op, bucket, default, device: asked.append((op, bucket, default))
+    )
     for shape in module.SHAPES.values():
-        asked = []
-        monkeypatch.setattr(
-            module, "launch_parameters", lambda op, bucket, default, device, a=asked: a.append((op, bucket, default))
-        )
-        module._fwd_parameters(torch.empty(shape[:4], device="meta"))
-        first = module.candidates(shape)[0]
-        assert asked == [(first["op"], first["bucket"], first["parameters"])]
+        tried = module.candidates(shape)
+        for op in ("attribute_loss_fwd", "attribute_loss_bwd"):
+            module._parameters(op, torch.empty(shape[:4], device="meta"))
+            first = next(c for c in tried if c["op"] == op)
+            assert asked.pop() == (first["op"], first["bucket"], first["parameters"])
 
 
 # --- What does not fit ------------------------------------------------------------------------------------------------

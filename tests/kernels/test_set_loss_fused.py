@@ -17,6 +17,7 @@ from tests.kernels.common import (
     poison_new_memory,
     values_and_gradients,
 )
+from tests.kernels.program_order import ORDERS, permute_programs
 from tests.planted_kernels import needs_compiler
 from unit_fast import ops
 
@@ -27,6 +28,7 @@ SIZES = {  # (L, B, Q, K, N), objects of the images
     "many_classes": ((1, 2, 5, 1602, 6), (3, 6)),
     "many_objects": ((1, 2, 80, 6, 70), (70, 35)),
     "many_images": ((1, 17, 2, 3, 1), (1, 0) * 8 + (1,)),
+    "many_layers": ((40, 1, 3, 3, 2), (2,)),
     "two_classes": ((2, 2, 9, 2, 3), (3, 1)),
     "empty": ((2, 2, 5, 4, 0), (0, 0)),
     "no_targets": ((2, 3, 6, 4, 5), (0, 0, 0)),
@@ -42,10 +44,14 @@ SETTINGS = {
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(params=["direct", "split"])
-def form(request, monkeypatch):
-    """One program a layer, or blocks of rows and a sum."""
-    monkeypatch.setattr(module, "DIRECT_TURNS", {"direct": 1 << 30, "split": 0}[request.param])
+@pytest.fixture(params=["default", "row"])
+def blocks(request, monkeypatch):
+    """The default blocks, or one of each row: many partial sums, added a few at a time."""
+    if request.param == "row":
+        parameters = {"rows": 1, "block": 32, "warps": 1}
+        monkeypatch.setattr(module, "SUM_IMAGES", 2)
+        monkeypatch.setattr(module, "SUM_BLOCKS", 4)
+        monkeypatch.setattr(module, "launch_parameters", lambda op, bucket, default, device: parameters)
     return request.param
 
 
@@ -103,7 +109,10 @@ def check(name, dtype, **settings):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((n, d) for n in SIZES for d in DTYPES[: 1 + (n != "many_images")]), ("odd", torch.float16)],
+    [
+        *((n, d) for n in SIZES for d in DTYPES[: 1 + (n not in ("many_images", "many_layers"))]),
+        ("odd", torch.float16),
+    ],
     ids=str,
 )
 def test_is_as_good_as_eager(name, dtype):
@@ -112,7 +121,7 @@ def test_is_as_good_as_eager(name, dtype):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", ["odd", "crowd", "no_targets"])
-def test_every_setting_in_both_forms(form, name, setting):
+def test_every_setting(blocks, name, setting):
     check(name, torch.float32, **SETTINGS[setting])
 
 
@@ -133,7 +142,7 @@ def test_real_shapes_on_a_gpu(shape, setting):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_cardinality_counts_the_first_of_the_largest(form):
+def test_cardinality_counts_the_first_of_the_largest(blocks):
     """No-object wins only where no other class before it is as large."""
     (logits, boxes), others, _ = problem("odd")
     logits = logits.round()  # many ties
@@ -168,7 +177,7 @@ def test_gradients_of_one_output(used):
 
 
 @pytest.mark.parametrize("name", ["empty", "no_targets", "all_padded", "crowd"])
-def test_queries_without_an_object_get_zero_box_gradients(form, name):
+def test_queries_without_an_object_get_zero_box_gradients(blocks, name):
     inputs, others, upstream = problem(name)
     losses, _, dboxes = values_and_gradients(
         stacked(set_loss_fused, wide(others, torch.float32)), [x.float() for x in inputs], upstream
@@ -220,7 +229,7 @@ def test_equal_touching_and_inner_boxes_have_the_gradient_of_pytorch():
 
 
 @pytest.mark.parametrize("name", ["odd", "tail", "crowd", "no_targets", "empty"])
-def test_reads_inside_and_writes_everything(form, name, monkeypatch):
+def test_reads_inside_and_writes_everything(blocks, name, monkeypatch):
     inputs, others, upstream = problem(name)
     low, others = [x.float() for x in inputs], wide(others, torch.float32)
     plain = values_and_gradients(stacked(set_loss_fused, others), low, upstream)
@@ -325,13 +334,9 @@ def test_compiles_whole(dynamic):
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    ("shape", "forward"),
-    [("unit_coco_one_image", ["_set_loss_fwd_kernel"]), ("unit_vg", ["_set_loss_fwd_kernel", "_set_loss_sum_kernel"])],
-)
-def test_launches(shape, forward):
-    """Forward: one launch where a program takes a layer, else one and a sum. Backward: one."""
-    found = []
+@pytest.mark.parametrize("shape", module.SHAPES)
+def test_one_launch_each(shape):
+    found, recorded = [], []
 
     def both():
         for operator, arguments in module.launches(module.SHAPES[shape], torch.bfloat16, "cuda:0"):
@@ -339,9 +344,8 @@ def test_launches(shape, forward):
             REGISTERED[operator].launch(*arguments)
             found.append([launch.name for launch in recorded[before:]])
 
-    recorded = []
     _record.record(both, "a100", into=recorded)
-    assert found == [forward, ["_set_loss_bwd_kernel"]]
+    assert found == [["_set_loss_fwd_kernel"], ["_set_loss_bwd_kernel"]]
 
 
 @pytest.mark.parametrize("name", ["odd", "crowd", "many_objects"])
@@ -349,7 +353,6 @@ def test_results_do_not_depend_on_launch_parameters(name, monkeypatch):
     inputs, others, upstream = problem(name)
     low, others = [x.float() for x in inputs], wide(others, torch.float32)
     first = values_and_gradients(stacked(set_loss_fused, others), low, upstream)
-    monkeypatch.setattr(module, "DIRECT_TURNS", 0)
     other = {"rows": 4, "block": 4, "warps": 1}
     monkeypatch.setattr(module, "launch_parameters", lambda op, bucket, default, device: other)
     second = values_and_gradients(stacked(set_loss_fused, others), low, upstream)
@@ -357,29 +360,48 @@ def test_results_do_not_depend_on_launch_parameters(name, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_two_runs_are_equal(form):
+def test_two_runs_are_equal():
     inputs, others, upstream = problem("tail")
     low, others = [x.bfloat16() for x in inputs], wide(others, torch.float32)
     runs = [values_and_gradients(stacked(set_loss_fused, others), low, upstream) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def forward_of(name):
+    """Losses and log-sum-exps."""
+    (logits, boxes), others, _ = problem(name)
+    a = wide(others, torch.float32)
+    return module._forward(
+        logits.float(), boxes.float(), a["query"], a["labels"], a["target_boxes"], a["counts"], a["num_boxes"],
+        a["no_object"], 0.1, False, False, 1.0, 5.0, 2.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_programs_in_any_order_give_the_same_bits(blocks, order, monkeypatch):
+    """Other sizes in turn: a counter that were not back at 0 would give other sums, or none."""
+    names = ["odd", "many_layers", "row", "tail", "no_targets", "odd"]
+    plain = [forward_of(name) for name in names]
+    poison_new_memory(monkeypatch)
+    permute_programs(monkeypatch, order)
+    for name, expected in zip(names, plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(forward_of(name), expected, strict=True)), name
+
+
 def test_candidates_are_looked_up(monkeypatch):
     """Tuning would find every entry, the default first."""
+    asked = []
+    monkeypatch.setattr(
+        module, "launch_parameters", lambda op, bucket, default, device: asked.append((op, bucket, default))
+    )
     for shape in module.SHAPES.values():
-        for candidate in module.candidates(shape):
-            assert set(candidate["parameters"]) == {"rows", "block", "warps"}
-        asked = []
-
-        def note(op, bucket, default, device, asked=asked):
-            asked.append((op, bucket, default))
-            return default
-
-        monkeypatch.setattr(module, "launch_parameters", note)
-        logits = torch.empty(shape[:4], device="meta")
-        module._fwd_parameters(logits)
-        first = next(c for c in module.candidates(shape))
-        assert asked == [(first["op"], first["bucket"], first["parameters"])]
+        tried = module.candidates(shape)
+        assert all(set(candidate["parameters"]) == {"rows", "block", "warps"} for candidate in tried)
+        asked.clear()
+        for op in ("set_loss_fwd", "set_loss_bwd"):
+            module._parameters(op, torch.empty(shape[:4], device="meta"))
+            first = next(c for c in tried if c["op"] == op)
+            assert asked.pop() == (first["op"], first["bucket"], first["parameters"])
 
 
 # --- What does not fit ------------------------------------------------------------------------------------------------

@@ -102,16 +102,6 @@ def _attribute_logits(
     return attribute_head(of_object, labels.clamp(min=0).expand(query.shape))
 
 
-@torch.no_grad()
-def cardinality_error(logits: Tensor, counts: Tensor) -> Tensor:
-    """[L] float32, for logs only: | queries that predict an object - objects |, averaged over images.
-
-    logits [L,B,Q,K] with no-object last, counts [B].
-    """
-    predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
-    return (predicted - counts).abs().float().mean(-1)
-
-
 def vqa_loss(scores: Tensor, answer_scores: Tensor) -> Tensor:
     """A times the mean binary cross-entropy of the logits scores [B,A] and soft targets [B,A] (SPEC 2.2); a scalar."""
     wide = torch.promote_types(scores.dtype, torch.float32)
