@@ -309,7 +309,7 @@ def _in_use(entry: Path) -> bool:
     try:
         with open(entry / META, "rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # or another user's
         return True
     except OSError:  # no locks here, or no such file: nothing says that it is used
         return False
@@ -418,7 +418,7 @@ def read_through(dataset, sources: dict[str, list[Path]], depends: dict, build: 
     """
     findings: Findings = dataset.findings
     try:
-        fits = findings.strict and not findings.found and dataset.cache.folder is not None
+        fits = not findings.found and dataset.cache.folder is not None
         fits = fits and sum(os.path.getsize(path) for paths in sources.values() for path in paths) >= SMALL
         state = _settled(sources) if fits else None
     except OSError:  # the reader says what is wrong with the file
