@@ -44,7 +44,7 @@ def small_config(root: Path, *tasks: str, **changes) -> RunConfig:
     }
     data = {
         "root": str(root), "short_side": 48, "max_side": 64, "train_short_sides": (40, 48),
-        "crop_short_sides": (48, 56), "crop_min": 32, "crop_max": 48,
+        "crop_short_sides": (48, 56), "crop_min": 32, "crop_max": 48, "engine": "torchvision",
     }  # fmt: skip
     optim = {"lr": 1e-3, "lr_backbone": 1e-3, "warmup_steps": 4}
     settings = {

@@ -46,7 +46,7 @@ class Made:
 
 
 def config(**changes) -> RunConfig:
-    data = changes.pop("data", {})
+    data = {"engine": "torchvision"} | changes.pop("data", {})
     base = RunConfig(seed=1, batch_per_process=3, ratios={COCO: 0.5, SST2: 0.5}, **changes)
     return dataclasses.replace(base, data=dataclasses.replace(base.data, **data))
 

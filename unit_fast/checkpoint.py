@@ -303,8 +303,8 @@ def _unpack(value, tensors: dict[str, Tensor], used: set[str], folder: Path):
 FREE = {
     "recipe", "steps", "eval_every", "eval_batch", "eval_limit", "eval_split", "save_every", "keep_checkpoints",
     "log_every", "criterion", "device", "threads", "weights", "require_weights", "init_from", "skip_load",
-    "started_from", "data.root", "data.paths", "data.vocab", "data.workers", "data.prefetch", "data.max_bad_share",
-    "data.max_pixels", "data.cache_dir",
+    "started_from", "data.root", "data.paths", "data.vocab", "data.workers", "data.prefetch", "data.decoder",
+    "data.max_bad_share", "data.max_pixels", "data.cache_dir",
 }  # fmt: skip
 """Fields a resumed run may change: where things are, what is watched, how long it goes on."""
 

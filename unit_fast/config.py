@@ -245,10 +245,20 @@ class DataConfig:
     """Detection training transforms; without it validation's resize is used."""
     pad_text: bool = False
     """Pad text to the full length, as the authors do, instead of to the longest of the batch."""
+    engine: Literal["auto", "dali", "torchvision"] = "auto"
+    """What reads images: DALI, or torchvision's way (the reference); auto takes DALI where it is installed."""
+    dali_graph: Literal["decode", "whole"] = "decode"
+    """How much DALI does: decode, and resize, flip, normalise and pad are ours; or all of it."""
+    decoder: Literal["cpu", "mixed"] = "cpu"
+    """Where DALI decodes; mixed uses the GPU too."""
     workers: int = 0
-    """Loader processes; 0 loads in the training process."""
+    """Loader processes of torchvision's engine, 0 loads in the training process; DALI's threads, 0 is one a core and at
+    most 8."""
     prefetch: int = 2
-    """Batches ready ahead per worker."""
+    """Steps ready ahead, for torchvision's engine per worker."""
+    group: int = 16
+    """Batches whose samples are sorted by size together, so that they pad less; 1 leaves the order as drawn. Every
+    sample is still read once a pass."""
     cache_mib: int = 0
     """Decoded images that each data set keeps in the memory of each loading process, MiB; a file that changes meanwhile
     is not read again."""

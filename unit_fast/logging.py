@@ -33,6 +33,12 @@ class Record:
     samples: int
     wait_s: float
     """Seconds the step waited for its data."""
+    images: int = 0
+    """Images among the samples of this process."""
+    read_s: float = 0.0
+    """Seconds the readers took for it, together; less than a step's where several read at once."""
+    real: float = math.nan
+    """Share of its images' area, or of its texts' places, that is not padding."""
     request: object = None
     """The sampler's request, to name and replay the samples."""
     sample_ids: list = field(default_factory=list)
@@ -164,6 +170,7 @@ class RunLog:
     def _write_steps(self, records: list[Record], seconds: float) -> None:
         speed = sum(r.samples for r in records) / seconds
         wait = sum(r.wait_s for r in records) / seconds
+        loader = _images_per_s(records)
         by_task: dict[str, list[Record]] = {}
         for record in records:
             by_task.setdefault(record.task, []).append(record)
@@ -175,18 +182,22 @@ class RunLog:
                     "kind": "train", "step": group[-1].step, "task": task, "loss": _mean([r.loss for r in finite]),
                     "terms": {n: _mean([r.terms[n] for r in finite]) for n in group[-1].terms},
                     "lr": group[-1].lr, "grad_norm": _mean([r.grad_norm for r in finite]), "samples_per_s": speed,
-                    "data_wait": wait, "updates": len(group), "nonfinite": len(group) - len(finite),
+                    "data_wait": wait, "loader_images_per_s": loader,
+                    "padding": 1 - _mean([r.real for r in group]), "updates": len(group),
+                    "nonfinite": len(group) - len(finite),
                 }
             )  # fmt: skip
-        self._status(self._summary(records, by_task, speed, wait))
+        self._status(self._summary(records, by_task, speed, wait, loader))
 
-    def _summary(self, records, by_task, speed, wait) -> str:
+    def _summary(self, records, by_task, speed, wait, loader) -> str:
         last = records[-1]
         parts = [f"step {last.step}/{self.steps}", self._task_text(last.task, by_task[last.task])]
         others = [f"{TASKS[t].short} {_show(_mean([r.loss for r in g]))}" for t, g in by_task.items() if t != last.task]
         if others:
             parts.append(" ".join(others))
-        parts += [f"lr {last.lr:.1e}", f"{speed:.3g} samples/s", f"wait {wait:.0%}", f"{_memory_gib():.1f} GiB"]
+        parts += [f"lr {last.lr:.1e}", f"{speed:.3g} samples/s", f"wait {wait:.0%}"]
+        parts += [f"loader {loader:.3g} images/s"] if loader else []
+        parts.append(f"{_memory_gib():.1f} GiB")
         per_step = (time.monotonic() - self.started) / (last.step + 1 - self.first_step)
         parts.append(f"{_duration(per_step * (self.steps - last.step))} left")
         return " | ".join(parts)
@@ -257,6 +268,12 @@ def _replace(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
+
+
+def _images_per_s(records: list[Record]) -> float | None:
+    """Images a second that the loader reads when nothing holds it up; None where there were none."""
+    images, seconds = (sum(getattr(r, name) for r in records if r.images) for name in ("images", "read_s"))
+    return images / seconds if images and seconds else None
 
 
 def _mean(values: list[float]) -> float:

@@ -113,7 +113,7 @@ class RunState:
         self.ema_metrics: dict[str, dict] = {}
         self.evaluated_at: int | None = None
         self.improved = False
-        self.signals, self.item, self.graphs = Stop(), None, None
+        self.signals, self.item, self.graphs, self.readers = Stop(), None, None, 1
         self.begun, self.seconds, self.eval_seconds = time.monotonic(), 0.0, 0.0
         self.eval_tasks, self.eval_datasets = self._open_evaluation()
         torch.manual_seed(seed_of(config.seed, "dropout"))

@@ -174,8 +174,10 @@ class Trainer(RunState):
         """Train up to ``stop`` updates, or until a signal asks to stop."""
         config, model, optimizer = self.config, self.model.train(), self.optimizer
         graphs = self.graphs = self._capturing()
-        loader = Loader(self.datasets, config, self.step, stop, self.counts, pin=self.device.type == "cuda")
+        loader = Loader(self.datasets, config, self.step, stop, self.counts, device=self.device)
         with loader as batches:
+            self.readers = loader.readers
+            self.log.line(loader.describe())
             self.log.restart_clock()
             for step in range(self.step, stop):
                 task, batch = self._next(batches)  # one task a step
@@ -251,6 +253,9 @@ class Trainer(RunState):
             lr=self._lr_multiplier(self.step - 1) * self.config.optim.lr,
             samples=item.request.samples,
             wait_s=self.wait_s,
+            images=sum(len(batch) for batch in item.batches if batch.image is not None),
+            read_s=item.read_s / self.readers,
+            real=item.real,
             request=item.request,
             sample_ids=[i for batch in item.batches for i in batch.sample_ids or ()],
         )

@@ -10,7 +10,7 @@ from unit_fast.data import files
 from unit_fast.data.cache import Content, read_through
 from unit_fast.data.dataset import Dataset
 from unit_fast.data.errors import BadImage
-from unit_fast.data.images import TrainTransform, to_tensor
+from unit_fast.data.images import TrainTransform
 from unit_fast.errors import UserError, printable
 
 ATTRIBUTES = 16
@@ -101,10 +101,6 @@ class Detection(Dataset):
         """Class -> name."""
         return self.objects.names
 
-    def image_path(self, index: int) -> Path:
-        """The file of image ``index``; ``BadImage`` when its name leads out of the data root."""
-        raise NotImplementedError
-
     def image_paths(self) -> Iterator[tuple[Path, tuple[int, int]]]:
         for index in range(len(self)):
             try:
@@ -112,24 +108,15 @@ class Detection(Dataset):
             except BadImage as error:
                 self.findings.error("file name outside the data root", str(error))
 
-    def get(self, index: int, key: int | None = None) -> dict:
+    def _stored_size(self, index: int) -> tuple[int, int]:
+        return tuple(self.objects.sizes[index].tolist())
+
+    def _sample(self, index: int, key: int | None, image) -> dict:
         """``image`` [3,H,W] float32, ``labels`` int64 [n], ``boxes`` float32 [n,4] cx cy w h of the image as given,
-        ``attributes`` int64 [n,16] (Visual Genome), ids and the stored size. See ``Dataset.get``."""
-        path = self.image_path(index)
-        image = self.decoded.load(path, self.data.max_pixels)
-        stated = tuple(self.objects.sizes[index].tolist())
-        if (image.height, image.width) != stated:
-            raise BadImage(
-                path, f"is {image.width} x {image.height} pixels, its annotation says {stated[1]} x {stated[0]}"
-            )
-        geometry = self.transform.geometry(*stated, key if self.augment else None)
-        sample = {
-            "image": to_tensor(geometry.apply_image(image)),
-            "image_id": self.sample_id(index),
-            "sample_id": self.sample_id(index),
-            "orig_size": stated,
-            "image_path": str(path),
-        }
+        ``attributes`` int64 [n,16] (Visual Genome), ids and the stored size."""
+        stated = self._stored_size(index)
+        sample, geometry = self._image(index, key, image, stated)
+        sample["image_id"] = sample["sample_id"] = self.sample_id(index)
         if self.has_targets:
             rows = self.objects.rows(index)
             boxes, keep = corners(self.objects.xywh[rows], *stated)

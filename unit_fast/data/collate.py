@@ -10,7 +10,7 @@ from unit_fast.tasks import get_task
 ATTRIBUTES = 16
 """Attribute slots of an object."""
 
-_IMAGE = ("image",)
+_IMAGE = ("image", "picture")
 _TEXT = ("input_ids", "attention_mask", "token_type_ids")
 _SET = ("labels", "boxes", "attributes")
 
@@ -22,7 +22,8 @@ def collate(task: str, samples: list[dict], pad_text_to: int = 0) -> Batch:
 
     Args:
         task: data set key or short name.
-        samples: dicts with, as far as the task has them, ``image`` [3,H,W] float; ``input_ids`` [T],
+        samples: dicts with, as far as the task has them, ``image`` [3,H,W] float (or ``picture``, an
+            ``images.Picture``, in all of them: the batch has no ``image`` yet); ``input_ids`` [T],
             ``attention_mask`` [T] (missing: all ones), ``token_type_ids`` [T] (missing: zeros); the targets of
             detection ``labels`` [n], ``boxes`` [n,4] cx cy w h relative to the image, ``attributes`` [n,k], k <= 16,
             -1 = empty (Visual Genome; missing: none), or ``answer_scores`` [A] or ``label``; ``orig_size``
@@ -82,18 +83,14 @@ def _fields_of(task) -> dict[str, bool]:
 
 
 def _images(batch, samples):
-    images = [_tensor(s, i, "image", 3, float) for i, s in enumerate(samples)]
-    for i, image in enumerate(images):
-        if image.shape[0] != 3 or 0 in image.shape:
-            raise UserError(f"sample {i}: image has shape {tuple(image.shape)}, expected [3, H, W]")
-    _same(images, "image", lambda t: t.dtype, "dtype")
-    batch.sizes = [tuple(image.shape[1:]) for image in images]
+    if _all_or_none(samples, "picture"):  # pixels come later
+        batch.sizes = [tuple(sample["picture"].geometry.size) for sample in samples]
+    else:
+        _pixels(batch, samples)
     height, width = (max(side) for side in zip(*batch.sizes))
-    batch.image = images[0].new_zeros(len(images), 3, height, width)
-    batch.pixel_mask = torch.ones(len(images), height, width, dtype=torch.bool)
-    for i, (image, (h, w)) in enumerate(zip(images, batch.sizes)):
-        batch.image[i, :, :h, :w] = image
-        batch.pixel_mask[i, :h, :w] = False
+    batch.pixel_mask = torch.ones(len(samples), height, width, dtype=torch.bool)
+    for row, (h, w) in zip(batch.pixel_mask, batch.sizes):
+        row[:h, :w] = False
     sizes = []
     for i, sample in enumerate(samples):
         if sample.get("orig_size") is None:
@@ -104,6 +101,19 @@ def _images(batch, samples):
             raise UserError(f"sample {i}: orig_size is {size.tolist()}, expected (height, width) in pixels")
         sizes.append(size)
     batch.orig_size = torch.stack(sizes)
+
+
+def _pixels(batch, samples):
+    images = [_tensor(s, i, "image", 3, float) for i, s in enumerate(samples)]
+    for i, image in enumerate(images):
+        if image.shape[0] != 3 or 0 in image.shape:
+            raise UserError(f"sample {i}: image has shape {tuple(image.shape)}, expected [3, H, W]")
+    _same(images, "image", lambda t: t.dtype, "dtype")
+    batch.sizes = [tuple(image.shape[1:]) for image in images]
+    height, width = (max(side) for side in zip(*batch.sizes))
+    batch.image = images[0].new_zeros(len(images), 3, height, width)
+    for row, image, (h, w) in zip(batch.image, images, batch.sizes):
+        row[:, :h, :w] = image
 
 
 def _texts(batch, samples, pad_text_to):
@@ -129,7 +139,7 @@ def _texts(batch, samples, pad_text_to):
                 raise UserError(f"sample {i}: {name} must be 0 or 1, found {value.unique().tolist()}")
             out[i, : len(value)] = value
         setattr(batch, name, out)
-    if batch.image is None:
+    if batch.sizes is None:
         batch.sizes = [(len(sample),) for sample in ids]
 
 

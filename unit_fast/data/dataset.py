@@ -1,5 +1,6 @@
 """What all data sets have in common: split, texts, images, the book of oddities."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import torch
 
 from unit_fast.config import DataConfig, TaskConfig
 from unit_fast.data.cache import Cache, Content, Strings, open_cache
+from unit_fast.data.checked import CheckedImages
 from unit_fast.data.errors import BadImage, EmptySplit, Findings, MissingSplit
 from unit_fast.data.files import safe_path
-from unit_fast.data.images import EvalTransform, ImageCache, to_tensor
+from unit_fast.data.images import EvalTransform, Geometry, ImageCache, Picture, image_size, to_tensor
 from unit_fast.data.layout import Layout
 from unit_fast.data.text import WordPieces
 from unit_fast.data.tokens import Tokens, cached_tokens, lengths, tokenise
@@ -29,7 +31,7 @@ class Dataset:
     mapped ones cost them no memory of their own.
 
     Subclasses fill themselves from files in ``_read``, those with texts ``columns`` and ``rows`` too, and define
-    ``__len__``, ``sample_id`` and ``get``.
+    ``__len__``, ``sample_id``, ``_sample`` and, with images, ``image_path``.
     """
 
     columns: tuple[Strings, ...] = ()
@@ -61,6 +63,7 @@ class Dataset:
         self.findings = findings or Findings()
         self.facts: dict[str, object] = {}
         """What was read, by name: counts and the files used."""
+        self._sizes: dict[str, tuple[int, int]] = {}
         self.decoded = ImageCache(data.cache_mib * 2**20)
         self.transform = EvalTransform(data, floor=task.has_text)
         # a check of the files reads the files
@@ -93,7 +96,7 @@ class Dataset:
         raise NotImplementedError
 
     def get(self, index: int, key: int | None = None) -> dict:
-        """The sample at ``index`` as a dict for ``collate``.
+        """The sample at ``index`` as a dict for ``collate``, its image read by the reference engine.
 
         Args:
             key: seeds the augmentation of this visit; None uses no randomness.
@@ -101,6 +104,32 @@ class Dataset:
         Raises:
             BadImage: the image is absent or damaged.
         """
+        return self._sample(index, key, self._pixels)
+
+    def describe(self, index: int, key: int | None, checked: CheckedImages) -> dict:
+        """As ``get``, but with ``picture`` (``images.Picture``), which is still to be read, instead of ``image``."""
+
+        def picture(path, stated, key):
+            facts = checked.facts(path)
+            geometry = self._geometry(path, (facts.height, facts.width), stated, key)
+            return {"picture": Picture(path, geometry)}, geometry
+
+        return self._sample(index, key, picture)
+
+    def shape(self, index: int, key: int | None = None) -> tuple[int, ...]:
+        """(height, width) of the image of ``get`` as far as its header tells, or (tokens,) of a text alone.
+
+        An image without a readable header has (0, 0).
+        """
+        if not self.task.has_image:
+            return (self.text_tokens(index),)
+        try:
+            return self.transform.geometry(*self._stored_size(index), key if self.augment else None).size
+        except BadImage:
+            return 0, 0
+
+    def image_path(self, index: int):
+        """The image file of a sample; ``BadImage`` when its name leads out of the data root."""
         raise NotImplementedError
 
     def image_paths(self):
@@ -169,15 +198,33 @@ class Dataset:
             raise UserError(f"{self.task.short}: image folder not found: {self.layout.where(key)}")
         return path
 
-    def _image(self, path: Path) -> dict:
-        """The image at ``path`` through the evaluation transform, with the fields every image sample has."""
+    def _sample(self, index: int, key: int | None, image: Callable[..., tuple[dict, Geometry | None]]) -> dict:
+        """What ``get`` and ``describe`` return; ``image(path, stated size or None, key)`` gives fields and geometry."""
+        raise NotImplementedError
+
+    def _image(self, index: int, key: int | None, image: Callable, stated=None) -> tuple[dict, Geometry]:
+        """The fields that every sample with an image has, and what was done to the image."""
+        path = self.image_path(index)
+        fields, geometry = image(path, stated, key)
+        return {**fields, "orig_size": geometry.stored, "image_path": str(path)}, geometry
+
+    def _pixels(self, path, stated, key):
         image = self.decoded.load(path, self.data.max_pixels)
-        geometry = self.transform.geometry(image.height, image.width)
-        return {
-            "image": to_tensor(geometry.apply_image(image)),
-            "orig_size": geometry.stored,
-            "image_path": str(path),
-        }
+        geometry = self._geometry(path, (image.height, image.width), stated, key)
+        return {"image": to_tensor(geometry.apply_image(image))}, geometry
+
+    def _geometry(self, path, size: tuple[int, int], stated, key) -> Geometry:
+        if stated is not None and size != stated:
+            raise BadImage(path, f"is {size[1]} x {size[0]} pixels, its annotation says {stated[1]} x {stated[0]}")
+        return self.transform.geometry(*size, key if self.augment else None)
+
+    def _stored_size(self, index: int) -> tuple[int, int]:
+        """(height, width) of an image as stored, from its annotation or its header."""
+        path = self.image_path(index)
+        found = self._sizes.get(str(path))
+        if found is None:
+            found = self._sizes[str(path)] = image_size(path, self.data.max_pixels)
+        return found
 
     def _inside(self, folder: Path, name: str) -> Path:
         """``folder / name``, refused as ``BadImage`` when it leads out of the folder and the data root."""

@@ -1,22 +1,41 @@
-"""Batches in the order of ``sampler.requests``, read in this process or by worker processes.
+"""Batches in the order of ``sampler.requests``, read by DALI or by torchvision's way, in the background.
 
-What a step gets depends on its request alone, never on who reads it: the same batches with any number of workers.
+What a step gets depends on its request and the engine alone, never on who reads it: the same batches with any number of
+workers. On a CUDA device batches are copied there on a stream of their own while the step before computes.
 """
 
 import collections
+import contextlib
+import dataclasses
+import logging
+import os
+import queue
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from unit_fast.batch import Batch
 from unit_fast.data import BadImage, collate
+from unit_fast.data.cache import open_cache
+from unit_fast.data.checked import CheckedImages
+from unit_fast.data.images import Picture, engine_of
+from unit_fast.data.reader import DaliSteps
 from unit_fast.data.sampler import Request, Visit, requests, substitute
 from unit_fast.errors import UserError, printable
+from unit_fast.setup_model import buckets_of
 
 MOST_TRIES = 50
 """Substitutes tried for one unreadable image before the data set is given up."""
+
+
+MOST_THREADS = 8
+"""DALI's threads unless told otherwise: an H100's step wants no more (PERFORMANCE.md, section 7)."""
+
+_log = logging.getLogger("unit_fast.data")
 
 
 @dataclass
@@ -32,10 +51,24 @@ class Step:
     """Path and message of each unreadable image."""
     error: str | None = None
     """Message of a user error met by a worker; raised in the training process."""
+    read_s: float = 0.0
+    """Seconds of one reader that it took."""
+    ready: object = None
+    """CUDA event after which the batches are on the device."""
 
     @property
     def task(self) -> str:
         return self.request.task
+
+    @property
+    def real(self) -> float:
+        """Share of the images' area, or of the texts' places, that is not padding."""
+        real = padded = 0
+        for batch in self.batches:
+            mask = batch.pixel_mask if batch.pixel_mask is not None else batch.input_ids
+            padded += mask.numel()
+            real += sum(size[0] * size[-1] if len(size) == 2 else size[0] for size in batch.sizes)
+        return real / max(padded, 1)
 
     def pin_memory(self) -> "Step":
         self.batches = [batch.pin_memory() for batch in self.batches]
@@ -43,27 +76,53 @@ class Step:
 
 
 class Fetcher(torch.utils.data.Dataset):
-    """Reads a request's samples and collates them. Runs in the worker processes."""
+    """Reads a request's samples and collates them. Runs in the worker processes of torchvision's engine."""
 
     def __init__(self, datasets: dict, seed: int, pad_text: dict[str, int]):
         self.datasets, self.seed, self.pad_text = datasets, seed, pad_text
 
     def __getitem__(self, request: Request) -> Step:
-        step = Step(request, [])
-        dataset = self.datasets[request.task]
-        try:
-            for micro in request.micro:
-                samples = [self._sample(dataset, request.task, visit, step) for visit in micro]
-                step.batches.append(collate(request.task, samples, pad_text_to=self.pad_text.get(request.task, 0)))
-        except UserError as error:
-            step.error = str(error)
+        """The step with its pixels, read by the reference engine."""
+        begun = time.monotonic()
+        step, _ = self._step(request, self.datasets[request.task].get)
+        step.read_s = time.monotonic() - begun
         return step
 
-    def _sample(self, dataset, task: str, visit: Visit, step: Step) -> dict:
+    def describe(self, request: Request, checked: CheckedImages) -> tuple[Step, list[list[Picture]]]:
+        """The step without pixels, and what is to be read for each of its batches."""
+        dataset = self.datasets[request.task]
+        if not dataset.task.has_image:
+            step, _ = self._step(request, dataset.get)
+            return step, []
+        return self._step(request, lambda index, key: dataset.describe(index, key, checked))
+
+    def image_paths(self, request: Request) -> list:
+        """The images of a request, as far as their names are usable."""
+        dataset, found = self.datasets[request.task], []
+        if dataset.task.has_image:
+            for visit in (visit for micro in request.micro for visit in micro):
+                with contextlib.suppress(BadImage):
+                    found.append(dataset.image_path(visit.index))
+        return found
+
+    def _step(self, request: Request, get) -> tuple[Step, list[list[Picture]]]:
+        step, pictures = Step(request, []), []
+        dataset, pad_text = self.datasets[request.task], self.pad_text.get(request.task, 0)
+        try:
+            for micro in request.micro:
+                samples = [self._sample(dataset, get, visit, step) for visit in micro]
+                step.batches.append(collate(request.task, samples, pad_text_to=pad_text))
+                pictures.append([sample["picture"] for sample in samples if "picture" in sample])
+        except UserError as error:
+            step.error = str(error)
+        return step, pictures[: len(step.batches)]
+
+    def _sample(self, dataset, get, visit: Visit, step: Step) -> dict:
+        task = step.task
         for attempt in range(1, MOST_TRIES + 1):
             step.images_read += dataset.task.has_image
             try:
-                return dataset.get(visit.index, visit.key)
+                return get(visit.index, visit.key)
             except BadImage as error:
                 step.bad.append((str(error.path), str(error)))
                 visit = substitute(self.seed, task, len(dataset), visit, attempt)
@@ -106,47 +165,92 @@ class BadImages:
 class Loader:
     """Iterator over the ``Step`` of each step from ``start`` to ``stop`` - 1; a context manager that ends its workers.
 
-    datasets: data set key -> dataset (``get(index, key)``, ``len``). counts: samples of each already consumed.
+    Args:
+        datasets: data set key -> dataset (``get(index, key)``, ``len``; for DALI and grouping what ``dataset.Dataset``
+            has).
+        counts: samples of each already consumed.
+        device: where the batches are wanted; they are moved there only if it is a CUDA device.
+        rank, processes: see ``sampler.requests``.
+
     An unreadable image is replaced by ``sampler.substitute`` and reported in the ``Step``. A worker that dies is a
-    ``UserError`` that names the data set being read, wherever inside the ``with`` block it is noticed.
+    ``UserError``.
     """
 
-    def __init__(self, datasets: dict, config, start: int, stop: int, counts: dict[str, int], pin: bool = False):
+    def __init__(
+        self,
+        datasets: dict,
+        config,
+        start: int,
+        stop: int,
+        counts: dict[str, int],
+        *,
+        device: torch.device | None = None,
+        rank: int = 0,
+        processes: int = 1,
+    ):
+        data = config.data
         pad_text = {}
-        if config.data.pad_text:
+        if data.pad_text:
             pad_text = {name: config.model.tasks[name].text_length for name in datasets}
         self.fetcher = Fetcher(datasets, config.seed, pad_text)
-        sizes = {name: len(dataset) for name, dataset in datasets.items()}
+        self.device = device if device is not None and device.type == "cuda" else torch.device("cpu")
+        on_gpu = self.device.type == "cuda"
         self.waiting: collections.deque[Request] = collections.deque()
         """Requests given out and not yet answered, oldest first."""
-        self.pin = pin and torch.cuda.is_available()
-        requested = self._remembered(requests(config, sizes, start, counts, stop))
-        if config.data.workers:
-            self.steps = iter(
-                torch.utils.data.DataLoader(
-                    self.fetcher,
-                    sampler=_Once(requested),
-                    batch_size=None,
-                    num_workers=config.data.workers,
-                    prefetch_factor=config.data.prefetch,
-                    pin_memory=self.pin,
-                    worker_init_fn=_start_worker,
-                    # The DataLoader seeds its workers from a generator: with one of its own it leaves the default one,
-                    # which dropout draws from, untouched.
-                    generator=torch.Generator(),
-                )
+        sizes = {name: len(dataset) for name, dataset in datasets.items()}
+        shapes = _shapes(datasets, config) if data.group > 1 else {}
+        requested = self._remembered(
+            requests(config, sizes, start, counts, stop, shapes=shapes, rank=rank, processes=processes)
+        )
+        with_images = [dataset for dataset in datasets.values() if dataset.task.has_image]
+        self.engine = engine_of(data) if with_images else "torchvision"
+        self.readers = 1
+        """Readers that work at once, each at a step of its own."""
+        self.reader = self.background = None
+        if self.engine == "dali":
+            threads = data.workers or min(MOST_THREADS, len(os.sched_getaffinity(0)))
+            checked = CheckedImages(open_cache(data).folder, data.max_pixels)
+            most = max(config.batch_of(name) for name in datasets)
+            self.reader = DaliSteps(self.fetcher, requested, data, checked, most, threads, self.device)
+            steps = iter(self.reader)
+        elif data.workers:
+            self.readers = data.workers
+            self.reader = torch.utils.data.DataLoader(
+                self.fetcher,
+                sampler=_Once(requested),
+                batch_size=None,
+                num_workers=data.workers,
+                prefetch_factor=data.prefetch,
+                worker_init_fn=_start_worker,
+                # The DataLoader seeds its workers from a generator: with one of its own it leaves the default one,
+                # which dropout draws from, untouched.
+                generator=torch.Generator(),
             )
+            steps = self.reader = iter(self.reader)
         else:
-            self.steps = map(self._here, requested)
+            steps = map(self.fetcher.__getitem__, requested)
+        if self.engine == "dali" or on_gpu:
+            move = _Move(self.device) if on_gpu else None
+            steps = self.background = Background(
+                steps, data.prefetch, move, move.on_stream if move else contextlib.nullcontext
+            )
+        self.steps = steps
+
+    def describe(self) -> str:
+        """One line: who reads."""
+        if self.engine == "dali":
+            data = self.reader.data
+            return (
+                f"images are read by DALI ({data.dali_graph}, {data.decoder} decoder, {self.reader.threads} threads), "
+                f"{data.prefetch} steps ahead"
+            )
+        who = f"{self.readers} processes" if self.reader is not None else "the training process"
+        return f"samples are read by {who}, images torchvision's way"
 
     def _remembered(self, requested: Iterator[Request]) -> Iterator[Request]:
         for request in requested:
             self.waiting.append(request)
             yield request
-
-    def _here(self, request: Request) -> Step:
-        step = self.fetcher[request]
-        return step.pin_memory() if self.pin else step
 
     def __iter__(self):
         return self
@@ -156,6 +260,8 @@ class Loader:
         self.waiting.popleft()
         if step.error:
             raise UserError(step.error)
+        if step.ready is not None:
+            _received(step, self.device)
         return step
 
     def __enter__(self):
@@ -174,12 +280,117 @@ class Loader:
 
     def close(self):
         """End the workers."""
-        workers = getattr(self.steps, "_workers", ())
+        if self.background:
+            self.background.close()
+        workers = getattr(self.reader, "_workers", ())
         if workers:
-            self.steps._shutdown_workers()
+            self.reader._shutdown_workers()
         for worker in workers:  # those that hang in a read; SIGTERM they ignore
             if worker.is_alive():
                 worker.kill()
+
+
+def _shapes(datasets: dict, config) -> dict:
+    """Data set -> what its visits are sorted by: the bucket of the image and its area, or the number of tokens."""
+    buckets = buckets_of(config)
+    places = {side: i for i, side in enumerate(buckets.images)}
+
+    def by_image(dataset):
+        def size(index, key):
+            height, width = dataset.shape(index, key)
+            bucket = buckets.bucket_of([(height, width)])
+            return places.get((bucket.height, bucket.width), len(places)), height * width
+
+        return size
+
+    return {
+        name: by_image(dataset) if dataset.task.has_image else dataset.shape
+        for name, dataset in datasets.items()
+        if hasattr(dataset, "shape")
+    }
+
+
+class Background:
+    """Takes items from an iterator in a thread of its own, up to ``depth`` ahead, in order.
+
+    An exception of the iterator is raised by ``next`` after the items before it. ``change`` is applied to each item;
+    the thread runs in the context ``within``.
+    """
+
+    def __init__(self, items: Iterable, depth: int, change=None, within=contextlib.nullcontext):
+        self._items, self._change, self._within = items, change, within
+        self._queue: queue.Queue = queue.Queue(max(1, depth))
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with self._within():
+                for item in self._items:
+                    if not self._put((self._change(item) if self._change else item, None)):
+                        return
+            self._put((None, StopIteration()))
+        except BaseException as error:  # whatever it is, the training thread must hear of it
+            self._put((None, error))
+        finally:
+            if hasattr(self._items, "close"):
+                self._items.close()
+
+    def _put(self, found) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(found, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        item, error = self._queue.get()
+        if error is not None:
+            self._queue.put((None, error))  # for whoever asks again
+            raise error
+        return item
+
+    def close(self) -> None:
+        """End the thread; what it has read ahead is dropped."""
+        self._stopped.set()
+        self._thread.join(timeout=10)
+        if self._thread.is_alive():
+            _log.warning("the loader's thread hangs in a read and is left behind")
+
+
+class _Move:
+    """Copies the batches of a step to a CUDA device on a stream of its own, from pinned memory."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def on_stream(self):
+        """The context in which copies and transforms go to that stream."""
+        return torch.cuda.stream(self.stream)
+
+    def __call__(self, step: Step) -> Step:
+        step.batches = [self._moved(batch) for batch in step.batches]
+        step.ready = self.stream.record_event()
+        return step
+
+    def _moved(self, batch: Batch) -> Batch:
+        tensors = {k: v if v.is_cuda else v.pin_memory() for k, v in batch.tensors().items()}
+        return dataclasses.replace(batch, **tensors).to(self.device)
+
+
+def _received(step: Step, device: torch.device) -> None:
+    """Let the current stream wait for the copies, and the allocator know that it uses them."""
+    current = torch.cuda.current_stream(device)
+    current.wait_event(step.ready)
+    for batch in step.batches:
+        for tensor in batch.tensors().values():
+            tensor.record_stream(current)
 
 
 class _Once:

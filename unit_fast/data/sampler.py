@@ -7,7 +7,7 @@ permutation, which depends on the seed (SPEC quirks 22 to 24 are thereby absent)
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,6 +107,40 @@ def visits(seed: int, dataset: str, n: int, start: int, count: int) -> list[Visi
     return found
 
 
+class Grouped:
+    """``visits``, rearranged inside each stretch of ``batch * group`` samples so that batches are of one size.
+
+    A stretch holds the same visits as without: every sample is still read once a pass, and what stands at a position
+    does not depend on how one got there. In it the visits are sorted by ``size`` (equal ones at random) and cut into
+    batches, which are read in random order.
+    """
+
+    def __init__(self, seed: int, dataset: str, n: int, size: Callable[[int, int], tuple]):
+        """size: (index, key of the visit) -> what is sorted by."""
+        self.seed, self.dataset, self.n, self.size = seed, dataset, n, size
+        self._latest: tuple = (None, ())
+
+    def visits(self, start: int, count: int, batch: int, group: int) -> list[Visit]:
+        """The ``count`` samples from position ``start`` on; both should be multiples of ``batch``."""
+        stretch = batch * group
+        found: list[Visit] = []
+        for begin in range(start // stretch * stretch, start + count, stretch):
+            low, high = max(start, begin) - begin, min(start + count, begin + stretch) - begin
+            found += self._arranged(begin, batch, group)[low:high]
+        return found
+
+    def _arranged(self, begin: int, batch: int, group: int) -> list[Visit]:
+        key = begin, batch, group
+        if self._latest[0] != key:
+            drawn = visits(self.seed, self.dataset, self.n, begin, batch * group)
+            chance = [_word(self.seed, "equal", self.dataset, begin + i) for i in range(len(drawn))]
+            order = sorted(range(len(drawn)), key=lambda i: (self.size(drawn[i].index, drawn[i].key), chance[i]))
+            batches = [order[i : i + batch] for i in range(0, len(order), batch)]
+            batches.sort(key=lambda members: _word(self.seed, "batch", self.dataset, begin + min(members)))
+            self._latest = key, [drawn[i] for members in batches for i in members]
+        return self._latest[1]
+
+
 def substitute(seed: int, dataset: str, n: int, visit: Visit, attempt: int) -> Visit:
     """The sample to read instead of an unreadable one, on the ``attempt``-th (1, 2, ...) try.
 
@@ -119,34 +153,55 @@ def substitute(seed: int, dataset: str, n: int, visit: Visit, attempt: int) -> V
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What one step reads: ``accumulate`` lists of visits, one a forward pass."""
+    """What one step of one process reads: ``accumulate`` lists of visits, one a forward pass."""
 
     step: int
     task: str
     micro: tuple[tuple[Visit, ...], ...]
+    processes: int = 1
+    """Processes that share the step, each with visits of its own."""
 
     @property
     def samples(self) -> int:
-        return sum(map(len, self.micro))
+        """Samples of the step, of all processes."""
+        return self.processes * sum(map(len, self.micro))
 
 
-def requests(config, sizes: dict[str, int], start: int, counts: dict[str, int], stop: int) -> Iterator[Request]:
+def requests(
+    config,
+    sizes: dict[str, int],
+    start: int,
+    counts: dict[str, int],
+    stop: int,
+    *,
+    shapes: dict[str, Callable[[int, int], tuple]] | None = None,
+    rank: int = 0,
+    processes: int = 1,
+) -> Iterator[Request]:
     """What steps ``start`` to ``stop`` - 1 read.
 
-    ``sizes``: samples of each trained data set. ``counts``: samples of each already consumed at ``start``.
+    Args:
+        sizes: samples of each trained data set.
+        counts: samples of each already consumed at ``start``, by all processes together.
+        shapes: data set -> what its visits are sorted by, see ``Grouped``, where ``config.data.group`` is above 1; data
+            sets that are not in it are read as drawn.
+        rank: which process of ``processes`` this is; all of them together read what one with their whole batch would.
     """
     ratios = normalised(config.ratios, sizes)
     counts = {name: counts.get(name, 0) for name in sizes}
+    by_size = {name: Grouped(config.seed, name, sizes[name], size) for name, size in (shapes or {}).items()}
     for step in range(start, stop):
         task = task_of_step(config.seed, step, ratios)
         batch = config.batch_of(task)
+        share = batch * processes
         first = counts[task]
-        counts[task] += batch * config.accumulate
-        yield Request(
-            step=step,
-            task=task,
-            micro=tuple(
-                tuple(visits(config.seed, task, sizes[task], first + k * batch, batch))
-                for k in range(config.accumulate)
-            ),
-        )
+        counts[task] += share * config.accumulate
+        micro = []
+        for k in range(config.accumulate):
+            begin = first + k * share + rank * batch
+            if task in by_size and config.data.group > 1 and batch > 1:
+                read = by_size[task].visits(begin, batch, batch, config.data.group * processes)
+            else:
+                read = visits(config.seed, task, sizes[task], begin, batch)
+            micro.append(tuple(read))
+        yield Request(step=step, task=task, micro=tuple(micro), processes=processes)

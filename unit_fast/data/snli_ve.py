@@ -80,10 +80,10 @@ class SnliVe(Dataset):
     def sample_id(self, index: int) -> str:
         return self.ids[index]
 
-    def get(self, index: int, key: int | None = None) -> dict:
+    def _sample(self, index: int, key: int | None, image) -> dict:
         """``image``, ``input_ids`` and so on of the hypothesis, and ``label``."""
         return {
-            **self._image(self.image_path(index)),
+            **self._image(index, key, image)[0],
             **self._encode(index),
             "label": int(self.labels[index]),
             "image_id": self.images[index],

@@ -163,10 +163,10 @@ class Vqa2(Dataset):
     def sample_id(self, index: int) -> int:
         return int(self.question_ids[index])
 
-    def get(self, index: int, key: int | None = None) -> dict:
+    def _sample(self, index: int, key: int | None, image) -> dict:
         """``image``, ``input_ids`` and so on, and ``answer_scores`` float32 [answers] where the split has answers."""
         sample = {
-            **self._image(self.image_path(index)),
+            **self._image(index, key, image)[0],
             **self._encode(index),
             "image_id": int(self.image_ids[index]),
             "sample_id": self.sample_id(index),
