@@ -1,104 +1,36 @@
-"""The cache of annotations and word pieces: the same samples with and without it, whatever happens to its files."""
+"""The cache of annotations and word pieces: the same samples with and without it, and never stale ones."""
 
 import dataclasses
 import errno
 import gc
-import json
 import logging
-import multiprocessing
 import os
-import pickle
 import shutil
-import sys
 import time
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from tests.cached_roots import Reads, entries, seen, small
 from tests.data_roots import REAL, VOCABULARY, coco_file, coco_root, data, needs_real, task_config, whole_root, write
 from tests.small_runs import ALL, small_config
 from unit_fast import checkpoint
 from unit_fast.config import RunConfig
-from unit_fast.data import MissingSplit, cache, files, open_dataset, pickles, text, tokens
+from unit_fast.data import MissingSplit, cache, files, open_dataset, sources, text, tokens
 from unit_fast.data.check import check
 from unit_fast.data.errors import Findings
-from unit_fast.data.text import WordPieces
 from unit_fast.errors import UserError
 from unit_fast.tasks import get_task
-
-VQA = task_config("vqa2", outputs=4)
 
 
 @pytest.fixture(autouse=True)
 def small_files_too(monkeypatch):
-    monkeypatch.setattr(cache, "SMALL", 0)
+    monkeypatch.setattr(sources, "SMALL", 0)
 
 
 @pytest.fixture
 def world(tmp_path):
     return whole_root(tmp_path / "world")
-
-
-def small(root, task, split="train", config=None, keep=None, **more):
-    """A split of a small root; ``keep``: the cache folder, None for no cache."""
-    config = config or (VQA if task == "vqa2" else task_config(task))
-    changes = {"short_side": 40, "max_side": 100, "cache_dir": str(keep) if keep else "", **more.pop("data", {})}
-    return open_dataset(task, split, data(root, **changes), config, augment=False, **more)
-
-
-def plain(value):
-    """A sample, or a list of them, for ``==``."""
-    if isinstance(value, torch.Tensor):
-        return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
-    if isinstance(value, dict):
-        return [(key, plain(item)) for key, item in value.items()]
-    return type(value).__name__, value
-
-
-def seen(dataset, images=True):
-    """Everything that a user of a data set can see of it."""
-    count = len(dataset)
-    found = {
-        "samples": [plain(dataset.get(i)) for i in range(count)] if images else None,
-        "ids": [plain(dataset.sample_id(i)) for i in range(count)],
-        "facts": list(dataset.facts.items()),
-        "findings": [dataclasses.asdict(f) for f in dataset.findings.found.values()],
-        "images": [(str(path), size) for path, size in dataset.image_paths()],
-    }
-    if dataset.task.has_text:
-        found["texts"] = [dataset.text(i) for i in range(count)]
-        found["lengths"] = dataset.text_lengths().tolist()
-        found["tokens"] = [dataset.text_tokens(i) for i in range(count)]
-    if dataset.task.is_detection:
-        found["names"] = list(dataset.class_names.items())
-        found["truth"] = dataset.coco_ground_truth() if dataset.has_targets else None
-    return found
-
-
-def entries(folder):
-    return sorted(p.name for p in folder.iterdir())
-
-
-class Reads:
-    """Which files were opened by readers, besides vocabulary and answer list."""
-
-    def __init__(self, monkeypatch):
-        self.names, real = [], files.open_file
-
-        def open_file(path, *more):
-            if "label2ans" not in str(path):
-                self.names.append(os.path.basename(path))
-            return real(path, *more)
-
-        for module in (files, pickles):
-            monkeypatch.setattr(module, "open_file", open_file)
-
-    def take(self):
-        names, self.names[:] = list(self.names), []
-        return names
 
 
 # --------------------------------------------------------------------------------------------------- same samples
@@ -231,7 +163,7 @@ def test_arrays_of_large_files_are_mapped_and_cannot_be_written(world, tmp_path,
 
 
 def test_small_sources_are_read_directly(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "SMALL", 2**20)
+    monkeypatch.setattr(sources, "SMALL", 2**20)
     for task in ALL:
         small(world, task, keep=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
@@ -255,10 +187,10 @@ def test_another_content_of_the_same_size_and_time_is_seen(tmp_path):
 
 def test_a_file_just_written_is_read_when_its_next_change_must_show(tmp_path):
     path = write(tmp_path / "file", "x")
-    (state,) = cache._settled({"file": [path]})
-    assert time.time_ns() - path.stat().st_ctime_ns >= cache._SETTLED_S * 1e9
+    (state,) = sources._settled({"file": [path]})
+    assert time.time_ns() - path.stat().st_ctime_ns >= sources._SETTLED_S * 1e9
     os.utime(path, ns=(time.time_ns() + 10**12,) * 2)  # a clock that is ahead is not waited for
-    (later,) = cache._settled({"file": [path]})
+    (later,) = sources._settled({"file": [path]})
     assert later["mtime_ns"] > state["mtime_ns"]
 
 
@@ -304,7 +236,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch)
     monkeypatch.setattr(files, "read_json", read_json)
     assert small(root, "coco", keep=keep).get(0)["labels"].tolist() == [1, 90]
     monkeypatch.undo()
-    monkeypatch.setattr(cache, "SMALL", 0)
+    monkeypatch.setattr(sources, "SMALL", 0)
     assert not keep.exists()
     assert small(root, "coco", keep=keep).get(0)["labels"].tolist() == [1, 80]
 
@@ -404,161 +336,6 @@ def test_errors_are_the_same_each_time_and_nothing_is_kept(tmp_path):
     assert not keep.exists()
 
 
-# -------------------------------------------------------------------------------------------------- damaged entries
-
-
-def _truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def _zero(path):
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def _zero_the_end(path):
-    raw = path.read_bytes()
-    path.write_bytes(raw[: len(raw) // 2] + bytes(len(raw) - len(raw) // 2))
-
-
-def _garbage(path):
-    path.write_bytes(np.random.default_rng(0).bytes(path.stat().st_size))
-
-
-def _empty(path):
-    path.write_bytes(b"")
-
-
-def _delete(path):
-    path.unlink()
-
-
-def _folder(path):
-    path.unlink()
-    path.mkdir()
-
-
-def _flip(path):
-    raw = bytearray(path.read_bytes())
-    raw[-3] ^= 1
-    path.write_bytes(bytes(raw))
-
-
-@pytest.mark.parametrize("damage", [_truncate, _zero, _zero_the_end, _garbage, _empty, _delete, _folder, _flip])
-@pytest.mark.parametrize("task", ["coco", "vg", "vqa2", "qqp"])
-def test_damage_to_any_file_is_noticed_and_repaired(world, task, damage, tmp_path, caplog):
-    keep = tmp_path / "cache"
-    expected = seen(small(world, task, keep=keep))
-    for path in sorted(p for p in keep.rglob("*") if p.is_file()):
-        before = path.read_bytes()
-        damage(path)
-        if path.is_file() and path.read_bytes() == before:
-            continue  # e.g. the second half was zero
-        caplog.clear()
-        assert seen(small(world, task, keep=keep)) == expected, path
-        assert [r.getMessage().count("is damaged") for r in caplog.records] == [1], path
-        caplog.clear()
-        assert seen(small(world, task, keep=keep)) == expected
-        assert not caplog.records
-        assert path.read_bytes() == before
-    assert not [name for name in entries(keep) if name.startswith(".")]
-
-
-def test_an_entry_that_is_something_else_is_replaced(world, tmp_path, caplog):
-    keep = tmp_path / "cache"
-    expected = seen(small(world, "sst2", keep=keep))
-    for name in entries(keep):
-        shutil.rmtree(keep / name)
-        (keep / name).write_text("not a folder")
-    assert seen(small(world, "sst2", keep=keep)) == expected
-    assert all((keep / name).is_dir() for name in entries(keep))
-    shutil.rmtree(keep / entries(keep)[0])
-    (keep / entries(keep)[-1] / "more").write_text("left alone")
-    assert seen(small(world, "sst2", keep=keep)) == expected
-
-
-def test_a_changed_fact_is_noticed(world, tmp_path, caplog):
-    keep = tmp_path / "cache"
-    expected = seen(small(world, "vg", keep=keep))
-    meta = keep / entries(keep)[0] / "meta.json"
-    text = meta.read_text()
-    assert text.count("object outside the vocabulary") == 1
-    meta.write_text(text.replace("object outside the vocabulary", "object inside the vocabulary"))
-    assert seen(small(world, "vg", keep=keep)) == expected
-    assert "meta.json does not have its checksum" in caplog.text
-
-
-def _forge(entry, change):
-    """Change an entry and make all its checksums fit."""
-    meta = json.loads((entry / "meta.json").read_text())["content"]
-    change(meta)
-    for name, stated in meta["arrays"].items():
-        path = entry / f"{name}.npy"
-        stated.update(bytes=path.stat().st_size, crc32=cache._crc32(path))
-    (entry / "meta.json").write_text(json.dumps({"sha256": cache._hash(meta), "content": meta}))
-
-
-class Opened:
-    """An object whose unpickling leaves a trace."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_pickles_in_an_entry_are_never_run(world, tmp_path, caplog):
-    keep = tmp_path / "cache"
-    expected = seen(small(world, "sst2", keep=keep))
-    entry = keep / entries(keep)[0]
-
-    def change(_):
-        np.save(entry / "labels.npy", np.array([Opened(tmp_path / "ran")] * 2), allow_pickle=True)
-
-    _forge(entry, change)
-    assert seen(small(world, "sst2", keep=keep)) == expected
-    assert not (tmp_path / "ran").exists()
-    assert "is damaged" in caplog.text
-
-
-@pytest.mark.parametrize("shape", [(3,), (1,), (2, 1)])
-def test_an_array_of_another_shape_or_type_is_refused(world, shape, tmp_path, caplog):
-    keep = tmp_path / "cache"
-    expected = seen(small(world, "sst2", keep=keep))
-    entry = keep / entries(keep)[0]
-    for array in (np.ones(shape, dtype=np.int8), np.ones(2, dtype=np.int16)):
-        _forge(entry, lambda _, array=array: np.save(entry / "labels.npy", array))
-        caplog.clear()
-        assert seen(small(world, "sst2", keep=keep)) == expected
-        assert "labels.npy is int" in caplog.text
-
-
-def test_an_entry_under_a_wrong_name_is_refused(world, tmp_path, caplog):
-    keep = tmp_path / "cache"
-    small(world, "coco", keep=keep)
-    expected = seen(small(world, "coco", "val", keep=keep))
-    train, val = (next(keep / n for n in entries(keep) if n.startswith(f"rows-coco-{s}")) for s in ("train", "val"))
-    shutil.rmtree(val)
-    shutil.copytree(train, val)
-    assert seen(small(world, "coco", "val", keep=keep)) == expected
-    assert "of another entry" in caplog.text
-
-
-@pytest.mark.parametrize("code", [errno.EMFILE, errno.EACCES, errno.EIO])
-def test_an_entry_that_cannot_be_read_now_is_left_alone(world, code, tmp_path, monkeypatch, caplog):
-    keep = tmp_path / "cache"
-    expected = seen(small(world, "coco", keep=keep))
-    names = entries(keep)
-
-    def refuse(*_, **__):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(cache, "_crc32", refuse)
-    assert seen(small(world, "coco", keep=keep)) == expected
-    assert entries(keep) == names
-    assert [r.getMessage().count("cannot be read") for r in caplog.records] == [1]
-
-
 # ------------------------------------------------------------------------------------------------------- the folder
 
 
@@ -624,215 +401,6 @@ def test_a_resumed_run_may_have_another_folder(tmp_path):
     old = RunConfig()
     new = dataclasses.replace(old, data=dataclasses.replace(old.data, cache_dir=str(tmp_path)))
     assert list(checkpoint.check_resumable(tmp_path, old, new)) == ["data.cache_dir"]
-
-
-# ------------------------------------------------------------------------------------------------ several processes
-
-
-def _open_at_once(barrier, results, root, keep):
-    barrier.wait()
-    results.put(pickle.dumps([seen(small(root, task, keep=keep)) for task in ("coco", "qqp")]))
-
-
-def test_processes_that_write_at_once(world, tmp_path):
-    keep, context = tmp_path / "cache", multiprocessing.get_context("fork")
-    expected = pickle.dumps([seen(small(world, task)) for task in ("coco", "qqp")])
-    for _ in range(5):
-        shutil.rmtree(keep, ignore_errors=True)
-        barrier, results = context.Barrier(3), context.Queue()
-        workers = [context.Process(target=_open_at_once, args=(barrier, results, world, keep)) for _ in range(3)]
-        for worker in workers:
-            worker.start()
-        found = [results.get(timeout=60) for _ in workers]
-        for worker in workers:
-            worker.join()
-            assert worker.exitcode == 0
-        assert found == [expected] * 3
-        assert [name.split("-")[0] for name in entries(keep)] == ["rows", "rows", "words"]
-
-
-def test_who_comes_second_takes_what_the_first_wrote(world, tmp_path, monkeypatch, caplog):
-    keep, real = tmp_path / "cache", cache._write_files
-    first = []
-
-    def write_files(*arguments):
-        real(*arguments)
-        if not first:  # another process is done between our writing and our renaming
-            first.append(None)
-            first[0] = small(world, "coco", keep=keep)
-
-    monkeypatch.setattr(cache, "_write_files", write_files)
-    second = small(world, "coco", keep=keep)
-    assert seen(second) == seen(first[0]) == seen(small(world, "coco"))
-    assert second.objects.content.name == first[0].objects.content.name == entries(keep)[0]
-    assert len(entries(keep)) == 1
-    assert not caplog.records
-
-
-def _die_while_writing(root, keep, task, call):
-    left = [call]
-
-    def hook(event, arguments):
-        if event in ("open", "os.mkdir", "os.rename", "os.chmod") and str(keep) in str(arguments[0]):
-            left[0] -= 1
-            if left[0] == 0:
-                os._exit(9)
-
-    sys.addaudithook(hook)
-    small(root, task, keep=keep)
-
-
-@pytest.mark.parametrize("task", ["coco", "sst2"])
-def test_a_death_while_writing_leaves_nothing_that_is_believed(world, task, tmp_path, caplog):
-    keep, context = tmp_path / "cache", multiprocessing.get_context("fork")
-    expected = seen(small(world, task))
-    deaths = 0
-    for call in range(1, 100):
-        shutil.rmtree(keep, ignore_errors=True)
-        process = context.Process(target=_die_while_writing, args=(world, keep, task, call))
-        process.start()
-        process.join()
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == 9
-        deaths += 1
-        assert seen(small(world, task, keep=keep)) == expected
-        assert seen(small(world, task, keep=keep)) == expected
-    assert deaths > 15
-    assert not caplog.records
-
-
-def test_what_dead_processes_left_goes_after_a_day(world, tmp_path):
-    keep = tmp_path / "cache"
-    for name in (".tmp-old", ".tmp-new"):
-        write(keep / name / "part.npy", "x")
-    write(keep / "others", "not ours")
-    os.utime(keep / ".tmp-old", (time.time() - 2 * 24 * 3600,) * 2)
-    small(world, "coco", keep=keep)
-    assert [name for name in entries(keep) if not name.startswith("rows")] == [".tmp-new", "others"]
-
-
-def test_a_data_set_can_be_sent_to_another_process(world, tmp_path):
-    dataset = small(world, "coco", keep=tmp_path / "cache")
-    content = pickle.loads(pickle.dumps(dataset.objects.content))
-    assert all(np.array_equal(content.arrays[n], a) for n, a in dataset.objects.content.arrays.items())
-
-
-# ------------------------------------------------------------------------------------------------- texts and tokens
-
-TEXTS = st.text(st.characters(exclude_categories=()), max_size=12) | st.sampled_from(
-    ["", " ", "[SEP]", "a[CLS] b", "[MASK][PAD]", "[unk] [UNK]", "\ud800", "a\udfffb", "\0", "\ufeff", "\u4e2d\u6587"]
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(TEXTS, max_size=8))
-def test_strings_come_back_as_they_went_in(texts):
-    content = cache.Content()
-    content.put_strings("x", texts)
-    strings = content.strings("x")
-    assert list(strings) == texts
-    assert [strings[i] for i in range(len(strings))] == texts
-    for index in (-1, len(texts)):
-        with pytest.raises(IndexError):
-            strings[index]
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    return WordPieces(write(tmp_path_factory.mktemp("v") / "vocab.txt", "\n".join(VOCABULARY) + "\n"))
-
-
-def _direct(words, row, length):
-    try:
-        return words.encode(row, length)
-    except UserError as error:
-        return str(error)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6), st.integers(3, 20), st.booleans())
-def test_word_pieces_are_those_of_the_direct_path(words, rows, length, single):
-    content = cache.Content()
-    columns = []
-    for c in range(1 if single else 2):
-        content.put_strings(f"c{c}", [row[c] for row in rows])
-        columns.append(content.strings(f"c{c}"))
-    made = tokens.Tokens(tokens.tokenise(words, tuple(columns), "x"), len(columns))
-    found = tokens.lengths(made.counts(), length).tolist()
-    for i, row in enumerate(rows):
-        direct = _direct(words, row[0] if single else row, length)
-        pieces = made.pieces(i)
-        if isinstance(direct, str):
-            assert pieces is None
-            continue
-        assert words.form(pieces[0], pieces[1] if len(pieces) > 1 else [], length) == direct
-        assert found[i] == len(direct[0])
-
-
-def test_a_text_that_cannot_be_tokenised_is_the_same_error(world, tmp_path, monkeypatch):
-    from unit_fast.data.glue import Glue
-
-    real = Glue._table
-
-    def table(self, path):
-        for where, row, label in real(self, path):
-            yield where, (row[0] + "\ud800", *row[1:]), label
-
-    monkeypatch.setattr(Glue, "_table", table)
-    messages = []
-    for keep in (None, tmp_path / "cache", tmp_path / "cache"):
-        dataset = small(world, "qqp", keep=keep)
-        with pytest.raises(UserError, match="cannot be tokenised") as info:
-            dataset.get(0)
-        messages.append(str(info.value))
-    assert len(set(messages)) == 1
-    assert dataset.text_lengths().tolist() == [1 + 5 + 3] * 2  # who? -> one piece; what? -> w ##h ##a ##t ?
-
-
-def test_long_texts_are_kept_whole_and_cut_when_asked_for(world, tmp_path):
-    long = "a " * 300
-    write(world / "glue/SST-2/train.tsv", f"sentence\tlabel\n{long}\t1\nb c\t0\n")
-    lengths = {}
-    for limit in (8, 128, 20):
-        config = task_config("sst2", text_length=limit)
-        dataset = small(world, "sst2", config=config, keep=tmp_path / "cache")
-        assert dataset.get(0)["input_ids"].tolist() == small(world, "sst2", config=config).get(0)["input_ids"].tolist()
-        lengths[limit] = dataset.text_lengths().tolist()
-        assert dataset.text_lengths().dtype == np.int64
-        assert [dataset.text_tokens(i) for i in range(2)] == lengths[limit]
-    assert lengths == {8: [8, 4], 128: [128, 4], 20: [20, 4]}
-    assert len(entries(tmp_path / "cache")) == 2  # the limit is not in the key
-
-
-def test_a_large_vocabulary_takes_wider_ids(tmp_path):
-    vocabulary = [*VOCABULARY, *(f"word{i}" for i in range(70_000))]
-    words = WordPieces(write(tmp_path / "vocab.txt", "\n".join(vocabulary) + "\n"))
-    content = cache.Content()
-    content.put_strings("c", ["word69999 a", ""])
-    made = tokens.tokenise(words, (content.strings("c"),), "x")
-    assert made.arrays["ids0"].dtype == np.uint32
-    assert tokens.Tokens(made, 1).pieces(0) == [words.pieces("word69999 a")]
-    assert tokens.Tokens(made, 1).pieces(1) == [[]]
-
-
-def test_lengths_without_a_cache_are_made_once(world, monkeypatch):
-    dataset = small(world, "qqp")
-    expected = [len(dataset.get(i)["input_ids"]) for i in range(len(dataset))]
-    assert dataset.text_lengths().tolist() == expected
-    monkeypatch.setattr(WordPieces, "pieces", lambda *_: pytest.fail("tokenised again"))
-    assert dataset.text_lengths().tolist() == expected
-    assert len(dataset.get(0)["input_ids"]) == expected[0]
-
-
-def test_a_bar_counts_every_sentence(words, monkeypatch, capsys):
-    monkeypatch.setattr(tokens, "LONG", 10)
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    content = cache.Content()
-    content.put_strings("c", ["a b"] * 2500)
-    made = tokens.tokenise(words, (content.strings("c"),), "qqp train")
-    assert made.arrays["ends0"][-1] == 5000
-    assert "word pieces of qqp train" in capsys.readouterr().err
 
 
 def test_log_lines_go_through_logging(world, tmp_path, caplog):

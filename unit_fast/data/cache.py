@@ -1,14 +1,12 @@
-"""What was read from large files, kept on disk and opened as memory-mapped arrays the next time.
+"""Arrays kept on disk and opened as memory-mapped ones the next time.
 
-An entry is a folder: ``meta.json`` and one ``.npy`` file an array. It is found by its key: the source files (path as
-given, real path, size, times of change), everything else the content depends on, and a hash of the reading code. So an
-entry of other files, settings or code is never used. Whether it is intact is known from the sizes and checksums in
-``meta.json``, itself under a checksum; an entry that is not is deleted and made again. Pickles are never read.
+An entry is a folder: ``meta.json`` and one ``.npy`` file an array. It is found by its key: what the content depends on,
+and a hash of the reading code. An entry of another key is never used. Whether it is intact is known from the sizes and
+checksums in ``meta.json``, itself under a checksum; an entry that is not is deleted and made again. Pickles are never
+read.
 
 Entries are written to a temporary folder and renamed: of two processes one wins, none sees a half. A new entry removes
 older ones of the same files, except those that a living process has open (a lock on ``meta.json``).
-
-Sources below ``SMALL`` bytes in all are read directly: nothing would be gained.
 """
 
 import contextlib
@@ -31,22 +29,17 @@ from pathlib import Path
 import numpy as np
 
 from unit_fast.config import DataConfig
-from unit_fast.data.errors import Finding, Findings
-from unit_fast.data.layout import Layout
 from unit_fast.errors import UserError, printable
 
-SMALL = 2**20
-"""Bytes of all source files together below which nothing is cached."""
 FORMAT = 1
 """Version of the entries' form; raise it when they are written otherwise."""
 META = "meta.json"
 _TEMPORARY = ".tmp-"
 _ABANDONED_S = 24 * 3600
 """Age after which a temporary folder is the rest of a process that died."""
-_SETTLED_S = 0.02
-"""Two changes of a file closer together than this may have the same time of change."""
 _MODULES = (
-    "cache", "coco", "errors", "files", "glue", "pickles", "snli_ve", "text", "tokens", "visual_genome", "vqa2",
+    "cache", "coco", "errors", "files", "glue", "pickles", "snli_ve", "sources", "text", "tokens", "visual_genome",
+    "vqa2",
 )  # fmt: skip
 _NOT_AS_WRITTEN = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _MAPPED = 64 * 2**10
@@ -144,7 +137,7 @@ class Cache:
         if self.folder is None:
             return build()
         key = {"format": FORMAT, "code": code_hash(), **key}
-        entry = self.folder / f"{name}-{_hash(key)[:16]}"
+        entry = self.folder / f"{name}-{hash_of(key)[:16]}"
         try:
             found = self._find(entry, key)
         except Unreadable as error:
@@ -270,7 +263,7 @@ def _write_files(folder: Path, key: dict, content: Content) -> None:
         }  # fmt: skip
     meta = {"key": key, "arrays": arrays, "values": content.values}
     with (folder / META).open("w", encoding="ascii") as file:
-        json.dump({"sha256": _hash(meta), "content": meta}, file, indent=1)
+        json.dump({"sha256": hash_of(meta), "content": meta}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     folder.chmod(0o777 & ~umask)  # mkdtemp makes it private
@@ -279,7 +272,7 @@ def _write_files(folder: Path, key: dict, content: Content) -> None:
 
 def _checked_meta(raw: bytes) -> dict:
     meta = json.loads(raw.decode("ascii"))
-    if _hash(meta["content"]) != meta["sha256"]:
+    if hash_of(meta["content"]) != meta["sha256"]:
         raise Damaged(f"{META} does not have its checksum")
     return meta["content"]
 
@@ -324,7 +317,8 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _hash(value) -> str:
+def hash_of(value) -> str:
+    """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value).encode("ascii")).hexdigest()
 
 
@@ -366,88 +360,3 @@ def open_cache(data: DataConfig) -> Cache:
             Cache(None)._tell(f"no cache: {line}; give data.cache_dir")
             return Cache(None)
     return Cache(folder)
-
-
-def existing(layout: Layout, *keys: str) -> dict[str, list[Path]]:
-    """Layout key -> its files. None for an overridden path that does not exist: a reader that needs it says so."""
-    found = {}
-    for key in keys:
-        try:
-            found[key] = layout.files(key)
-        except UserError:
-            found[key] = []
-    return found
-
-
-def _state_of(sources: dict[str, list[Path]]) -> list[dict]:
-    """What tells one version of the files from another. ``OSError`` when one cannot be looked at."""
-    out = []
-    for role, path in ((role, path) for role, paths in sources.items() for path in paths):
-        real = os.path.realpath(path)
-        stat = os.stat(real)
-        out.append(
-            {
-                "role": role,
-                "given": str(path),  # it stands in facts and findings
-                "real": real,
-                "bytes": stat.st_size,
-                "mtime_ns": stat.st_mtime_ns,
-                "ctime_ns": stat.st_ctime_ns,  # a file put in place of another may keep the time of writing
-            }
-        )
-    return out
-
-
-def _settled(sources: dict[str, list[Path]]) -> list[dict]:
-    """``_state_of`` files whose next change will have another time of change."""
-    while True:
-        state = _state_of(sources)
-        newest = max((max(s["mtime_ns"], s["ctime_ns"]) for s in state), default=0)
-        if not 0 <= time.time_ns() - newest < _SETTLED_S * 1e9:
-            return state
-        time.sleep(_SETTLED_S)
-
-
-def read_through(dataset, sources: dict[str, list[Path]], depends: dict, build: Callable[[], Content]) -> Content:
-    """``build()``, or what it gave when it last read the same files: content, facts and findings.
-
-    Args:
-        dataset: the ``Dataset`` that reads; ``build`` fills its ``facts`` and ``findings``.
-        sources: all files that ``build`` reads, by what they are taken for.
-        depends: JSON values of everything else that the content depends on, besides task and split.
-    """
-    findings: Findings = dataset.findings
-    try:
-        fits = not findings.found and dataset.cache.folder is not None
-        fits = fits and sum(os.path.getsize(path) for paths in sources.values() for path in paths) >= SMALL
-        state = _settled(sources) if fits else None
-    except OSError:  # the reader says what is wrong with the file
-        state = None
-    if state is None:
-        return build()
-
-    def still() -> bool:
-        try:
-            return _state_of(sources) == state
-        except OSError:
-            return False
-
-    def with_notes() -> Content:
-        content = build()
-        content.values = {
-            "facts": dict(dataset.facts),
-            "findings": [[f.kind, f.severity, f.count, f.examples] for f in findings.found.values()],
-            **content.values,
-        }
-        return content
-
-    where = _hash([[s["role"], s["given"], s["real"]] for s in state])[:12]
-    key = {
-        "sources": state, "task": repr(dataset.task), "split": dataset.split, "examples": findings.limit, **depends,
-    }  # fmt: skip
-    content = dataset.cache.open(f"rows-{dataset.task.short}-{dataset.split}-{where}", key, with_notes, still)
-    if content.name is not None and not findings.found:
-        dataset.facts.update(content.values["facts"])
-        for kind, severity, count, examples in content.values["findings"]:
-            findings.found[kind] = Finding(kind, severity, count, list(examples))
-    return content

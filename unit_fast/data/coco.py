@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from unit_fast.data import files
-from unit_fast.data.cache import Content, read_through
+from unit_fast.data.cache import Content
 from unit_fast.data.dataset import Dataset
 from unit_fast.data.errors import BadImage
 from unit_fast.data.images import TrainTransform
+from unit_fast.data.sources import read_through
 from unit_fast.errors import UserError, printable
 
 ATTRIBUTES = 16

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from unit_fast.data import files
-from unit_fast.data.cache import Content, read_through
+from unit_fast.data.cache import Content
 from unit_fast.data.dataset import Dataset
+from unit_fast.data.sources import read_through
 from unit_fast.errors import UserError, printable
 
 COLUMNS = {

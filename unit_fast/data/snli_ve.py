@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from unit_fast.data import files
-from unit_fast.data.cache import Content, read_through
+from unit_fast.data.cache import Content
 from unit_fast.data.dataset import Dataset
 from unit_fast.data.errors import BadImage
+from unit_fast.data.sources import read_through
 from unit_fast.errors import UserError, printable
 
 IMAGE_KEYS = ("Flikr30kID", "Flickr30K_ID", "Flickr30kID")

@@ -15,8 +15,9 @@ training image is an image of COCO's val, as far as the ids are known.
 from pathlib import Path
 
 from unit_fast.data import files
-from unit_fast.data.cache import Content, existing
+from unit_fast.data.cache import Content
 from unit_fast.data.coco import ATTRIBUTES, Detection, pack, read_instances
+from unit_fast.data.sources import existing
 from unit_fast.errors import UserError, printable
 
 VOCABULARIES = ("vg.object_vocab", "vg.attribute_vocab")

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from unit_fast.data import files
-from unit_fast.data.cache import Content, existing, read_through
+from unit_fast.data.cache import Content
 from unit_fast.data.dataset import Dataset
 from unit_fast.data.pickles import read_records
+from unit_fast.data.sources import existing, read_through
 from unit_fast.data.visual_genome import coco_image_ids
 from unit_fast.errors import UserError, printable
 
