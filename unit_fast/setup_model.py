@@ -187,7 +187,7 @@ def buckets_of(config: RunConfig) -> Buckets:
     return Buckets(
         short_side=max((data.short_side, *(data.train_short_sides if data.augment else ()))),
         max_side=data.max_side,
-        text_len=max(task.text_length for task in config.model.tasks.values()),
+        text_len=max(1, *(task.text_length for task in config.model.tasks.values())),  # detection has no text
         **dataclasses.asdict(config.buckets),
     )
 

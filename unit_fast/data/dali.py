@@ -27,6 +27,14 @@ class DecodeFailed(Exception):
     """DALI could not decode an image of the batch; its pipeline is of no use any more."""
 
 
+def check(graph: str, decoder: str, device: torch.device | None) -> None:
+    """``UserError`` where this graph and this decoder cannot work for a run on ``device``."""
+    if decoder == "mixed" and (device is None or device.type != "cuda"):
+        raise UserError("--data.decoder mixed: decodes on a GPU, but the run is on a CPU; take cpu")
+    if decoder == "mixed" and graph == "whole":
+        raise UserError("--data.decoder mixed: the whole graph runs on the CPU; take --data.dali-graph decode")
+
+
 class Pipeline:
     """A DALI pipeline over batches of any size up to ``batch``.
 
@@ -38,7 +46,7 @@ class Pipeline:
         device: CUDA device of ``mixed``; not used by ``cpu``.
 
     Raises:
-        UserError: ``mixed`` without a CUDA device, or with the graph ``whole``.
+        UserError: see ``check``.
     """
 
     def __init__(
@@ -51,14 +59,11 @@ class Pipeline:
     ):
         from nvidia.dali import pipeline_def
 
+        check(graph, decoder, device)
         device_id = None
         if decoder == "mixed":
-            if device is None or device.type != "cuda":
-                raise UserError("--data.decoder mixed: decodes on a GPU, but the run is on a CPU; take cpu")
-            if graph == "whole":
-                raise UserError("--data.decoder mixed: the whole graph runs on the CPU; take --data.dali-graph decode")
             device_id = device.index if device.index is not None else torch.cuda.current_device()
-        self.whole, self.decoder = graph == "whole", decoder
+        self.whole = graph == "whole"
         # With this depth several runs can still be scheduled ahead, and none starts before it is asked for.
         options = {"batch_size": batch, "num_threads": threads, "device_id": device_id, "prefetch_queue_depth": 1}
         define = _whole if self.whole else _decode
@@ -108,14 +113,14 @@ def _anchor(geometry: Geometry) -> tuple[int, int]:
     return top, geometry.first[1] - left - width if geometry.flip else left
 
 
-def _decode(decoder):
+def _decode(decoder: str):
     from nvidia.dali import fn, types
 
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     return fn.decoders.image(encoded, device=decoder, output_type=types.RGB, adjust_orientation=False)
 
 
-def _whole(decoder):
+def _whole(decoder: str):
     from nvidia.dali import fn, types
 
     resize = {"interp_type": types.INTERP_LINEAR, "antialias": True}

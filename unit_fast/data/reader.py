@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unit_fast.config import DataConfig
 from unit_fast.data.checked import CheckedImages
-from unit_fast.data.dali import DecodeFailed, Pipeline
+from unit_fast.data.dali import DecodeFailed, Pipeline, check
 from unit_fast.data.decode import load_image, read_bytes
 from unit_fast.data.errors import BadImage
 from unit_fast.data.images import Buffers, Picture, place
@@ -67,6 +67,7 @@ class DaliSteps:
         threads: int,
         device: torch.device,
     ):
+        check(data.dali_graph, data.decoder, device)
         self.fetcher, self.requested, self.data, self.checked = fetcher, requested, data, checked
         self.most, self.threads, self.device = most, threads, device
         self.buffers, self.pipeline, self.repairs = Buffers(), None, 0
