@@ -1,7 +1,7 @@
 """DALI's engine against the reference: the same boxes, samples and pixels, whatever the images are like."""
 
+import concurrent.futures
 import dataclasses
-import importlib.util
 import io
 import json
 import logging
@@ -27,14 +27,26 @@ from unit_fast.config import DataConfig, default_tasks
 from unit_fast.data import BadImage, open_dataset
 from unit_fast.data import reader as reader_module
 from unit_fast.data.checked import FILE, CheckedImages
+from unit_fast.data.dali import DecodeFailed
 from unit_fast.data.decode import load_image
-from unit_fast.data.images import STD, Buffers, EvalTransform, TrainTransform, engine_of, place, to_tensor, transform
-from unit_fast.data.loader import Background, Loader
+from unit_fast.data.images import (
+    STD,
+    Buffers,
+    EvalTransform,
+    TrainTransform,
+    engine_of,
+    has_dali,
+    place,
+    to_tensor,
+    transform,
+)
+from unit_fast.data.loader import Background, Fetcher, Loader, _shapes
+from unit_fast.data.reader import DecodedSteps, TorchvisionDecoder
+from unit_fast.data.sampler import requests
 from unit_fast.errors import UserError
 from unit_fast.train import train
 
-needs_dali = pytest.mark.skipif(importlib.util.find_spec("nvidia") is None, reason="DALI is not installed")
-pytestmark = needs_dali
+needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
 
 MAX = 50_000_000
 STEP_255 = 1 / 255
@@ -94,11 +106,13 @@ def photographs(tmp_path_factory):
     return sorted(folder.glob("*.jpg"))
 
 
+@needs_dali
 def test_decoders_agree_on_generated_photographs(photographs):
     for dali, pillow in decoded_pairs(photographs):
         assert (dali.numpy() == pillow).all()
 
 
+@needs_dali
 @needs_real
 def test_decoders_agree_on_real_photographs():
     pairs = decoded_pairs(sorted(REAL.glob("*/images/**/*.jpg")) + sorted(REAL.glob("snli_ve/**/*.jpg")))
@@ -179,21 +193,38 @@ def assert_same(ours, reference):
                 assert_close(got, expected)
 
 
+def threaded(config, stop, graph):
+    """The steps by DALI's graph, or by torchvision's decoder as a run on a GPU has it."""
+    if graph != "torchvision":
+        return steps_of(with_data(config, engine="dali", dali_graph=graph), stop=stop)
+    datasets = opened(config)
+    sizes, checked = {name: len(d) for name, d in datasets.items()}, CheckedImages(None, config.data.max_pixels)
+    shapes = _shapes(datasets, config) if config.data.group > 1 else {}
+    requested = requests(config, sizes, 0, {}, stop, shapes=shapes)
+    fetcher, most = Fetcher(datasets, config.seed, {}), max(map(config.batch_of, datasets))
+    return list(DecodedSteps(fetcher, requested, config.data, checked, most, 2, torch.device("cpu"), graph))
+
+
+graphs = pytest.mark.parametrize(
+    "graph", [pytest.param("decode", marks=needs_dali), pytest.param("whole", marks=needs_dali), "torchvision"]
+)
+
+
 @needs_real
-@pytest.mark.parametrize("graph", ["decode", "whole"])
+@graphs
 def test_real_samples_of_every_image_task(graph):
     config = config_for(REAL, "coco", "vg", "vqa2", "snli_ve", "qqp", data={"engine": "torchvision"})
     reference = steps_of(config)
     assert len({s.task for s in reference}) == 5
-    assert_same(steps_of(with_data(config, engine="dali", dali_graph=graph)), reference)
+    assert_same(threaded(config, 12, graph), reference)
 
 
-@pytest.mark.parametrize("graph", ["decode", "whole"])
+@graphs
 def test_generated_samples_of_every_task(tmp_path, graph):
     config = small_config(make_world(tmp_path / "world"), "coco", "vg", "vqa2", "snli_ve", "qnli", accumulate=2)
     reference = steps_of(config, stop=40)
     assert len({s.task for s in reference}) == 5
-    assert_same(steps_of(with_data(config, engine="dali", dali_graph=graph), stop=40), reference)
+    assert_same(threaded(config, 40, graph), reference)
 
 
 # ------------------------------------------------------------------------------------------------------- odd images
@@ -242,14 +273,14 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("graph", ["decode", "whole"])
+@graphs
 def test_odd_images_are_read_as_the_reference_reads_them(tmp_path, graph):
     images = odd_images()
     config = config_for(coco_root(tmp_path / "root", images), "coco", data={**SMALL, "engine": "torchvision"})
     reference = steps_of(config)
     assert not any(s.bad for s in reference)
     assert {i for s in reference for b in s.batches for i in b.sample_ids} == set(range(1, len(images) + 1))
-    assert_same(steps_of(with_data(config, engine="dali", dali_graph=graph)), reference)
+    assert_same(threaded(config, 12, graph), reference)
 
 
 def bomb(side: int = 20_000) -> bytes:
@@ -280,16 +311,16 @@ def damaged(tmp_path_factory):
     return coco_root(tmp_path_factory.mktemp("damaged") / "root", faulty(200))
 
 
-@pytest.mark.parametrize("graph", ["decode", "whole"])
+@graphs
 def test_faulty_images_are_replaced_by_the_reference_rule(damaged, graph):
     config = config_for(damaged, "coco", data={**SMALL, "engine": "torchvision"})
     reference = steps_of(config, stop=100)
     assert len({path for s in reference for path, _ in s.bad}) == 10
-    again = with_data(config, engine="dali", dali_graph=graph)
-    assert_same(steps_of(again, stop=100), reference)
-    assert_same(steps_of(again, stop=100), reference)  # now from what was found out before
+    assert_same(threaded(config, 100, graph), reference)
+    assert_same(threaded(config, 100, graph), reference)  # with DALI from what was found out before
 
 
+@needs_dali
 def test_training_goes_through_a_faulty_root_and_names_each_path_once(damaged, tmp_path):
     config = small_config(make_world(tmp_path / "world"), "coco", steps=100)
     data = dataclasses.replace(config.data, root=str(damaged), engine="dali", max_bad_share=0.2)
@@ -300,7 +331,7 @@ def test_training_goes_through_a_faulty_root_and_names_each_path_once(damaged, t
     assert len(lines) == 10
     assert len({line.split("unreadable image: ")[1].split(":")[0] for line in lines}) == 10
     assert bad["by_task"]["detection_coco"] >= 10
-    assert "read by DALI" in log_of(run.folder)
+    assert "decoded by dali" in log_of(run.folder)
 
 
 # -------------------------------------------------------------------------------- what happens behind DALI's back
@@ -318,6 +349,7 @@ def trust(config, *names, plain=True):
     checked.close()
 
 
+@needs_dali
 def test_an_image_that_became_unreadable_costs_one_pipeline(tmp_path, caplog):
     """Damaged behind the record's back: same path, size and time."""
     images = {f"{i}.jpg": encoded(photograph(60, 80, i)) for i in range(12)}
@@ -332,6 +364,7 @@ def test_an_image_that_became_unreadable_costs_one_pipeline(tmp_path, caplog):
     assert caplog.text.count("7.jpg") == 1
 
 
+@needs_dali
 def test_an_image_only_pillow_can_decode_is_left_to_it(tmp_path, caplog, monkeypatch):
     images = {f"{i}.jpg": encoded(photograph(60, 80, i)) for i in range(8)}
     images["3.jpg"] = encoded(photograph(60, 80, 3), "PNG")
@@ -343,9 +376,10 @@ def test_an_image_only_pillow_can_decode_is_left_to_it(tmp_path, caplog, monkeyp
     trust(config, "3.jpg")
     with caplog.at_level(logging.WARNING, "unit_fast.data"):
         assert_same(steps_of(with_data(config, engine="dali"), stop=12), reference)
-    assert caplog.text.count("Pillow can and does from now on") == 1
+    assert caplog.text.count("Pillow can and does") == 1
 
 
+@needs_dali
 def test_a_pipeline_that_fails_without_an_offender_is_an_error(tmp_path, monkeypatch):
     config = config_for(coco_root(tmp_path / "root", {"a.jpg": encoded(photograph(60, 80, 0))}), "coco", batch=1)
 
@@ -354,11 +388,12 @@ def test_a_pipeline_that_fails_without_an_offender_is_an_error(tmp_path, monkeyp
 
     config = with_data(config, **SMALL, engine="dali")
     monkeypatch.setattr(reader_module.Pipeline, "take", failing)
-    monkeypatch.setattr(reader_module.DaliSteps, "_decodes", lambda self, path: True)
+    monkeypatch.setattr(reader_module.DecodedSteps, "_decodes", lambda self, path: True)
     with pytest.raises(RuntimeError, match="decodes each image of the batches alone"):
         steps_of(config)
 
 
+@needs_dali
 def test_images_that_vanish_while_training_are_replaced(tmp_path):
     images = {f"{i}.jpg": encoded(photograph(60, 80, i)) for i in range(12)}
     config = config_for(coco_root(tmp_path / "root", images), "coco", data={**SMALL, "engine": "dali"})
@@ -367,6 +402,15 @@ def test_images_that_vanish_while_training_are_replaced(tmp_path):
     steps = steps_of(config, stop=12)
     assert {Path(path).name for s in steps for path, _ in s.bad} == {"4.jpg"}
     assert all("no such file" in message for s in steps for _, message in s.bad)
+
+
+@pytest.mark.parametrize("content", [b"?", b"", encoded(photograph(60, 80, 0))[:700]])
+def test_torchvisions_decoder_says_what_it_cannot_decode(content):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        decoder = TorchvisionDecoder(pool)
+        decoder.feed([content], [None])
+        with pytest.raises(DecodeFailed):
+            decoder.take()
 
 
 # ----------------------------------------------------------------------------------------------------------- record
@@ -453,6 +497,7 @@ def rows_of(path):
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+@needs_dali
 def test_a_thousand_batches_across_kills_and_resumes(damaged, tmp_path, tmp_path_factory):
     """Ids and pixels are those of an uninterrupted reading, also where the record of images was empty the first time
     and full the second."""
@@ -482,6 +527,7 @@ def test_a_thousand_batches_across_kills_and_resumes(damaged, tmp_path, tmp_path
     assert rows_of(parts) == whole
 
 
+@needs_dali
 def test_reading_leaves_the_random_numbers_and_threads_alone(tmp_path):
     config = small_config(make_world(tmp_path / "world"), "coco", data={"engine": "dali"})
     torch.manual_seed(5)
@@ -491,6 +537,7 @@ def test_reading_leaves_the_random_numbers_and_threads_alone(tmp_path):
     assert torch.get_num_threads() == threads
 
 
+@needs_dali
 def test_a_loader_left_early_ends_its_threads(tmp_path):
     config = small_config(make_world(tmp_path / "world"), "coco", "vqa2", data={"engine": "dali"})
     before = threading.active_count()
@@ -500,6 +547,7 @@ def test_a_loader_left_early_ends_its_threads(tmp_path):
     assert threading.active_count() <= before
 
 
+@needs_dali
 def test_memory_stays_bounded(tmp_path):
     """10,000 samples: the process does not grow after the first thousand."""
     images = {f"{i:03d}.jpg": encoded(photograph(60, 80, i % 9)) for i in range(100)}
@@ -517,6 +565,7 @@ def test_memory_stays_bounded(tmp_path):
 # --------------------------------------------------------------------------------------------------- settings, parts
 
 
+@needs_dali
 def test_engines_that_cannot_be_are_refused(monkeypatch, tmp_path):
     assert engine_of(DataConfig()) == "dali"
     assert engine_of(DataConfig(cache_mib=5)) == "torchvision"
@@ -525,7 +574,7 @@ def test_engines_that_cannot_be_are_refused(monkeypatch, tmp_path):
     config = config_for(coco_root(tmp_path / "root", {"a.jpg": encoded(photograph(60, 80, 0))}), "coco")
     with pytest.raises(UserError, match="--data.decoder mixed: decodes on a GPU"):
         steps_of(with_data(config, engine="dali", decoder="mixed"))
-    monkeypatch.setattr("unit_fast.data.images._has_dali", lambda: False)
+    monkeypatch.setattr("unit_fast.data.images.has_dali", lambda: False)
     assert engine_of(DataConfig()) == "torchvision"
     with pytest.raises(UserError, match="pip install nvidia-dali-cuda130"):
         engine_of(DataConfig(engine="dali"))
@@ -586,6 +635,7 @@ def read_order(config, stop):
     return [(s.task, i) for s in steps_of(config, stop=stop) for b in s.batches for i in b.sample_ids]
 
 
+@needs_dali
 def test_grouping_reads_the_same_samples_in_each_pass_and_pads_less(tmp_path):
     rng = np.random.default_rng(0)
     folder = coco_root(tmp_path / "root", {f"{i:03d}.jpg": b"" for i in range(64)})
@@ -618,3 +668,19 @@ def test_texts_are_grouped_by_length(tmp_path):
     config = small_config(make_world(tmp_path / "world"), "qqp", batch_per_process=8, data={"group": 1})
     shares = [np.mean([s.real for s in steps_of(with_data(config, group=group), stop=40)]) for group in (1, 8)]
     assert shares[1] > shares[0]
+
+
+# -------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu_equal_the_reference(tmp_path):
+    """Decoded on the CPU, placed on the GPU, on a stream of their own."""
+    config = small_config(make_world(tmp_path / "world"), "coco", "vg", "vqa2", "snli_ve", "qnli")
+    reference = steps_of(config, stop=60)
+    with Loader(opened(config), config, 0, 60, {}, device=torch.device("cuda")) as loader:
+        for step, expected in zip(loader, reference, strict=True):
+            assert all(value.is_cuda for batch in step.batches for value in batch.tensors().values())
+            step.batches = [batch.to("cpu") for batch in step.batches]
+            torch.cuda.synchronize()
+            assert_same([step], [expected])

@@ -246,14 +246,15 @@ class DataConfig:
     pad_text: bool = False
     """Pad text to the full length, as the authors do, instead of to the longest of the batch."""
     engine: Literal["auto", "dali", "torchvision"] = "auto"
-    """What reads images: DALI, or torchvision's way (the reference); auto takes DALI where it is installed."""
+    """What reads images: DALI, or torchvision's way (the reference; on a GPU torchvision decodes and the GPU does the
+    rest); auto takes DALI where it is installed."""
     dali_graph: Literal["decode", "whole"] = "decode"
     """How much DALI does: decode, and resize, flip, normalise and pad are ours; or all of it."""
     decoder: Literal["cpu", "mixed"] = "cpu"
     """Where DALI decodes; mixed uses the GPU too."""
     workers: int = 0
-    """Loader processes of torchvision's engine, 0 loads in the training process; DALI's threads, 0 is one a core and at
-    most 8."""
+    """With DALI or on a GPU the threads that decode, 0 is one a core and at most 8. Else loader processes, and 0 loads
+    in the training process."""
     prefetch: int = 2
     """Steps ready ahead, for torchvision's engine per worker."""
     group: int = 16

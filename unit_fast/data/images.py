@@ -2,7 +2,8 @@
 
 Which changes an image undergoes is decided in ``geometry.py``. Two engines carry them out:
 
-``torchvision``  Pillow decodes and resizes, as torchvision does with Pillow images: the reference.
+``torchvision``  Pillow decodes and resizes, as torchvision does with Pillow images: the reference. For a run on a GPU
+                 torchvision decodes in threads, and ``place`` does the rest on the GPU.
 ``dali``         DALI decodes batches in its own threads (``dali.py``). ``place`` below then flips, resizes, crops,
                  normalises and pads, on a CPU with torch's 8-bit kernel, on a GPU in float; or, with
                  ``data.dali_graph whole``, DALI does that too.
@@ -49,7 +50,7 @@ class Picture:
 
 def engine_of(data: DataConfig) -> str:
     """``dali`` or ``torchvision``: what ``data.engine`` means here. ``UserError`` where it cannot be."""
-    if data.engine == "dali" and not _has_dali():
+    if data.engine == "dali" and not has_dali():
         raise UserError(
             "--data.engine dali: DALI is not installed; run `pip install nvidia-dali-cuda130`, or take "
             "--data.engine torchvision"
@@ -64,13 +65,14 @@ def engine_of(data: DataConfig) -> str:
     if data.cache_mib:
         _log.info("images are read by torchvision's way: data.cache_mib keeps decoded images, which DALI would not use")
         return "torchvision"
-    if _has_dali():
+    if has_dali():
         return "dali"
     _log.info("images are read by torchvision's way: DALI is not installed (pip install nvidia-dali-cuda130)")
     return "torchvision"
 
 
-def _has_dali() -> bool:
+def has_dali() -> bool:
+    """Whether DALI is installed; it is not imported."""
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:
@@ -185,6 +187,6 @@ class Buffers:
 
 
 __all__ = [
-    "MEAN", "STD", "Buffers", "EvalTransform", "Geometry", "ImageCache", "Picture", "TrainTransform", "engine_of",
+    "MEAN", "STD", "Buffers", "EvalTransform", "Geometry", "ImageCache", "Picture", "TrainTransform", "engine_of", "has_dali",
     "image_size", "load_image", "place", "resized", "to_tensor", "transform",
 ]  # fmt: skip

@@ -23,7 +23,7 @@ from unit_fast.data import BadImage, collate
 from unit_fast.data.cache import open_cache
 from unit_fast.data.checked import CheckedImages
 from unit_fast.data.images import Picture, engine_of
-from unit_fast.data.reader import DaliSteps
+from unit_fast.data.reader import DecodedSteps
 from unit_fast.data.sampler import Request, Visit, requests, substitute
 from unit_fast.errors import UserError, printable
 from unit_fast.setup_model import buckets_of
@@ -33,7 +33,7 @@ MOST_TRIES = 50
 
 
 MOST_THREADS = 8
-"""DALI's threads unless told otherwise: an H100's step wants no more (PERFORMANCE.md, section 7)."""
+"""Threads that decode unless told otherwise: an H100's step wants no more (PERFORMANCE.md, section 7)."""
 
 _log = logging.getLogger("unit_fast.data")
 
@@ -207,11 +207,11 @@ class Loader:
         self.readers = 1
         """Readers that work at once, each at a step of its own."""
         self.reader = self.background = None
-        if self.engine == "dali":
+        if with_images and (self.engine == "dali" or on_gpu):
             threads = data.workers or min(MOST_THREADS, len(os.sched_getaffinity(0)))
             checked = CheckedImages(open_cache(data).folder, data.max_pixels)
             most = max(config.batch_of(name) for name in datasets)
-            self.reader = DaliSteps(self.fetcher, requested, data, checked, most, threads, self.device)
+            self.reader = DecodedSteps(self.fetcher, requested, data, checked, most, threads, self.device, self.engine)
             steps = iter(self.reader)
         elif data.workers:
             self.readers = data.workers
@@ -229,7 +229,7 @@ class Loader:
             steps = self.reader = iter(self.reader)
         else:
             steps = map(self.fetcher.__getitem__, requested)
-        if self.engine == "dali" or on_gpu:
+        if isinstance(self.reader, DecodedSteps) or on_gpu:
             move = _Move(self.device) if on_gpu else None
             steps = self.background = Background(
                 steps, data.prefetch, move, move.on_stream if move else contextlib.nullcontext
@@ -238,12 +238,11 @@ class Loader:
 
     def describe(self) -> str:
         """One line: who reads."""
-        if self.engine == "dali":
-            data = self.reader.data
-            return (
-                f"images are read by DALI ({data.dali_graph}, {data.decoder} decoder, {self.reader.threads} threads), "
-                f"{data.prefetch} steps ahead"
-            )
+        if isinstance(self.reader, DecodedSteps):
+            data, threads = self.reader.data, self.reader.threads
+            how = f"{data.dali_graph}, {data.decoder} decoder, " if self.engine == "dali" else ""
+            place = ", placed on the GPU" if self.device.type == "cuda" else ""
+            return f"images are decoded by {self.engine} ({how}{threads} threads){place}, {data.prefetch} steps ahead"
         who = f"{self.readers} processes" if self.reader is not None else "the training process"
         return f"samples are read by {who}, images torchvision's way"
 

@@ -1,9 +1,9 @@
-"""Steps with pixels by DALI: described, decoded and placed a few steps ahead, in the order of the requests.
+"""Steps whose images are decoded in threads: described, decoded and placed some steps ahead, in the requests' order.
 
-A step is first described (which images, what happens to them, all else of the batch), then its images are fed to DALI,
-and when their turn comes they are placed into the batch. An image that DALI cannot decode although Pillow could, or
-that has changed since it was checked, costs the pipeline: a new one is made, the steps that were under way are
-described again, and Pillow decodes the offender from then on.
+A step is first described (which images, what happens to them, all else of the batch), then its images are fed to the
+decoder, DALI's or torchvision's, and when their turn comes they are placed into the batch. An image that the decoder
+cannot decode although Pillow could, or that has changed since it was checked, costs DALI its pipeline: a new one is
+made, the steps that were under way are described again, and Pillow decodes the offender from then on.
 """
 
 import collections
@@ -29,14 +29,17 @@ from unit_fast.errors import printable
 AHEAD = 2
 """Steps described and being decoded while the one before is placed."""
 MOST_REPAIRS = 10
-"""Pipelines lost in a row, without a step in between, before reading is given up."""
+"""Decoders lost in a row, without a step in between, before reading is given up."""
+
+_UNCOMPRESSED = b"P6\n"
+"""How an image begins that Pillow has decoded: the simplest format that DALI reads."""
 
 _log = logging.getLogger("unit_fast.data")
 
 
 @dataclass
 class _Underway:
-    """A step whose images are with DALI."""
+    """A step whose images are with the decoder."""
 
     request: object
     step: object
@@ -44,7 +47,36 @@ class _Underway:
     """One list a forward pass; empty for tasks without images."""
 
 
-class DaliSteps:
+class TorchvisionDecoder:
+    """What ``dali.Pipeline`` does with the graph ``decode``, by torchvision in the threads of ``pool``."""
+
+    def __init__(self, pool: concurrent.futures.Executor):
+        self.pool, self._fed = pool, collections.deque()
+
+    def feed(self, encoded, geometries, size=None) -> None:
+        """Begin with a batch of files' contents."""
+        self._fed.append([self.pool.submit(self._decoded, content) for content in encoded])
+
+    def take(self) -> list[Tensor]:
+        """[H,W,3] uint8 of each image of the oldest batch; ``DecodeFailed``."""
+        return [image.result() for image in self._fed.popleft()]
+
+    @staticmethod
+    def _decoded(content: bytes) -> Tensor:
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        if content.startswith(_UNCOMPRESSED):
+            _, size, _, pixels = content.split(b"\n", 3)
+            width, height = map(int, size.split())
+            return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(height, width, 3)
+        try:
+            image = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        except (RuntimeError, ValueError) as error:
+            raise DecodeFailed(printable(str(error), 500)) from None
+        return image.permute(1, 2, 0).contiguous()
+
+
+class DecodedSteps:
     """Iterates over the ``Step`` of each request.
 
     Args:
@@ -53,8 +85,9 @@ class DaliSteps:
         data: engine settings.
         checked: what is known of the images.
         most: largest batch.
-        threads: DALI's threads, and as many that place pixels.
+        threads: DALI's threads, and as many that place pixels or decode with torchvision.
         device: where the pixels are wanted. On a CUDA device the images are copied there as decoded, and placed there.
+        engine: ``dali`` or ``torchvision``.
     """
 
     def __init__(
@@ -66,11 +99,13 @@ class DaliSteps:
         most: int,
         threads: int,
         device: torch.device,
+        engine: str = "dali",
     ):
-        check(data.dali_graph, data.decoder, device)
+        if engine == "dali":
+            check(data.dali_graph, data.decoder, device)
         self.fetcher, self.requested, self.data, self.checked = fetcher, requested, data, checked
-        self.most, self.threads, self.device = most, threads, device
-        self.buffers, self.pipeline, self.repairs = Buffers(), None, 0
+        self.most, self.threads, self.device, self.engine = most, threads, device, engine
+        self.buffers, self.decoder, self.repairs = Buffers(), None, 0
         self.pool = _single_threaded(threads)
         self.underway: collections.deque[_Underway] = collections.deque()
 
@@ -96,7 +131,7 @@ class DaliSteps:
     # ------------------------------------------------------------------------------------------------------- begin
 
     def _begin(self, request) -> _Underway:
-        """Describe a step and feed its images to DALI."""
+        """Describe a step and feed its images to the decoder."""
         # those not yet checked, by all threads at once
         list(self.pool.map(self._check, self.fetcher.image_paths(request)))
         for _ in range(MOST_REPAIRS):
@@ -109,7 +144,8 @@ class DaliSteps:
                 continue
             for group, contents, batch in zip(pictures, encoded, step.batches):
                 if group:
-                    self._pipeline().feed(contents, [p.geometry for p in group], batch.pixel_mask.shape[1:])
+                    self.decoder = self.decoder or self._new_decoder(self.most, self.threads, self.data.dali_graph)
+                    self.decoder.feed(contents, [p.geometry for p in group], batch.pixel_mask.shape[1:])
             return _Underway(request, step, pictures)
         raise BadImage(changing.path, f"changes while it is read ({changing.reason})")
 
@@ -118,17 +154,16 @@ class DaliSteps:
             self.checked.facts(path)
 
     def _encoded(self, path) -> bytes:
-        """What DALI is given: the file, or what Pillow made of it, uncompressed."""
+        """What the decoder is given: the file, or what Pillow made of it, uncompressed."""
         if self.checked.facts(path).plain:
             return read_bytes(path)
         image = load_image(path, self.checked.max_pixels)
-        return b"P6\n%d %d\n255\n" % image.size + image.tobytes()
+        return _UNCOMPRESSED + b"%d %d\n255\n" % image.size + image.tobytes()
 
-    def _pipeline(self) -> Pipeline:
-        if self.pipeline is None:
-            data = self.data
-            self.pipeline = Pipeline(self.most, self.threads, data.dali_graph, data.decoder, self.device)
-        return self.pipeline
+    def _new_decoder(self, most: int, threads: int, graph: str):
+        if self.engine == "torchvision":
+            return TorchvisionDecoder(self.pool)
+        return Pipeline(most, threads, graph, self.data.decoder, self.device)
 
     # ------------------------------------------------------------------------------------------------------ finish
 
@@ -139,7 +174,7 @@ class DaliSteps:
             try:
                 for group, batch in zip(head.pictures, head.step.batches):
                     if group:
-                        batch.image = self._placed(self.pipeline.take(), group, tuple(batch.pixel_mask.shape))
+                        batch.image = self._placed(self.decoder.take(), group, tuple(batch.pixel_mask.shape))
             except DecodeFailed as error:
                 self._repair(error)
                 continue
@@ -148,7 +183,7 @@ class DaliSteps:
             return head.step
 
     def _placed(self, decoded: list[Tensor] | Tensor, group: list[Picture], shape: tuple[int, int, int]) -> Tensor:
-        """[B,3,H,W] of a batch whose images DALI has decoded."""
+        """[B,3,H,W] of a batch whose images are decoded."""
         if isinstance(decoded, Tensor):
             return decoded
         images, height, width = shape
@@ -164,30 +199,30 @@ class DaliSteps:
         return out
 
     def _repair(self, error: DecodeFailed) -> None:
-        """Find the images that DALI cannot decode, leave them to Pillow, and begin all steps under way again."""
+        """Find the images that cannot be decoded, leave them to Pillow, and begin all steps under way again."""
         self.repairs += 1
-        self.pipeline = None
+        self.decoder = None
         if self.repairs > MOST_REPAIRS:
-            raise RuntimeError(f"DALI failed {MOST_REPAIRS} times in a row, the last: {error}")
+            raise RuntimeError(f"{self.engine} failed {MOST_REPAIRS} times in a row, the last: {error}")
         paths = {str(p.path): p.path for u in self.underway for group in u.pictures for p in group}
         offenders = [path for path in paths.values() if not self._decodes(path)]
         if not offenders:
-            raise RuntimeError(f"DALI failed, but decodes each image of the batches alone: {error}")
+            raise RuntimeError(f"{self.engine} failed, but decodes each image of the batches alone: {error}")
         for path in offenders:
             self.checked.forget(path)
             try:
                 self.checked.refuse(path)
-                _log.warning("%s: DALI cannot decode it, Pillow can and does from now on", printable(path, 400))
+                _log.warning("%s: %s cannot decode it, Pillow can and does", printable(path, 400), self.engine)
             except BadImage:
-                _log.warning("%s: changed after it was checked; DALI's pipeline was made anew", printable(path, 400))
+                _log.warning("%s: changed after it was checked; decoding began anew", printable(path, 400))
         again = [u.request for u in self.underway]
         self.underway.clear()
         self.underway.extend(map(self._begin, again))
 
     def _decodes(self, path) -> bool:
-        """Whether DALI decodes what it is given for this image."""
+        """Whether the decoder decodes what it is given for this image."""
         try:
-            alone = Pipeline(1, 1, "decode", self.data.decoder, self.device)
+            alone = self._new_decoder(1, 1, "decode")
             alone.feed([self._encoded(path)], [None])
             alone.take()
         except (DecodeFailed, BadImage):
@@ -213,4 +248,4 @@ def _single_threaded(count: int) -> concurrent.futures.ThreadPoolExecutor:
     return pool
 
 
-__all__ = ["DaliSteps"]
+__all__ = ["DecodedSteps", "TorchvisionDecoder"]
