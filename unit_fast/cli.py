@@ -1,21 +1,22 @@
 """``unit-fast``: parse, call, print.
 
-Exit codes: 0 done, 1 ``data check`` found errors or ``kernels`` a budget exceeded, 2 a mistake in the input, 3 training
-was not finite, 5 out of memory, 75 stopped and saved (``--resume auto`` goes on), 130 stopped at once.
+Exit codes: 0 done, 1 ``data check`` found errors, ``data shard`` unreadable images or ``kernels`` a budget exceeded,
+2 a mistake in the input, 3 training was not finite, 5 out of memory, 75 stopped and saved (``--resume auto`` goes
+on), 130 stopped at once.
 """
 
 import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import tyro
 
 from unit_fast.cli_train import run_demo, run_train
-from unit_fast.cli_use import run_convert, run_evaluate, run_predict
+from unit_fast.cli_use import run_convert, run_data_shard, run_evaluate, run_predict
 from unit_fast.command_line import parse
-from unit_fast.config import to_json
+from unit_fast.config import DataConfig, to_json
 from unit_fast.errors import UserError, nearest
 
 # What a command needs is imported when it runs: `unit-fast --help` does not wait for PyTorch.
@@ -80,6 +81,8 @@ class DataCheck:
     """Decode every image, not only its header: finds files that are cut off."""
     examples: int = 3
     """Examples shown of each kind of finding."""
+    paths: dict[str, str] = field(default_factory=dict)
+    """Overrides of single paths, as data.paths in training, e.g. for shards elsewhere."""
     json: bool = False
     """Print JSON."""
 
@@ -88,7 +91,8 @@ def _data_check(arguments: list[str], prog: str) -> int:
     command = parse(DataCheck, arguments, prog=prog)
     from unit_fast.data.check import check
 
-    found = check(command.root, decode=command.decode, examples=command.examples)
+    data = DataConfig(paths=command.paths)
+    found = check(command.root, data, decode=command.decode, examples=command.examples)
     if command.json:
         print(json.dumps(found.to_dict(), indent=2))
     elif sys.stdout.isatty():
@@ -198,6 +202,7 @@ COMMANDS = {
     "predict": (run_predict, "what a model says about an image and/or text"),
     "data check": (_data_check, "read a whole data root and report what is odd"),
     "data generate": (_data_generate, "write the generated eight-task world"),
+    "data shard": (run_data_shard, "write folders of images into WebDataset tar shards"),
     "recipes": (_recipes, "list the recipes, or print one as JSON"),
     "convert": (run_convert, "weights of MMF, DETR, torchvision and BERT to ours and back"),
     "kernels": (_kernels, "assemble the Triton kernels without a GPU: registers, spills, bounds"),

@@ -10,6 +10,8 @@ from unit_fast.errors import UserError
 
 LISTS = ("--freeze", "--skip-load", "--allow-changed")
 """Options whose values may be separated by commas."""
+PAIRS = ("--data.paths", "--paths")
+"""Options whose values are ``key=value``, or keys and values in turn."""
 
 
 def parse(command, arguments: Sequence[str], *, prog: str, default=None):
@@ -47,21 +49,29 @@ def _columns(width: int):
 
 
 def split_lists(arguments: Sequence[str]) -> list[str]:
-    """``--freeze image,text`` and ``--freeze=image,text`` as ``--freeze image text``, for the options in ``LISTS``."""
+    """``--freeze image,text`` and ``--freeze=image,text`` as ``--freeze image text``, for the options in ``LISTS``; for
+    those in ``PAIRS`` ``--paths key=value`` as ``--paths key value``."""
     found: list[str] = []
-    inside = False
+    inside, value_is_next = "", False
     for argument in arguments:
         name, equals, value = argument.partition("=")
         name = name.replace("_", "-")
-        if name in LISTS:
+        if name in (*LISTS, *PAIRS):
             found.append(name)
-            inside = True
+            inside, value_is_next = name, False
             argument = value
             if not equals:
                 continue
         elif argument.startswith("-"):
-            inside = False
-        found.extend(filter(None, argument.split(",")) if inside else [argument])
+            inside = ""
+        if inside in LISTS:
+            found.extend(filter(None, argument.split(",")))
+        elif inside in PAIRS and not value_is_next:
+            found.extend(argument.split("=", 1))
+            value_is_next = "=" not in argument
+        else:
+            found.append(argument)
+            value_is_next = False
     return found
 
 

@@ -278,7 +278,7 @@ class _TaskRun:
             row = self.examples[index]
             if row["image_path"]:
                 row["image"] = f"examples/{self.task.short}_{self.split}_{number}.jpg"
-                _write_thumbnail(Path(row["image_path"]), out / row["image"], self.config.data.max_pixels)
+                _write_thumbnail(self.dataset.image_path(index), out / row["image"], self.config.data.max_pixels)
             rows.append(row)
         return {"split": self.split, "samples": rows}
 
@@ -351,7 +351,7 @@ def _merge_json(path: Path, entries: dict) -> None:
     write_aside(path, json.dumps({**(known if isinstance(known, dict) else {}), **entries}, indent=1))
 
 
-def _write_thumbnail(source: Path, target: Path, max_pixels: int) -> None:
+def _write_thumbnail(source, target: Path, max_pixels: int) -> None:
     from unit_fast.data.images import load_image
 
     image = load_image(source, max_pixels)

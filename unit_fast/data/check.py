@@ -15,6 +15,7 @@ from unit_fast.data.errors import BadImage, EmptySplit, Finding, Findings, Missi
 from unit_fast.data.files import describe
 from unit_fast.data.images import image_size, load_image
 from unit_fast.data.layout import Layout
+from unit_fast.data.shards import NOT_IN_SHARDS
 from unit_fast.data.text import load_vocabulary
 from unit_fast.data.vqa2 import read_answers
 from unit_fast.errors import UserError, printable
@@ -158,7 +159,7 @@ def check(
         if answers is not None:
             tasks["vqa2"] = dataclasses.replace(tasks["vqa2"], outputs=len(answers))
     _shared(splits, layout, "bert.vocab", "vocabulary", load_vocabulary, examples)
-    seen: dict[str, tuple[int, int] | BadImage] = {}
+    seen: dict[str, tuple[int, int] | BadImage | list[str]] = {}
     for name, config in tasks.items():
         for split in SPLITS:
             if progress is not None:
@@ -211,6 +212,13 @@ def _check_split(name, split, data, config, decode, examples, seen) -> SplitRepo
 
 def _check_images(dataset, data, decode, seen, findings):
     """Every image of the split: there, readable, of the stated size. ``seen`` spares files that were read before."""
+    for folder, shards in dataset.shards.items():
+        if folder not in seen:
+            seen[folder] = shards.damage()
+        for problem in seen[folder]:
+            findings.error("shard missing or damaged", problem)
+    if dataset.shards:
+        dataset.facts["shards"] = sum(len(shards.shards) for shards in dataset.shards.values())
     images = 0
     for path, stated in dataset.image_paths():
         images += 1
@@ -226,7 +234,8 @@ def _check_images(dataset, data, decode, seen, findings):
                 seen[key] = error
         found = seen[key]
         if isinstance(found, BadImage):
-            findings.error("image missing" if found.reason == "no such file" else "image unreadable", str(found))
+            missing = found.reason in ("no such file", NOT_IN_SHARDS)
+            findings.error("image missing" if missing else "image unreadable", str(found))
         elif stated is not None and found != stated:
             findings.error(
                 "image of another size than stated",

@@ -13,6 +13,7 @@ from unit_fast.data.errors import BadImage, EmptySplit, Findings, MissingSplit
 from unit_fast.data.files import safe_path
 from unit_fast.data.images import EvalTransform, Geometry, ImageCache, Picture, image_size, to_tensor
 from unit_fast.data.layout import Layout
+from unit_fast.data.shards import Member, NoMember, Shards, opened
 from unit_fast.data.text import WordPieces
 from unit_fast.data.tokens import Tokens, cached_tokens, lengths, tokenise
 from unit_fast.errors import UserError, printable
@@ -63,6 +64,8 @@ class Dataset:
         self.findings = findings or Findings()
         self.facts: dict[str, object] = {}
         """What was read, by name: counts and the files used."""
+        self.shards: dict[str, Shards] = {}
+        """The shards that images come from, by folder; empty for loose files."""
         self._sizes: dict[str, tuple[int, int]] = {}
         self.decoded = ImageCache(data.cache_mib * 2**20)
         self.transform = EvalTransform(data, floor=task.has_text)
@@ -191,12 +194,22 @@ class Dataset:
         places = "; ".join(self.layout.where(key) for key in keys)
         return MissingSplit(f"{self.task.short}: no files for split {self.split}; looked for {places}")
 
-    def _folder(self, key: str) -> Path:
-        """An image folder that must exist."""
+    def _folder(self, key: str) -> Path | Shards:
+        """A folder of image files, or of shards, that must exist."""
         path = self.layout.find(key)
         if path is None or not path.is_dir():
             raise UserError(f"{self.task.short}: image folder not found: {self.layout.where(key)}")
-        return path
+        return self._opened(path)
+
+    def _opened(self, path: Path) -> Path | Shards:
+        """The folder, or its shards, whose tar files must be there and of the right size."""
+        shards = opened(path)
+        if shards is None:
+            return path
+        self.shards[str(path)] = shards
+        for problem in shards.problems():
+            self.findings.error("shard missing or damaged", problem)
+        return shards
 
     def _sample(self, index: int, key: int | None, image: Callable[..., tuple[dict, Geometry | None]]) -> dict:
         """What ``get`` and ``describe`` return; ``image(path, stated size or None, key)`` gives fields and geometry."""
@@ -226,9 +239,11 @@ class Dataset:
             found = self._sizes[str(path)] = image_size(path, self.data.max_pixels)
         return found
 
-    def _inside(self, folder: Path, name: str) -> Path:
+    def _inside(self, folder: Path | Shards, name: str) -> Path | Member | NoMember:
         """``folder / name``, refused as ``BadImage`` when it leads out of the folder and the data root."""
         try:
+            if isinstance(folder, Shards):
+                return folder.get(name)
             return safe_path(folder, name, within=self.layout.root)
         except UserError as error:
             raise BadImage(name, str(error)) from None

@@ -27,6 +27,8 @@ def stamp(path) -> Stamp:
     """The stamp of an image file or of a member of a shard. ``BadImage`` where there is none."""
     try:
         found = path.stat() if isinstance(path, Path) else os.stat(path) if isinstance(path, str) else path.stamp()
+    except BadImage:
+        raise
     except FileNotFoundError:
         raise BadImage(path, "no such file") from None
     except (OSError, ValueError) as error:
@@ -41,6 +43,8 @@ def read_bytes(path) -> bytes:
             return path.read()
         with open(path, "rb") as file:
             return file.read()
+    except BadImage:
+        raise
     except FileNotFoundError:
         raise BadImage(path, "no such file") from None
     except (OSError, ValueError) as error:
@@ -53,6 +57,8 @@ def _open(path, max_pixels):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower and an error
             image = Image.open(source, formats=FORMATS)
+    except BadImage:
+        raise
     except FileNotFoundError:
         raise BadImage(path, "no such file") from None
     except Image.UnidentifiedImageError:

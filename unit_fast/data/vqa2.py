@@ -106,7 +106,6 @@ class Vqa2(Dataset):
         if path is None:
             raise UserError(f"vqa2: answer list not found: {self.layout.where('vqa2.answers')}")
         self.answers = read_answers(path, self.config.outputs)
-        self._folders: dict[str, Path | None] = {}
         sources = existing(self.layout, f"vqa2.{self.split}_imdb", *OFFICIAL, "coco.val_annotations")
         self.rows = read_through(self, sources, {"answers": self.answers}, self._content)
         self.labelled = self.rows.values["labelled"]
@@ -117,6 +116,11 @@ class Vqa2(Dataset):
         )
         self.questions = self.rows.strings("questions")
         self.columns = (self.questions,)
+        parts = [PARTS[part] for part in np.unique(self.part)]
+        parts += ["train", "val"] if set(parts) - {"test2015"} else []
+        found = {f"coco.{part}_images": self.layout.find(f"coco.{part}_images") for part in parts}
+        # opened here and not when an image is wanted: forked workers share the indices of shards
+        self._folders = {key: path and self._opened(path) for key, path in found.items()}
 
     def _content(self) -> Content:
         # as in the authors' reader the list's entries are taken as they stand, and answers are normalised
@@ -196,8 +200,6 @@ class Vqa2(Dataset):
             places += [("coco.train_images", f"{image_id:012d}.jpg"), ("coco.val_images", f"{image_id:012d}.jpg")]
         first = None
         for key, name in places:
-            if key not in self._folders:
-                self._folders[key] = self.layout.find(key)
             if self._folders[key] is not None:
                 path = self._inside(self._folders[key], name)
                 if path.exists():
