@@ -67,6 +67,7 @@ class Dataset:
         self.shards: dict[str, Shards] = {}
         """The shards that images come from, by folder; empty for loose files."""
         self._sizes: dict[str, tuple[int, int]] = {}
+        self._lengths: np.ndarray | None = None
         self.decoded = ImageCache(data.cache_mib * 2**20)
         self.transform = EvalTransform(data, floor=task.has_text)
         # a check of the files reads the files
@@ -125,7 +126,9 @@ class Dataset:
         An image without a readable header has (0, 0).
         """
         if not self.task.has_image:
-            return (self.text_tokens(index),)
+            if self._lengths is None:
+                self._lengths = self.text_lengths()
+            return (int(self._lengths[index]),)
         try:
             return self.transform.geometry(*self._stored_size(index), key if self.augment else None).size
         except BadImage:

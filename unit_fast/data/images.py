@@ -187,6 +187,6 @@ class Buffers:
 
 
 __all__ = [
-    "MEAN", "STD", "Buffers", "EvalTransform", "Geometry", "ImageCache", "Picture", "TrainTransform", "engine_of", "has_dali",
-    "image_size", "load_image", "place", "resized", "to_tensor", "transform",
+    "MEAN", "STD", "Buffers", "EvalTransform", "Geometry", "ImageCache", "Picture", "TrainTransform", "engine_of",
+    "has_dali", "image_size", "load_image", "place", "resized", "to_tensor", "transform",
 ]  # fmt: skip
