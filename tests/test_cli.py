@@ -216,9 +216,11 @@ def test_some_tasks_of_a_recipe():
         (["--freeze=image,text"], ["--freeze", "image", "text"]),
         (["--skip_load", "a.,b.", "--x"], ["--skip-load", "a.", "b.", "--x"]),
         (["--freeze", "image", "text"], ["--freeze", "image", "text"]),
+        (["--data.paths", "a.b=/c", "d", "/e=f", "--x", "g=h"], ["--data.paths", "a.b", "/c", "d", "/e=f", "--x", "g=h"]),
+        (["--paths=a.b=/c=d", "e=f,g"], ["--paths", "a.b", "/c=d", "e", "f,g"]),
     ],
 )
-def test_lists_may_have_commas(given, found):
+def test_lists_may_have_commas_and_pairs_an_equals_sign(given, found):
     assert split_lists(given) == found
 
 

@@ -273,8 +273,9 @@ def _places(plan: Plan, used: dict[int, int]) -> list[int]:
     sizes = [_whole(sum(_blocks(image.size) for image in shard)) for shard in plan.shards]
     if places is not None and (len(places) != len(sizes) or not set(places) <= set(range(len(plan.out)))):
         raise UserError(f"{printable(plan.out[0] / MARK, 400)}: damaged; empty the folder")
-    disks = [os.stat(path).st_dev for path in plan.out]
-    left = {disk: shutil.disk_usage(path).free - RESERVE - used.get(disk, 0) for disk, path in zip(disks, plan.out)}
+    found = [_disk(path) for path in plan.out]
+    disks = [disk for disk, _ in found]
+    left = {disk: space - RESERVE - used.get(disk, 0) for disk, space in found}
     free = sum(left.values())
     chosen: list[int] = []
     needed = 0
@@ -295,6 +296,11 @@ def _places(plan: Plan, used: dict[int, int]) -> list[int]:
             f"{max(free, 0) / 1e9:,.2f} GB free (64 MiB are left over on each disk); free some, or give another --out"
         )
     return chosen
+
+
+def _disk(path: Path) -> tuple[int, int]:
+    """Which file system a folder is on, and the bytes free there."""
+    return os.stat(path).st_dev, shutil.disk_usage(path).free
 
 
 # ------------------------------------------------------------------------------------------------------- writing

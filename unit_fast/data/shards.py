@@ -192,7 +192,10 @@ class Shards:
 
     def find(self, name: str) -> Member | None:
         """The image of this name."""
-        key = name.encode("utf-8", "surrogateescape")
+        try:
+            key = name.encode()
+        except UnicodeEncodeError:
+            return None
         if not 0 < len(key) <= self._names.itemsize or b"\0" in key:
             return None
         # in the array's own type: with a longer or shorter one numpy would convert the whole array first
