@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -22,10 +23,11 @@ import torch
 from PIL import Image
 
 from tests.data_roots import REAL, needs_real
-from tests.small_runs import log_of, make_world, small_config
+from tests.small_runs import log_of, make_world, rows, small_config
 from unit_fast.config import DataConfig, default_tasks
 from unit_fast.data import BadImage, open_dataset
 from unit_fast.data import reader as reader_module
+from unit_fast.data.background import Background
 from unit_fast.data.checked import FILE, CheckedImages
 from unit_fast.data.dali import DecodeFailed
 from unit_fast.data.decode import load_image
@@ -40,7 +42,7 @@ from unit_fast.data.images import (
     to_tensor,
     transform,
 )
-from unit_fast.data.loader import Background, Fetcher, Loader, _shapes
+from unit_fast.data.loader import Fetcher, Loader, _shapes
 from unit_fast.data.reader import DecodedSteps, TorchvisionDecoder
 from unit_fast.data.sampler import requests
 from unit_fast.errors import UserError
@@ -331,7 +333,14 @@ def test_training_goes_through_a_faulty_root_and_names_each_path_once(damaged, t
     assert len(lines) == 10
     assert len({line.split("unreadable image: ")[1].split(":")[0] for line in lines}) == 10
     assert bad["by_task"]["detection_coco"] >= 10
-    assert "decoded by dali" in log_of(run.folder)
+    log = log_of(run.folder)
+    assert "decoded by dali" in log
+    assert re.search(r"wait \d+% \| loader [\d.e+]+ images/s", log)
+    assert re.search(r"loader: 200 images at [\d.e+]+ a second; padding coco \d+%", log)
+    for row in rows(run.folder):
+        assert row["loader_images_per_s"] > 0
+        assert 0 <= row["padding"] < 0.6
+        assert 0 <= row["data_wait"] <= 1
 
 
 # -------------------------------------------------------------------------------- what happens behind DALI's back

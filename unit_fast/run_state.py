@@ -16,6 +16,7 @@ import torch
 from unit_fast import checkpoint
 from unit_fast.config import RunConfig
 from unit_fast.data import MissingSplit, open_dataset
+from unit_fast.data.images import engine_of
 from unit_fast.data.loader import BadImages
 from unit_fast.data.sampler import normalised, seed_of
 from unit_fast.env import environment
@@ -103,6 +104,7 @@ class RunState:
             if self.ratios[name] > 0
         }  # fmt: skip
         self.model, self.optimizer, self.config = build(config, self.device, pretrained=source is None)
+        self.engine = engine_of(config.data)
         self.masks = used_masks(self.model, self.optimizer, self.datasets)
         self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None
         self.step, self.counts = 0, Counter(dict.fromkeys(self.datasets, 0))
@@ -241,6 +243,7 @@ class RunState:
             "eval_seconds": self.eval_seconds,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
+            "engine": self.engine,
             "processes": 1,
         }
 
@@ -266,11 +269,11 @@ class RunState:
             self.strikes, self.nonfinite_steps = state["strikes"], state["nonfinite_steps"]
             self.bad = BadImages(self.config.data.max_bad_share, **state["bad_images"])
             self.seconds, self.eval_seconds = state["seconds"], state["eval_seconds"]
-            for key, value in (("threads", torch.get_num_threads()), ("torch", str(torch.__version__))):
+            now = {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "engine": self.engine}
+            for key, value in now.items():
                 if state[key] != value:
-                    _log.warning(
-                        "the checkpoint had %s %s, now %s: results will differ in the last bits", key, state[key], value
-                    )
+                    much = "by up to 2 of 255 steps of a pixel" if key == "engine" else "in the last bits"
+                    _log.warning("the checkpoint had %s %s, now %s: results differ %s", key, state[key], value, much)
             torch.set_rng_state(state["rng"]["cpu"])
             if self.device.type == "cuda" and "cuda" in state["rng"]:
                 torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)

@@ -198,6 +198,7 @@ class Trainer(RunState):
                     self.save()
                 if self._last(stop):
                     break
+        self.log.line(loader.summary())
         if graphs:
             self.log.line(graphs.summary())
 

@@ -13,7 +13,6 @@ passes rounds once, and averaging makes no difference larger.
 """
 
 import importlib.util
-import logging
 import mmap
 import threading
 import weakref
@@ -35,8 +34,6 @@ STD = (0.229, 0.224, 0.225)
 
 _MEAN = torch.tensor(MEAN).view(3, 1, 1)
 _STD = torch.tensor(STD).view(3, 1, 1)
-
-_log = logging.getLogger("unit_fast.data")
 
 
 @dataclass(frozen=True)
@@ -62,13 +59,14 @@ def engine_of(data: DataConfig) -> str:
         )
     if data.engine != "auto":
         return data.engine
+    return "torchvision" if why_not_dali(data) else "dali"
+
+
+def why_not_dali(data: DataConfig) -> str | None:
+    """Why ``auto`` does not take DALI, or None where it does."""
     if data.cache_mib:
-        _log.info("images are read by torchvision's way: data.cache_mib keeps decoded images, which DALI would not use")
-        return "torchvision"
-    if has_dali():
-        return "dali"
-    _log.info("images are read by torchvision's way: DALI is not installed (pip install nvidia-dali-cuda130)")
-    return "torchvision"
+        return "data.cache_mib keeps decoded images, which DALI would not use"
+    return None if has_dali() else "DALI is not installed (pip install nvidia-dali-cuda130)"
 
 
 def has_dali() -> bool:
@@ -188,5 +186,5 @@ class Buffers:
 
 __all__ = [
     "MEAN", "STD", "Buffers", "EvalTransform", "Geometry", "ImageCache", "Picture", "TrainTransform", "engine_of",
-    "has_dali", "image_size", "load_image", "place", "resized", "to_tensor", "transform",
+    "has_dali", "image_size", "load_image", "place", "resized", "to_tensor", "transform", "why_not_dali",
 ]  # fmt: skip

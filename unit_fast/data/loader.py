@@ -6,36 +6,30 @@ workers. On a CUDA device batches are copied there on a stream of their own whil
 
 import collections
 import contextlib
-import dataclasses
-import logging
 import os
-import queue
 import signal
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from unit_fast.batch import Batch
 from unit_fast.data import BadImage, collate
+from unit_fast.data.background import Background, Move, received
 from unit_fast.data.cache import open_cache
 from unit_fast.data.checked import CheckedImages
-from unit_fast.data.images import Picture, engine_of
+from unit_fast.data.images import Picture, engine_of, why_not_dali
 from unit_fast.data.reader import DecodedSteps
 from unit_fast.data.sampler import Request, Visit, requests, substitute
 from unit_fast.errors import UserError, printable
 from unit_fast.setup_model import buckets_of
+from unit_fast.tasks import get_task
 
 MOST_TRIES = 50
 """Substitutes tried for one unreadable image before the data set is given up."""
-
-
 MOST_THREADS = 8
-"""Threads that decode unless told otherwise: an H100's step wants no more (PERFORMANCE.md, section 7)."""
-
-_log = logging.getLogger("unit_fast.data")
+"""Threads that decode unless told otherwise. A core decodes some 400 photographs a second."""
 
 
 @dataclass
@@ -162,6 +156,20 @@ class BadImages:
         return {"read": self.read, "by_task": {k: v for k, v in self.by_task.items() if v}}
 
 
+class _Mean:
+    """A mean that is added to."""
+
+    def __init__(self):
+        self.sum, self.count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        self.sum, self.count = self.sum + value, self.count + 1
+
+    @property
+    def mean(self) -> float:
+        return self.sum / max(self.count, 1)
+
+
 class Loader:
     """Iterator over the ``Step`` of each step from ``start`` to ``stop`` - 1; a context manager that ends its workers.
 
@@ -204,9 +212,11 @@ class Loader:
         )
         with_images = [dataset for dataset in datasets.values() if dataset.task.has_image]
         self.engine = engine_of(data) if with_images else "torchvision"
+        self.why_not = why_not_dali(data) if with_images and data.engine == "auto" else None
         self.readers = 1
         """Readers that work at once, each at a step of its own."""
         self.reader = self.background = None
+        self.images, self.read_s, self.real = 0, 0.0, collections.defaultdict(_Mean)
         if with_images and (self.engine == "dali" or on_gpu):
             threads = data.workers or min(MOST_THREADS, len(os.sched_getaffinity(0)))
             checked = CheckedImages(open_cache(data).folder, data.max_pixels)
@@ -230,7 +240,7 @@ class Loader:
         else:
             steps = map(self.fetcher.__getitem__, requested)
         if isinstance(self.reader, DecodedSteps) or on_gpu:
-            move = _Move(self.device) if on_gpu else None
+            move = Move(self.device) if on_gpu else None
             steps = self.background = Background(
                 steps, data.prefetch, move, move.on_stream if move else contextlib.nullcontext
             )
@@ -242,9 +252,19 @@ class Loader:
             data, threads = self.reader.data, self.reader.threads
             how = f"{data.dali_graph}, {data.decoder} decoder, " if self.engine == "dali" else ""
             place = ", placed on the GPU" if self.device.type == "cuda" else ""
-            return f"images are decoded by {self.engine} ({how}{threads} threads){place}, {data.prefetch} steps ahead"
-        who = f"{self.readers} processes" if self.reader is not None else "the training process"
-        return f"samples are read by {who}, images torchvision's way"
+            text = f"images are decoded by {self.engine} ({how}{threads} threads){place}, {data.prefetch} steps ahead"
+        else:
+            who = f"{self.readers} processes" if self.reader is not None else "the training process"
+            text = f"samples are read by {who}, images torchvision's way"
+        return f"{text}; not by DALI: {self.why_not}" if self.why_not else text
+
+    def summary(self) -> str:
+        """One line: how much was read so far, how fast, and how much of it was padding."""
+        parts = []
+        if self.images:
+            parts.append(f"{self.images} images at {self.images * self.readers / max(self.read_s, 1e-9):.3g} a second")
+        padding = ", ".join(f"{get_task(n).short} {1 - real.mean:.0%}" for n, real in self.real.items())
+        return f"loader: {'; '.join([*parts, f'padding {padding}'])}" if padding else "loader: nothing read"
 
     def _remembered(self, requested: Iterator[Request]) -> Iterator[Request]:
         for request in requested:
@@ -260,7 +280,10 @@ class Loader:
         if step.error:
             raise UserError(step.error)
         if step.ready is not None:
-            _received(step, self.device)
+            received(step, self.device)
+        if images := sum(len(batch) for batch in step.batches if batch.image is not None):
+            self.images, self.read_s = self.images + images, self.read_s + step.read_s
+        self.real[step.task].add(step.real)
         return step
 
     def __enter__(self):
@@ -307,89 +330,6 @@ def _shapes(datasets: dict, config) -> dict:
         for name, dataset in datasets.items()
         if hasattr(dataset, "shape")
     }
-
-
-class Background:
-    """Takes items from an iterator in a thread of its own, up to ``depth`` ahead, in order.
-
-    An exception of the iterator is raised by ``next`` after the items before it. ``change`` is applied to each item;
-    the thread runs in the context ``within``.
-    """
-
-    def __init__(self, items: Iterable, depth: int, change=None, within=contextlib.nullcontext):
-        self._items, self._change, self._within = items, change, within
-        self._queue: queue.Queue = queue.Queue(max(1, depth))
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            with self._within():
-                for item in self._items:
-                    if not self._put((self._change(item) if self._change else item, None)):
-                        return
-            self._put((None, StopIteration()))
-        except BaseException as error:  # whatever it is, the training thread must hear of it
-            self._put((None, error))
-        finally:
-            if hasattr(self._items, "close"):
-                self._items.close()
-
-    def _put(self, found) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(found, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        item, error = self._queue.get()
-        if error is not None:
-            self._queue.put((None, error))  # for whoever asks again
-            raise error
-        return item
-
-    def close(self) -> None:
-        """End the thread; what it has read ahead is dropped."""
-        self._stopped.set()
-        self._thread.join(timeout=10)
-        if self._thread.is_alive():
-            _log.warning("the loader's thread hangs in a read and is left behind")
-
-
-class _Move:
-    """Copies the batches of a step to a CUDA device on a stream of its own, from pinned memory."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
-
-    def on_stream(self):
-        """The context in which copies and transforms go to that stream."""
-        return torch.cuda.stream(self.stream)
-
-    def __call__(self, step: Step) -> Step:
-        step.batches = [self._moved(batch) for batch in step.batches]
-        step.ready = self.stream.record_event()
-        return step
-
-    def _moved(self, batch: Batch) -> Batch:
-        tensors = {k: v if v.is_cuda else v.pin_memory() for k, v in batch.tensors().items()}
-        return dataclasses.replace(batch, **tensors).to(self.device)
-
-
-def _received(step: Step, device: torch.device) -> None:
-    """Let the current stream wait for the copies, and the allocator know that it uses them."""
-    current = torch.cuda.current_stream(device)
-    current.wait_event(step.ready)
-    for batch in step.batches:
-        for tensor in batch.tensors().values():
-            tensor.record_stream(current)
 
 
 class _Once:

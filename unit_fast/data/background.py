@@ -1,0 +1,97 @@
+"""Reading ahead in a thread, and copying to a CUDA device on a stream of its own."""
+
+import contextlib
+import dataclasses
+import logging
+import queue
+import threading
+from collections.abc import Iterable
+
+import torch
+
+from unit_fast.batch import Batch
+
+_log = logging.getLogger("unit_fast.data")
+
+
+class Background:
+    """Takes items from an iterator in a thread of its own, up to ``depth`` ahead, in order.
+
+    An exception of the iterator is raised by ``next`` after the items before it. ``change`` is applied to each item;
+    the thread runs in the context ``within``.
+    """
+
+    def __init__(self, items: Iterable, depth: int, change=None, within=contextlib.nullcontext):
+        self._items, self._change, self._within = items, change, within
+        self._queue: queue.Queue = queue.Queue(max(1, depth))
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with self._within():
+                for item in self._items:
+                    if not self._put((self._change(item) if self._change else item, None)):
+                        return
+            self._put((None, StopIteration()))
+        except BaseException as error:  # whatever it is, the training thread must hear of it
+            self._put((None, error))
+        finally:
+            if hasattr(self._items, "close"):
+                self._items.close()
+
+    def _put(self, found) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(found, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        item, error = self._queue.get()
+        if error is not None:
+            self._queue.put((None, error))  # for whoever asks again
+            raise error
+        return item
+
+    def close(self) -> None:
+        """End the thread; what it has read ahead is dropped."""
+        self._stopped.set()
+        self._thread.join(timeout=10)
+        if self._thread.is_alive():
+            _log.warning("the loader's thread hangs in a read and is left behind")
+
+
+class Move:
+    """Copies the batches of a step to a CUDA device on a stream of its own, from pinned memory."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def on_stream(self):
+        """The context in which copies and transforms go to that stream."""
+        return torch.cuda.stream(self.stream)
+
+    def __call__(self, step):
+        step.batches = [self._moved(batch) for batch in step.batches]
+        step.ready = self.stream.record_event()
+        return step
+
+    def _moved(self, batch: Batch) -> Batch:
+        tensors = {k: v if v.is_cuda else v.pin_memory() for k, v in batch.tensors().items()}
+        return dataclasses.replace(batch, **tensors).to(self.device)
+
+
+def received(step, device: torch.device) -> None:
+    """Let the current stream wait for the copies, and the allocator know that it uses them."""
+    current = torch.cuda.current_stream(device)
+    current.wait_event(step.ready)
+    for batch in step.batches:
+        for tensor in batch.tensors().values():
+            tensor.record_stream(current)
