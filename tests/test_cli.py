@@ -216,7 +216,10 @@ def test_some_tasks_of_a_recipe():
         (["--freeze=image,text"], ["--freeze", "image", "text"]),
         (["--skip_load", "a.,b.", "--x"], ["--skip-load", "a.", "b.", "--x"]),
         (["--freeze", "image", "text"], ["--freeze", "image", "text"]),
-        (["--data.paths", "a.b=/c", "d", "/e=f", "--x", "g=h"], ["--data.paths", "a.b", "/c", "d", "/e=f", "--x", "g=h"]),
+        (
+            ["--data.paths", "a.b=/c", "d", "/e=f", "--x", "g=h"],
+            ["--data.paths", "a.b", "/c", "d", "/e=f", "--x", "g=h"],
+        ),
         (["--paths=a.b=/c=d", "e=f,g"], ["--paths", "a.b", "/c=d", "e", "f,g"]),
     ],
 )
