@@ -1,0 +1,136 @@
+"""The best settings of our loader on a machine: engine, workers, prefetch (``bench_data --tune``)."""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import _data_rounds as rounds
+from benchmarks import _run
+from benchmarks._data_peers import Spec
+from benchmarks._processes import Child
+from unit_fast.config import DataConfig
+from unit_fast.data.images import engine_of
+from unit_fast.data.loader import MOST_THREADS
+
+PREFETCH = (1, 2, 4)
+FINALISTS = 3
+NOTABLE = 1.10
+"""How much faster than the defaults the best must be to be told."""
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Setting:
+    """What is tuned."""
+
+    provider: str
+    workers: int
+    prefetch: int
+
+    def flags(self) -> str:
+        """As the command line takes it."""
+        engine = "torchvision" if self.provider == "ours_torchvision" or not rounds.has_dali() else "dali"
+        whole = " --data.dali-graph whole" if self.provider == "ours_whole" else ""
+        return f"--data.engine {engine}{whole} --data.workers {self.workers} --data.prefetch {self.prefetch}"
+
+    def of(self, spec: Spec) -> dict:
+        return dataclasses.asdict(dataclasses.replace(spec, **dataclasses.asdict(self)))
+
+
+def workers_of(cores: int) -> list[int]:
+    """1 to one more than there are cores; of many cores powers of two."""
+    if cores <= 4:
+        return list(range(1, cores + 2))
+    return sorted({2**n for n in range(cores.bit_length())} | {cores, cores + 1})
+
+
+def defaults(cores: int) -> Setting:
+    """What ``unit_fast/config.py`` comes to on a machine with so many cores."""
+    data = DataConfig()
+    by_dali = engine_of(data) == "dali"
+    workers = data.workers or (min(MOST_THREADS, cores) if by_dali else 0)
+    return Setting("ours" if by_dali or not rounds.has_dali() else "ours_torchvision", workers, data.prefetch)
+
+
+def tune(args: argparse.Namespace, specs: Sequence[Spec], console: Console) -> Setting:
+    """Try all settings in short runs, then the best of them and the defaults in interleaved rounds.
+
+    Prints what was found, a table a case, and the flags of the best. Returns that setting.
+    """
+    own = [name for name in rounds.providers_of() if name.startswith("ours")]
+    default = defaults(args.threads)
+    settings = [
+        Setting(name, workers, prefetch)
+        for name in own
+        for workers in (workers_of(args.threads)[:1] if args.quick else workers_of(args.threads))
+        for prefetch in (PREFETCH[:2] if args.quick else PREFETCH)
+    ]
+    if default not in settings:
+        settings.append(default)
+    speeds = {}
+    for spec in specs:
+        fill_cache(args, spec)
+        found = {}
+        for name in own:
+            mine = [setting for setting in settings if setting.provider == name]
+            with Child(rounds.MODULE, args.threads) as child:
+                for setting in [*mine, *mine]:
+                    child.ask("open", **setting.of(spec))
+                    settle = rounds.spare(setting.workers, setting.prefetch)
+                    run = child.ask("run", settle=settle, count=args.batches)
+                    found[setting] = max(found.get(setting, 0.0), run["images"] / run["seconds"])
+        speeds[spec.case] = found
+        console.print(_table(f"{spec.case}: images/s in short runs", sorted(found.items(), key=lambda x: -x[1])))
+    ranked = sorted(settings, key=lambda s: -_score(s, speeds))
+    finalists = list(dict.fromkeys([*ranked[:FINALISTS], default]))
+    last = {}
+    for spec in specs:
+        with contextlib.ExitStack() as stack:
+            children = {s.flags(): stack.enter_context(Child(rounds.MODULE, args.threads)) for s in finalists}
+            for setting, child in zip(finalists, children.values()):
+                child.ask("open", **setting.of(spec))
+            settle = max(rounds.spare(s.workers, s.prefetch) for s in finalists)
+            answers = rounds.rounds_of(children, settle, args.batches, args.rounds, args.warmup)
+        median = {s: _run.quantiles([a["images"] / a["seconds"] for a in answers[s.flags()]])[0] for s in finalists}
+        last[spec.case] = median
+        console.print(_table(f"{spec.case}: images/s, median of {args.rounds} interleaved rounds", median.items()))
+    best = max(finalists, key=lambda s: _score(s, last))
+    gain = math.exp(_score(best, last) - _score(default, last))
+    console.print(f"best: {best.flags()}", highlight=False, soft_wrap=True)
+    if gain > NOTABLE:
+        verdict = f"is {gain:.2f} times as fast as the defaults, which come to {default.flags()}"
+    elif best == default:
+        verdict = "is what the defaults come to"
+    else:
+        verdict = f"is {gain:.2f} times as fast as the defaults ({default.flags()}): no reason to change them"
+    console.print(f"It {verdict}.", highlight=False, soft_wrap=True)
+    return best
+
+
+def fill_cache(args: argparse.Namespace, spec: Spec) -> None:
+    """Let our loader check all images, so that no setting is measured while it does."""
+    if rounds.has_dali():
+        with Child(rounds.MODULE, args.threads) as child:
+            rounds.first_pass(child, dataclasses.replace(spec, workers=args.threads))
+
+
+def _score(setting: Setting, speeds: dict[str, dict[Setting, float]]) -> float:
+    """Mean over the cases of the logarithm of the speed, relative to the case's best."""
+    return sum(math.log(found[setting] / max(found.values())) for found in speeds.values()) / len(speeds)
+
+
+def _table(title: str, found) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    table.add_column("settings", no_wrap=True)
+    table.add_column("images/s", justify="right")
+    for setting, speed in found:
+        table.add_row(setting.flags(), f"{speed:.1f}")
+    return table
+
+
+__all__ = ["Setting", "defaults", "tune", "workers_of"]
