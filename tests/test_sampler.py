@@ -6,6 +6,8 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from unit_fast.config import RunConfig
 from unit_fast.data import sampler
@@ -144,3 +146,35 @@ def test_the_same_in_another_process():
     }
     tasks = [sampler.task_of_step(9, i, {"x": 1.0, "y": 2.0}) for i in range(30)]
     assert runs == {f"{tasks} {sampler.order(9, 'x', 2, 30).tolist()}\n"}
+
+
+def sizes_of(index, key):
+    """A size in 7 classes, some of them with the augmentation's key."""
+    return (index % 5 + key % 3,)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 12), st.integers(0, 2**31))
+def test_grouped_visits_are_those_of_each_stretch_and_pass(n, batch, group, seed):
+    plain = sampler.visits(seed, "coco", n, 0, 4 * batch * group)
+    grouped = sampler.Grouped(seed, "coco", n, sizes_of)
+    read = grouped.visits(0, len(plain), batch, group)
+    assert [v.pass_ for v in read] == [v.pass_ for v in plain]
+    for begin in range(0, len(plain), batch * group):
+        part = slice(begin, begin + batch * group)
+        assert sorted(read[part], key=repr) == sorted(plain[part], key=repr)
+    start = seed % (2 * group) * batch
+    again = sampler.Grouped(seed, "coco", n, sizes_of)
+    assert again.visits(start, 2 * batch * group, batch, group) == read[start : start + 2 * batch * group]
+
+
+def test_grouped_batches_are_of_one_size_and_come_in_random_order():
+    grouped = sampler.Grouped(4, "coco", 1600, sizes_of)
+    read = grouped.visits(0, 1600, 8, 25)
+    batches = [read[i : i + 8] for i in range(0, 1600, 8)]
+    spread = [max(s) - min(s) for s in ([sizes_of(v.index, v.key)[0] for v in b] for b in batches)]
+    assert sum(spread) <= 7 * 8  # a stretch of 25 batches has 7 classes, so at most 6 batches of two neighbours
+    firsts = [sizes_of(b[0].index, b[0].key)[0] for b in batches[:25]]
+    assert firsts != sorted(firsts)
+    other = sampler.Grouped(5, "coco", 1600, sizes_of).visits(0, 1600, 8, 25)
+    assert [v.index for v in other] != [v.index for v in read]

@@ -7,6 +7,7 @@ permutation, which depends on the seed (SPEC quirks 22 to 24 are thereby absent)
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -110,9 +111,9 @@ def visits(seed: int, dataset: str, n: int, start: int, count: int) -> list[Visi
 class Grouped:
     """``visits``, rearranged inside each stretch of ``batch * group`` samples so that batches are of one size.
 
-    A stretch holds the same visits as without: every sample is still read once a pass, and what stands at a position
-    does not depend on how one got there. In it the visits are sorted by ``size`` (equal ones at random) and cut into
-    batches, which are read in random order.
+    A stretch holds the same visits as without, those of one pass before those of the next: every sample is still read
+    once a pass, and what stands at a position does not depend on how one got there. The visits of a pass are sorted by
+    ``size`` (equal ones at random) and cut into batches, which are read in random order.
     """
 
     def __init__(self, seed: int, dataset: str, n: int, size: Callable[[int, int], tuple]):
@@ -132,13 +133,21 @@ class Grouped:
     def _arranged(self, begin: int, batch: int, group: int) -> list[Visit]:
         key = begin, batch, group
         if self._latest[0] != key:
+            out: list[Visit] = []
             drawn = visits(self.seed, self.dataset, self.n, begin, batch * group)
-            chance = [_word(self.seed, "equal", self.dataset, begin + i) for i in range(len(drawn))]
-            order = sorted(range(len(drawn)), key=lambda i: (self.size(drawn[i].index, drawn[i].key), chance[i]))
-            batches = [order[i : i + batch] for i in range(0, len(order), batch)]
-            batches.sort(key=lambda members: _word(self.seed, "batch", self.dataset, begin + min(members)))
-            self._latest = key, [drawn[i] for members in batches for i in members]
+            for _, same_pass in itertools.groupby(drawn, key=lambda visit: visit.pass_):
+                by_size = sorted(same_pass, key=lambda v: (self.size(v.index, v.key), self._chance("equal", v)))
+                # A batch may begin in one pass and end in the next; what is left beside it is cut into whole batches.
+                lead = min(-len(out) % batch, len(by_size))
+                whole = lead + (len(by_size) - lead) // batch * batch
+                batches = [by_size[i : i + batch] for i in range(lead, whole, batch)]
+                batches.sort(key=lambda members: self._chance("batch", members[0]))
+                out += by_size[:lead] + [v for members in batches for v in members] + by_size[whole:]
+            self._latest = key, out
         return self._latest[1]
+
+    def _chance(self, purpose: str, visit: Visit) -> int:
+        return _word(self.seed, purpose, self.dataset, visit.pass_, visit.index)
 
 
 def substitute(seed: int, dataset: str, n: int, visit: Visit, attempt: int) -> Visit:
