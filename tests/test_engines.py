@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from tests.data_roots import REAL, needs_real
-from tests.small_runs import log_of, make_world, rows, small_config
+from tests.small_runs import log_of, make_world, rows, small_config, state_hash
 from unit_fast.config import DataConfig, default_tasks
 from unit_fast.data import BadImage, open_dataset
 from unit_fast.data import reader as reader_module
@@ -534,6 +534,15 @@ def test_a_thousand_batches_across_kills_and_resumes(damaged, tmp_path, tmp_path
             process.send_signal(signal.SIGKILL)
         process.wait()
     assert rows_of(parts) == whole
+
+
+@needs_dali
+def test_a_resumed_run_ends_in_the_same_state(tmp_path, one_thread):
+    config = small_config(make_world(tmp_path / "world"), data={"engine": "dali"})
+    train(config, tmp_path / "whole", progress="none")
+    train(config, tmp_path / "parts", progress="none", stop_at=9)
+    train(config, tmp_path / "parts", "auto", progress="none")
+    assert state_hash(tmp_path / "parts") == state_hash(tmp_path / "whole")
 
 
 @needs_dali
