@@ -1,6 +1,7 @@
 """DALI's engine against the reference: the same boxes, samples and pixels, whatever the images are like."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import json
@@ -28,6 +29,8 @@ from unit_fast.config import DataConfig, default_tasks
 from unit_fast.data import BadImage, open_dataset
 from unit_fast.data import reader as reader_module
 from unit_fast.data.background import Background
+from unit_fast.data.cache import open_cache
+from unit_fast.data.check import check
 from unit_fast.data.checked import FILE, CheckedImages
 from unit_fast.data.dali import DecodeFailed
 from unit_fast.data.decode import load_image
@@ -451,6 +454,15 @@ def test_what_is_known_of_images_outlives_the_process(tmp_path, damaged):
     copy.write_bytes(paths[0].read_bytes()[:500])
     with pytest.raises(BadImage):
         second.facts(copy)
+
+
+def test_a_data_check_spares_training_its_own(damaged):
+    check(damaged, decode=True)
+    known = CheckedImages(open_cache(DataConfig(root=str(damaged))).folder, MAX)
+    for path in sorted((damaged / "coco/images/train2017").iterdir()):
+        with contextlib.suppress(BadImage):
+            known.facts(path)
+    assert known.decoded == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"not a database" * 100])

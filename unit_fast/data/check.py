@@ -10,10 +10,12 @@ from pathlib import Path
 
 from unit_fast.config import DataConfig, TaskConfig, default_tasks
 from unit_fast.data import open_dataset
+from unit_fast.data.cache import open_cache
+from unit_fast.data.checked import CheckedImages
 from unit_fast.data.dataset import SPLITS
 from unit_fast.data.errors import BadImage, EmptySplit, Finding, Findings, MissingSplit
 from unit_fast.data.files import describe
-from unit_fast.data.images import image_size, load_image
+from unit_fast.data.images import image_size
 from unit_fast.data.layout import Layout
 from unit_fast.data.shards import NOT_IN_SHARDS
 from unit_fast.data.text import load_vocabulary
@@ -135,7 +137,8 @@ def check(
         data: settings; its ``root`` is replaced. Default: the published ones.
         tasks: data set key -> what the model has for it, to compare class ids, answers and text lengths with. Default:
             the published numbers, with as many VQA answers as the root's own list has (its size is then reported).
-        decode: decode every image instead of reading headers only; finds files that are cut off.
+        decode: decode every image instead of reading headers only; finds files that are cut off. What is found is
+            kept in ``data.cache_dir`` for training with DALI.
         examples: examples kept of each kind of finding.
         progress: called with ``task split`` before each.
 
@@ -144,6 +147,7 @@ def check(
     """
     data = dataclasses.replace(data or DataConfig(), root=str(root))
     layout = Layout(data)
+    checked = CheckedImages(open_cache(data).folder, data.max_pixels) if decode else None
     splits: list[SplitReport] = []
     if tasks is None:
         tasks = default_tasks(*TASKS)
@@ -164,7 +168,9 @@ def check(
         for split in SPLITS:
             if progress is not None:
                 progress(f"{TASKS[name].short} {split}")
-            splits.append(_check_split(name, split, data, config, decode, examples, seen))
+            splits.append(_check_split(name, split, data, config, checked, examples, seen))
+    if checked:
+        checked.close()
     return CheckReport(str(root), splits, decode)
 
 
@@ -188,14 +194,14 @@ def _shared(splits, layout, key, title, read, examples):
     return value
 
 
-def _check_split(name, split, data, config, decode, examples, seen) -> SplitReport:
+def _check_split(name, split, data, config, checked, examples, seen) -> SplitReport:
     report = SplitReport(TASKS[name].short, split)
     findings = Findings(strict=False, examples=examples)
     try:
         dataset = open_dataset(name, split, data, config, augment=False, findings=findings)
         report.samples = len(dataset)
         report.facts = dataset.facts
-        _check_images(dataset, data, decode, seen, findings)
+        _check_images(dataset, data, checked, seen, findings)
     except EmptySplit as error:
         report.status = "empty"
         report.facts["why"] = str(error)
@@ -210,8 +216,11 @@ def _check_split(name, split, data, config, decode, examples, seen) -> SplitRepo
     return report
 
 
-def _check_images(dataset, data, decode, seen, findings):
-    """Every image of the split: there, readable, of the stated size. ``seen`` spares files that were read before."""
+def _check_images(dataset, data, checked, seen, findings):
+    """Every image of the split: there, readable, of the stated size. ``seen`` spares files that were read before.
+
+    Images are decoded if ``checked`` is given, which then knows them and spares training with DALI its own check.
+    """
     for folder, shards in dataset.shards.items():
         if folder not in seen:
             seen[folder] = shards.damage()
@@ -225,9 +234,10 @@ def _check_images(dataset, data, decode, seen, findings):
         key = str(path)
         if key not in seen:
             try:
-                if decode:
-                    image = load_image(path, data.max_pixels)
-                    seen[key] = (image.height, image.width)
+                if checked:
+                    checked.forget(path)
+                    facts = checked.facts(path)
+                    seen[key] = (facts.height, facts.width)
                 else:
                     seen[key] = image_size(path, data.max_pixels)
             except BadImage as error:
