@@ -186,6 +186,9 @@ class DecodedSteps:
         """[B,3,H,W] of a batch whose images are decoded."""
         if isinstance(decoded, Tensor):
             return decoded
+        for pixels, picture in zip(decoded, group):
+            if tuple(pixels.shape[:2]) != picture.geometry.stored:
+                raise DecodeFailed(f"{picture.path} has another size than when it was checked")
         images, height, width = shape
         if self.device.type == "cuda":
             out = torch.empty(images, 3, height, width, device=self.device)
@@ -210,6 +213,9 @@ class DecodedSteps:
             raise RuntimeError(f"{self.engine} failed, but decodes each image of the batches alone: {error}")
         for path in offenders:
             self.checked.forget(path)
+            if self._decodes(path):  # as it is now
+                _log.warning("%s: changed after it was checked; decoding began anew", printable(path, 400))
+                continue
             try:
                 self.checked.refuse(path)
                 _log.warning("%s: %s cannot decode it, Pillow can and does", printable(path, 400), self.engine)
@@ -224,10 +230,11 @@ class DecodedSteps:
         try:
             alone = self._new_decoder(1, 1, "decode")
             alone.feed([self._encoded(path)], [None])
-            alone.take()
+            (pixels,) = alone.take()
+            facts = self.checked.facts(path)
         except (DecodeFailed, BadImage):
             return False
-        return True
+        return tuple(pixels.shape[:2]) == (facts.height, facts.width)
 
 
 def _single_threaded(count: int) -> concurrent.futures.ThreadPoolExecutor:
