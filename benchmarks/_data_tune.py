@@ -63,6 +63,7 @@ def tune(args: argparse.Namespace, specs: Sequence[Spec], console: Console) -> S
     Prints what was found, a table a case, and the flags of the best. Returns that setting.
     """
     own = [name for name in rounds.providers_of() if name.startswith("ours")]
+    own = [name for name in own if not args.provider or name == "ours" or name in args.provider]
     default = defaults(args.threads)
     settings = [
         Setting(name, workers, prefetch)
@@ -74,11 +75,12 @@ def tune(args: argparse.Namespace, specs: Sequence[Spec], console: Console) -> S
         settings.append(default)
     speeds = {}
     for spec in specs:
-        fill_cache(args, spec)
         found = {}
         for name in own:
             mine = [setting for setting in settings if setting.provider == name]
             with Child(rounds.MODULE, args.threads) as child:
+                if name == "ours" and rounds.has_dali():  # so that no setting is measured while it checks images
+                    rounds.first_pass(child, dataclasses.replace(spec, workers=args.threads))
                 for setting in [*mine, *mine]:
                     child.ask("open", **setting.of(spec))
                     settle = rounds.spare(setting.workers, setting.prefetch)
@@ -110,13 +112,6 @@ def tune(args: argparse.Namespace, specs: Sequence[Spec], console: Console) -> S
         verdict = f"is {gain:.2f} times as fast as the defaults ({default.flags()}): no reason to change them"
     console.print(f"It {verdict}.", highlight=False, soft_wrap=True)
     return best
-
-
-def fill_cache(args: argparse.Namespace, spec: Spec) -> None:
-    """Let our loader check all images, so that no setting is measured while it does."""
-    if rounds.has_dali():
-        with Child(rounds.MODULE, args.threads) as child:
-            rounds.first_pass(child, dataclasses.replace(spec, workers=args.threads))
 
 
 def _score(setting: Setting, speeds: dict[str, dict[Setting, float]]) -> float:

@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser()
     args = options.parse_args(arguments)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.step = args.device == "cuda" if args.step is None else args.step
+    args.step = args.device == "cuda" and not args.tune if args.step is None else args.step
     if args.quick:
         args.rounds, args.batches = min(args.rounds, 2), min(args.batches, 3)
     known = rounds.providers_of()
@@ -258,6 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in known:
             print(f"--provider: unknown or not usable here {name!r}; known: {', '.join(known)}", file=sys.stderr)
             return 2
+    if args.tune and (args.json or args.step or args.no_results or not set(args.provider or ()) <= set(rounds.OURS)):
+        print("--tune prints settings of our loader: it takes no peers, --json, --step", file=sys.stderr)
+        return 2
     cores = len(os.sched_getaffinity(0))
     if not 1 <= args.threads <= cores or min(args.rounds, args.batches, args.batch) < 1 or args.warmup < 0:
         print(

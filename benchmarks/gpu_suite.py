@@ -28,11 +28,14 @@ from benchmarks._machine import ROOT, environment
 MINUTES = 10.0
 _RESERVE_SECONDS = 10.0
 """Kept back for starting and ending children."""
-FIRST = ("attention", "cross_attention", "residual_norm", "match", "set_loss", "optimizer", "step_graph")
+FIRST = ("attention", "cross_attention", "residual_norm", "match", "set_loss", "optimizer", "step_graph", "data")
 """Ops in the order of what they decide; others follow by name."""
 OF_SEVERAL_OPS = ("match", "optimizer", "step_graph")
 """Benchmarks that are not named after one op: matching is its cost and the assignment, the optimiser is more than its
 kernels, and a captured step is everything."""
+OF_NO_OP = {"data": ("--case", "detection_train", "--provider", "torchvision_v2", "--batches", "24", "--rounds", "5")}
+"""Benchmarks without a kernel, and what they are told so as to end in time: reading images, and how long a real step
+waits for them."""
 TEST_SECONDS = 200.0
 BENCHMARK_SECONDS = 120.0
 _LEAST_SECONDS = 5.0
@@ -54,9 +57,9 @@ def steps(out: Path, *, quick: bool, cuda: bool, only: Sequence[str] = (), folde
         command = ("-m", "pytest", "-m", "gpu", "-q", "-rfE", f"--junitxml={out / 'pytest.xml'}")
         found.append(Step("pytest", (sys.executable, *command), TEST_SECONDS))
     ops = {p.stem.removeprefix("bench_") for p in (folder / "benchmarks").glob("bench_*.py")}
-    ops = {op for op in ops if op in OF_SEVERAL_OPS or (folder / "kernels" / f"{op}.py").exists()}
+    ops = {op for op in ops if op in (*OF_SEVERAL_OPS, *OF_NO_OP) or (folder / "kernels" / f"{op}.py").exists()}
     for op in sorted(ops, key=lambda op: (FIRST.index(op) if op in FIRST else len(FIRST), op)):
-        command = ("-m", f"benchmarks.bench_{op}", "--json", str(out / f"bench_{op}.jsonl"))
+        command = ("-m", f"benchmarks.bench_{op}", "--json", str(out / f"bench_{op}.jsonl"), *OF_NO_OP.get(op, ()))
         found.append(
             Step(f"bench_{op}", (sys.executable, *command, *(("--quick",) if quick else ())), BENCHMARK_SECONDS)
         )

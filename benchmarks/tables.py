@@ -31,11 +31,39 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _loader_table(rows: list[dict]) -> str:
+    """As ``table``, of loaders; the ratio is ours over the provider in images a second: above 1 we are faster."""
+    lines = [
+        "| problem | provider | workers | images/s (p20 to p80) | ours / it | CPU ms an image | GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    stamps = []
+    for key in dict.fromkeys((r["case"], r["shape"], r["device"], r["gpu"] or r["cpu"]) for r in rows):
+        same = [r for r in rows if (r["case"], r["shape"], r["device"], r["gpu"] or r["cpu"]) == key]
+        ours = next((r for r in same if r["provider"] == OURS), None)
+        for row in sorted(same, key=lambda r: r["provider"] == OURS):
+            ratio = "" if ours in (None, row) else f"{ours['images_per_s'] / row['images_per_s']:.2f}"
+            spread = " to ".join(_number(row[f"images_per_s_{point}"]) for point in ("p20", "p80"))
+            lines.append(
+                f"| {row['case']}, {row['shape']} | {row['provider']} | {row['workers']} | "
+                f"{_number(row['images_per_s'])} ({spread}) | {ratio} | {_number(row['cpu_ms_per_image'])} | "
+                f"{_number(row['peak_memory_gib'])} |"
+            )
+        first = same[0]
+        stamps.append(
+            f"{first['gpu'] or first['cpu']}, {first['threads']} threads; torch {first['versions']['torch']}; commit "
+            f"{first['commit']}; {first['date'][:10]}"
+        )
+    return "\n".join([*lines, "", *dict.fromkeys(f"Measured on {stamp}." for stamp in stamps), ""])
+
+
 def table(rows: list[dict]) -> str:
     """Markdown: a line a case and provider, then what they were measured on.
 
-    The ratio is ours over the provider: below 1 we are faster (or smaller).
+    The ratio is ours over the provider: below 1 we are faster (or smaller). Rows of a loader get a table of their own.
     """
+    if "images_per_s" in rows[0]:
+        return _loader_table(rows)
     lines = ["| problem | provider | ms (p20 to p80) | ours / it | GiB | ours / it |", "|---|---|---|---|---|---|"]
     stamps = []
     for key in dict.fromkeys((r["case"], r["device"], r["gpu"] or r["cpu"]) for r in rows):
