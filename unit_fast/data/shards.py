@@ -87,16 +87,17 @@ class Member:
             raise BadImage(self, "its shard does not exist any more") from None
         with file:
             self._check(os.fstat(file.fileno()))
-            content = _read_at(file.fileno(), BLOCK + self.size, self.offset - BLOCK)
-        if len(content) != BLOCK + self.size:
-            raise BadImage(self, f"its shard ends after {len(content) - BLOCK} of {self.size} bytes")
+            header = _read_at(file.fileno(), BLOCK, self.offset - BLOCK)
+            content = _read_at(file.fileno(), self.size, self.offset)
+        if len(content) != self.size:  # cut off since its size was asked
+            raise BadImage(self, f"its shard ends after {len(content)} of {self.size} bytes")
         try:
-            header = tarfile.TarInfo.frombuf(content[:BLOCK], "utf-8", "surrogateescape")
+            header = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             raise BadImage(self, f"its shard has no member at this place ({INDEX} is of another one)") from None
         if (header.name, header.size) != (self.name, self.size):
             raise BadImage(self, f"its shard has {printable(header.name)} at this place ({INDEX} is of another one)")
-        return content[BLOCK:]
+        return content
 
     def _check(self, found: os.stat_result) -> None:
         if found.st_size != self.shard_bytes:
@@ -145,7 +146,7 @@ class Shard:
 
 
 class Shards:
-    """The images of a shard folder. Memory: about 20 bytes and the longest name an image, shared by forked processes.
+    """The images of a shard folder. Memory: 24 bytes and the longest name an image, shared by forked processes.
 
     Args:
         path: the folder.
