@@ -433,6 +433,15 @@ def renamed(tar):
             made.addfile(info, io.BytesIO(bytes(size)))
 
 
+def huge(tar):
+    """A first header of a valid sum that tells of more bytes than a number of the disk's holds."""
+    content = bytearray(tar.read_bytes())
+    content[124:136] = b"\x80" + b"\x7f" * 11
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content[:512])
+    tar.write_bytes(content)
+
+
 def noise(tar):
     tar.write_bytes(np.random.default_rng(0).bytes(tar.stat().st_size))
 
@@ -477,7 +486,7 @@ def test_damage_while_training_is_a_bad_image_with_the_path(coco, damage, messag
             stamp(member)
 
 
-@pytest.mark.parametrize("damage", [cut, grow, another, renamed, noise, gone])
+@pytest.mark.parametrize("damage", [cut, grow, another, renamed, huge, noise, gone])
 def test_the_check_of_a_root_finds_each_damaged_shard(coco, damage):
     root, place = coco
     tars = [tar_of(place), tar_of(place, "000000000025.jpg")]
@@ -488,7 +497,7 @@ def test_the_check_of_a_root_finds_each_damaged_shard(coco, damage):
     messages = [message for *_, examples in report.problems() for message in examples]
     for tar in set(tars):
         assert any(message.startswith(f"{tar}: ") for message in messages)
-        assert any(message.startswith(f"{tar}::") for message in messages)
+        assert any(message.startswith(f"{tar}::") for message in messages) or damage is huge
 
 
 def test_the_stamp_changes_with_the_tar_file(coco):

@@ -318,7 +318,9 @@ def scan(path: str | Path) -> list[tuple[str, int, int, int]]:
                 if not member.isreg():
                     raise UserError(f"{where}: {printable(member.name)} is not a plain file")
                 found.append((member.name, member.offset_data, member.size, int(member.mtime)))
-    except tarfile.TarError as error:
+    except UserError:
+        raise
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # ValueError: a size beyond any file
         raise UserError(f"{where}: not a whole tar file ({files.describe(error)})") from None
     return found
 
