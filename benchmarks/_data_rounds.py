@@ -40,11 +40,9 @@ def spare(workers: int, prefetch: int) -> int:
 
 def first_pass(child: Child, spec: Spec) -> dict:
     """The answer of ``Server.first`` for a pass in which nothing is known of the images; it also fills the cache folder
-    for all that follows. Some images are read twice where a pass is not a whole number of groups."""
-    config = settings(spec)
-    (samples,) = map(len, open_data(config).values())
-    groups = -(-samples // (config.data.group * spec.batch))
-    found = child.ask("first", count=groups * config.data.group, **dataclasses.asdict(spec))
+    for all that follows."""
+    (samples,) = map(len, open_data(settings(spec)).values())
+    found = child.ask("first", count=-(-samples // spec.batch), **dataclasses.asdict(spec))
     child.ask("close")
     return found
 

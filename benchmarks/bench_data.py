@@ -32,7 +32,7 @@ from unit_fast.errors import UserError
 
 NAME = "bench_data"
 IMAGES, QUICK_IMAGES = 256, 32
-"""Generated photographs. A multiple of the samples that our loader groups by size: then a pass is some whole groups."""
+"""Generated photographs."""
 GATE_BATCHES = 4
 
 

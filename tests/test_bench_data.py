@@ -95,8 +95,7 @@ def test_it_runs_and_its_rows_are_complete(tmp_path, capsys):
     assert "gate detection_train: torchvision_v2 all else equal" in said
     assert "decoders on 16 files: torchvision differs from Pillow by" in said
     if _data_rounds.has_dali():
-        assert ours["first_pass_images"] == 128
-        assert ours["first_pass_checked"] >= 20  # 128 draws of 32 images, most of them
+        assert ours["first_pass_images"] == ours["first_pass_checked"] == 32
         assert "images/s in a first pass" in said
 
 
