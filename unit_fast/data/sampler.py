@@ -194,7 +194,8 @@ def requests(
         counts: samples of each already consumed at ``start``, by all processes together.
         shapes: data set -> what its visits are sorted by, see ``Grouped``, where ``config.data.group`` is above 1; data
             sets that are not in it are read as drawn.
-        rank: which process of ``processes`` this is; all of them together read what one with their whole batch would.
+        rank: which process of ``processes`` this is; all of them together read each sample once a pass. Without
+            grouping a step of theirs is one of a single process with their whole batch.
     """
     ratios = normalised(config.ratios, sizes)
     counts = {name: counts.get(name, 0) for name in sizes}
