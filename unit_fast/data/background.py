@@ -14,6 +14,26 @@ from unit_fast.batch import Batch
 _log = logging.getLogger("unit_fast.data")
 
 
+class OneCore:
+    """Lets torch's operators in ``count`` new threads run on one core each; nothing changes for other threads.
+
+    Several threads whose operators all spread over the cores wait for each other busily, which takes longer than the
+    work. Each new thread calls ``begin``, and who made them ``end``.
+    """
+
+    def __init__(self, count: int):
+        self._all, self._before = threading.Barrier(count + 1), torch.get_num_threads()
+
+    def begin(self) -> None:
+        torch.get_num_threads()  # makes torch set this thread up, which it would otherwise do later, over our number
+        torch.set_num_threads(1)  # also the number of threads to come, which ``end`` puts back
+        self._all.wait()
+
+    def end(self) -> None:
+        self._all.wait()
+        torch.set_num_threads(self._before)
+
+
 class Background:
     """Takes items from an iterator in a thread of its own, up to ``depth`` ahead, in order.
 
@@ -25,10 +45,13 @@ class Background:
         self._items, self._change, self._within = items, change, within
         self._queue: queue.Queue = queue.Queue(max(1, depth))
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+        cores = OneCore(1)
+        self._thread = threading.Thread(target=self._run, args=(cores,), name="loader", daemon=True)
         self._thread.start()
+        cores.end()
 
-    def _run(self) -> None:
+    def _run(self, cores: OneCore) -> None:
+        cores.begin()
         try:
             with self._within():
                 for item in self._items:

@@ -10,7 +10,6 @@ import collections
 import concurrent.futures
 import contextlib
 import logging
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from unit_fast.config import DataConfig
+from unit_fast.data.background import OneCore
 from unit_fast.data.checked import CheckedImages
 from unit_fast.data.dali import DecodeFailed, Pipeline, check
 from unit_fast.data.decode import load_image, read_bytes
@@ -106,7 +106,7 @@ class DecodedSteps:
         self.fetcher, self.requested, self.data, self.checked = fetcher, requested, data, checked
         self.most, self.threads, self.device, self.engine = most, threads, device, engine
         self.buffers, self.decoder, self.repairs = Buffers(), None, 0
-        self.pool = _single_threaded(threads)
+        self.pool = _threads(threads)
         self.underway: collections.deque[_Underway] = collections.deque()
 
     def __iter__(self) -> Iterator:
@@ -237,21 +237,13 @@ class DecodedSteps:
         return tuple(pixels.shape[:2]) == (facts.height, facts.width)
 
 
-def _single_threaded(count: int) -> concurrent.futures.ThreadPoolExecutor:
-    """``count`` threads whose torch operators each run on one core: the images are what is spread over the cores."""
-    barrier = threading.Barrier(count + 1)
-    before = torch.get_num_threads()
-
-    def begin():
-        torch.get_num_threads()  # makes torch set this thread up, which it would otherwise do later, over our number
-        torch.set_num_threads(1)  # this thread's number; also that of threads to come, put back below
-        barrier.wait()
-
-    pool = concurrent.futures.ThreadPoolExecutor(count, "place", initializer=begin)
+def _threads(count: int) -> concurrent.futures.ThreadPoolExecutor:
+    """``count`` threads, all begun; the images are what is spread over the cores."""
+    cores = OneCore(count)
+    pool = concurrent.futures.ThreadPoolExecutor(count, "place", initializer=cores.begin)
     for _ in range(count):
         pool.submit(int)
-    barrier.wait()
-    torch.set_num_threads(before)
+    cores.end()
     return pool
 
 
