@@ -21,7 +21,7 @@ from unit_fast.data.loader import MOST_THREADS
 PREFETCH = (1, 2, 4)
 FINALISTS = 3
 NOTABLE = 1.10
-"""How much faster than the defaults the best must be to be told."""
+"""How much faster than the defaults the best must be to be told, in four rounds of five at least a little."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -98,18 +98,21 @@ def tune(args: argparse.Namespace, specs: Sequence[Spec], console: Console) -> S
                 child.ask("open", **setting.of(spec))
             settle = max(rounds.spare(s.workers, s.prefetch) for s in finalists)
             answers = rounds.rounds_of(children, settle, args.batches, args.rounds, args.warmup)
-        median = {s: _run.quantiles([a["images"] / a["seconds"] for a in answers[s.flags()]])[0] for s in finalists}
-        last[spec.case] = median
-        console.print(_table(f"{spec.case}: images/s, median of {args.rounds} interleaved rounds", median.items()))
-    best = max(finalists, key=lambda s: _score(s, last))
-    gain = math.exp(_score(best, last) - _score(default, last))
+        found = {s: [a["images"] / a["seconds"] for a in answers[s.flags()]] for s in finalists}
+        # by rounds, so that a machine that slows down slows both sides of a ratio
+        last[spec.case] = {s: _run.quantiles([x / y for x, y in zip(v, found[default])]) for s, v in found.items()}
+        title = f"{spec.case}: images/s, median of {args.rounds} interleaved rounds; over the defaults"
+        median = [(s, _run.quantiles(v)[0]) for s, v in found.items()]
+        console.print(_table(title, median, last[spec.case]))
+    best = max(finalists, key=lambda s: math.prod(ratios[s][0] for ratios in last.values()))
+    gain = math.prod(ratios[best][0] for ratios in last.values()) ** (1 / len(last))
     console.print(f"best: {best.flags()}", highlight=False, soft_wrap=True)
-    if gain > NOTABLE:
-        verdict = f"is {gain:.2f} times as fast as the defaults, which come to {default.flags()}"
-    elif best == default:
+    if best == default:
         verdict = "is what the defaults come to"
+    elif gain > NOTABLE and all(ratios[best][1] > 1 for ratios in last.values()):
+        verdict = f"is {gain:.2f} times as fast as the defaults, which come to {default.flags()}"
     else:
-        verdict = f"is {gain:.2f} times as fast as the defaults ({default.flags()}): no reason to change them"
+        verdict = f"is {gain:.2f} times as fast as the defaults ({default.flags()}) or less: no reason to change them"
     console.print(f"It {verdict}.", highlight=False, soft_wrap=True)
     return best
 
@@ -119,12 +122,15 @@ def _score(setting: Setting, speeds: dict[str, dict[Setting, float]]) -> float:
     return sum(math.log(found[setting] / max(found.values())) for found in speeds.values()) / len(speeds)
 
 
-def _table(title: str, found) -> Table:
+def _table(title: str, found, ratios: dict | None = None) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     table.add_column("settings", no_wrap=True)
     table.add_column("images/s", justify="right")
+    if ratios is not None:
+        table.add_column("x defaults (p20 to p80)", justify="right")
     for setting, speed in found:
-        table.add_row(setting.flags(), f"{speed:.1f}")
+        ratio = () if ratios is None else ("{:.2f} ({:.2f} to {:.2f})".format(*ratios[setting]),)
+        table.add_row(setting.flags(), f"{speed:.1f}", *ratio)
     return table
 
 
