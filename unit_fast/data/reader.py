@@ -9,10 +9,11 @@ made, the steps that were under way are described again, and Pillow decodes the 
 import collections
 import concurrent.futures
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,6 +46,14 @@ class _Underway:
     step: object
     pictures: list[list[Picture]]
     """One list a forward pass; empty for tasks without images."""
+    placing: list[concurrent.futures.Future] = field(default_factory=list)
+    """What is left to do once the images are decoded."""
+
+    def placed(self):
+        """The step, when its pixels are in place."""
+        for image in self.placing:
+            image.result()
+        return self.step
 
 
 class TorchvisionDecoder:
@@ -110,20 +119,20 @@ class DecodedSteps:
         self.underway: collections.deque[_Underway] = collections.deque()
 
     def __iter__(self) -> Iterator:
+        placing: collections.deque[_Underway] = collections.deque()
         begun = time.monotonic()
         try:
-            for request in self.requested:
-                self.underway.append(self._begin(request))
-                if len(self.underway) > AHEAD:
-                    step = self._finish()
+            for request in itertools.chain(self.requested, itertools.repeat(None, AHEAD + 1)):
+                # The step before is being placed while this one is described: neither waits for the other.
+                if request is not None:
+                    self.underway.append(self._begin(request))
+                if self.underway and (request is None or len(self.underway) > AHEAD):
+                    placing.append(self._decoded())
+                if placing and (request is None or len(placing) > 1):
+                    step = placing.popleft().placed()
                     step.read_s = time.monotonic() - begun
                     yield step
                     begun = time.monotonic()
-            while self.underway:
-                step = self._finish()
-                step.read_s = time.monotonic() - begun
-                yield step
-                begun = time.monotonic()
         finally:
             self.pool.shutdown(cancel_futures=True)
             self.checked.close()
@@ -167,23 +176,22 @@ class DecodedSteps:
 
     # ------------------------------------------------------------------------------------------------------ finish
 
-    def _finish(self):
-        """The oldest step under way, with its pixels."""
+    def _decoded(self) -> _Underway:
+        """The oldest step under way, decoded and being placed."""
         while True:
             head = self.underway[0]
             try:
                 for group, batch in zip(head.pictures, head.step.batches):
                     if group:
-                        batch.image = self._placed(self.decoder.take(), group, tuple(batch.pixel_mask.shape))
+                        batch.image = self._place(self.decoder.take(), group, batch.pixel_mask.shape, head.placing)
             except DecodeFailed as error:
                 self._repair(error)
                 continue
             self.repairs = 0
-            self.underway.popleft()
-            return head.step
+            return self.underway.popleft()
 
-    def _placed(self, decoded: list[Tensor] | Tensor, group: list[Picture], shape: tuple[int, int, int]) -> Tensor:
-        """[B,3,H,W] of a batch whose images are decoded."""
+    def _place(self, decoded: list[Tensor] | Tensor, group: list[Picture], shape, placing: list) -> Tensor:
+        """[B,3,H,W] of a batch whose images are decoded, complete when ``placing`` is done."""
         if isinstance(decoded, Tensor):
             return decoded
         for pixels, picture in zip(decoded, group):
@@ -198,7 +206,8 @@ class DecodedSteps:
                 place(pixels, picture.geometry, there)
             return out
         out = self.buffers.empty(images, 3, height, width)
-        list(self.pool.map(place, decoded, [p.geometry for p in group], out))
+        for pixels, picture, there in zip(decoded, group, out):
+            placing.append(self.pool.submit(place, pixels, picture.geometry, there))
         return out
 
     def _repair(self, error: DecodeFailed) -> None:
