@@ -31,6 +31,8 @@ from unit_fast.errors import UserError
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+ROWS = 64
+"""Rows of an image that a CPU normalises at a time, so that they are still in its cache at the next operation."""
 
 _MEAN = torch.tensor(MEAN).view(3, 1, 1)
 _STD = torch.tensor(STD).view(3, 1, 1)
@@ -131,9 +133,11 @@ def place(pixels: Tensor, geometry: Geometry, out: Tensor) -> None:
     """
     height, width = geometry.size
     mean, scale = _constants(out.device, out.dtype)
-    there = out[:, :height, :width]
-    there.copy_(transform(pixels, geometry))
-    there.sub_(mean).mul_(scale)
+    changed = transform(pixels, geometry)
+    rows = ROWS if out.device.type == "cpu" else height
+    for top in range(0, height, rows):
+        part = out[:, top : min(top + rows, height), :width]
+        part.copy_(changed[:, top : top + rows]).sub_(mean).mul_(scale)
     out[:, height:] = 0
     out[:, :height, width:] = 0
 
