@@ -26,7 +26,7 @@ from PIL import Image
 from tests.data_roots import REAL, needs_real
 from tests.small_runs import log_of, make_world, rows, small_config, state_hash
 from unit_fast.config import DataConfig, default_tasks
-from unit_fast.data import BadImage, open_dataset
+from unit_fast.data import BadImage, dali, open_dataset
 from unit_fast.data import reader as reader_module
 from unit_fast.data.background import Background
 from unit_fast.data.cache import open_cache
@@ -113,8 +113,8 @@ def photographs(tmp_path_factory):
 
 @needs_dali
 def test_decoders_agree_on_generated_photographs(photographs):
-    for dali, pillow in decoded_pairs(photographs):
-        assert (dali.numpy() == pillow).all()
+    for ours, pillow in decoded_pairs(photographs):
+        assert (ours.numpy() == pillow).all()
 
 
 @needs_dali
@@ -122,8 +122,8 @@ def test_decoders_agree_on_generated_photographs(photographs):
 def test_decoders_agree_on_real_photographs():
     pairs = decoded_pairs(sorted(REAL.glob("*/images/**/*.jpg")) + sorted(REAL.glob("snli_ve/**/*.jpg")))
     assert len(pairs) > 100
-    for dali, pillow in pairs:
-        assert np.abs(dali.numpy().astype(int) - pillow).mean() <= 0.5
+    for ours, pillow in pairs:
+        assert np.abs(ours.numpy().astype(int) - pillow).mean() <= 0.5
 
 
 @pytest.mark.parametrize("bits8", [True, False], ids=["cpu", "as on a device"])
@@ -604,6 +604,30 @@ def test_memory_stays_bounded(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- settings, parts
+
+
+def test_dali_that_cannot_be_loaded_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(UserError, match="cannot be loaded .* take --data.engine torchvision"):
+        dali.check("decode", "cpu", None)
+
+
+@needs_dali
+def test_training_goes_through_one_percent_of_faults_at_the_default_settings(tmp_path):
+    images = faulty(500)
+    damage = list(images)[10::20]
+    whole = encoded(photograph(60, 80, 0))
+    for name in damage[5:]:
+        images[name] = whole  # one of each kind is left: 1 %
+    config = small_config(make_world(tmp_path / "world"), "coco", steps=300, batch_per_process=4)
+    data = dataclasses.replace(config.data, root=str(coco_root(tmp_path / "root", images)), engine="dali")
+    run = train(dataclasses.replace(config, data=data), tmp_path / "run", progress="none")
+    assert run.status == "finished"
+    lines = [line for line in log_of(run.folder).splitlines() if "unreadable image" in line]
+    assert len(lines) == 5
+    bad = json.loads((run.folder / "summary.json").read_text())["bad_images"]
+    assert bad["read"] > 1200
+    assert 10 <= bad["by_task"]["detection_coco"] <= 18  # 2.4 passes
 
 
 @needs_dali

@@ -6,13 +6,15 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from tests.small_runs import ALL, make_world, small_config
 from unit_fast.config import RunConfig
 from unit_fast.data import BadImage, open_dataset
-from unit_fast.data.loader import MOST_TRIES, BadImages, Loader
+from unit_fast.data.loader import MOST_TRIES, BadImages, Loader, Step
+from unit_fast.data.sampler import Request
 from unit_fast.errors import UserError
 from unit_fast.tasks import get_task
 
@@ -157,8 +159,27 @@ def test_a_path_is_reported_once_and_counted_each_time():
 def test_too_large_a_share_fails_with_share_count_and_paths():
     book = BadImages(max_share=0.01)
     steps = read(sets(bad=[4, 6]), config(), stop=30)
-    with pytest.raises(UserError, match=r"2 of \d+ images read .* share of 0.01 .*/images/.*--data.max-bad-share"):
+    with pytest.raises(UserError, match=r"[6-9] of \d+ images read .* share of 0.01 .*/images/.*--data.max-bad-share"):
         collections.deque(map(book.add, steps))
+
+
+def test_a_root_with_just_the_share_allowed_is_read_to_the_end_and_one_with_twice_as_much_is_not():
+    rng = np.random.default_rng(0)
+
+    def ends(share, reads=40_000):
+        book = BadImages(max_share=0.01)
+        for number, bad in enumerate(rng.random(reads) < share):
+            found = [(f"/images/{number}.jpg", "cut short")] if bad else []
+            try:
+                book.add(Step(Request(step=number, task=COCO, micro=()), [], images_read=1, bad=found))
+            except UserError:
+                return number
+        return None
+
+    # Four deviations: of 1 in 30,000 looks at an even chance more than allowed, and looks follow each other closely.
+    assert [ends(0.01) for _ in range(20)].count(None) >= 19
+    # 0.01 n > 4 (0.01 n) ** 0.5 from 1600 images on; by 4000 it is beyond doubt.
+    assert all(stop is not None and stop < 4000 for stop in (ends(0.02) for _ in range(20)))
 
 
 def test_one_bad_image_among_the_first_hundred_is_no_share_yet():

@@ -269,7 +269,7 @@ class DataConfig:
     max_pixels: int = 50_000_000
     """Images with more pixels are refused before decoding."""
     max_bad_share: float = 0.01
-    """The run fails when a larger share of the images read was unreadable."""
+    """The run fails when a larger share of the images read was unreadable, by more than chance explains."""
 
 
 @dataclass(frozen=True, kw_only=True)

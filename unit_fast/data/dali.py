@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unit_fast.data.files import describe
 from unit_fast.data.geometry import Geometry
 from unit_fast.data.images import MEAN, STD
 from unit_fast.errors import UserError, printable
@@ -28,7 +29,13 @@ class DecodeFailed(Exception):
 
 
 def check(graph: str, decoder: str, device: torch.device | None) -> None:
-    """``UserError`` where this graph and this decoder cannot work for a run on ``device``."""
+    """``UserError`` where DALI cannot be loaded, or this graph and decoder cannot work for a run on ``device``."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except Exception as error:  # whatever a library that does not fit the system raises
+        raise UserError(
+            f"DALI is installed and cannot be loaded ({describe(error)}); repair it, or take --data.engine torchvision"
+        ) from None
     if decoder == "mixed" and (device is None or device.type != "cuda"):
         raise UserError("--data.decoder mixed: decodes on a GPU, but the run is on a CPU; take cpu")
     if decoder == "mixed" and graph == "whole":

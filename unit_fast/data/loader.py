@@ -127,7 +127,7 @@ class Fetcher(torch.utils.data.Dataset):
 
 
 class BadImages:
-    """Counts unreadable images and stops the run when they are more than a share of those read."""
+    """Counts unreadable images and stops the run when they are certainly more than a share of those read."""
 
     JUDGED_FROM = 100
     """So many images are taken as read when fewer were: one bad image in the first twenty is no share yet."""
@@ -143,7 +143,7 @@ class BadImages:
         new = {path: message for path, message in step.bad if path not in self.paths}
         self.paths.update(new)
         count = self.by_task.total()
-        if count > self.max_share * max(self.read, self.JUDGED_FROM):
+        if count > self.tolerated():
             first = "; ".join(printable(message) for message in list(self.paths.values())[:3])
             raise UserError(
                 f"{count} of {self.read} images read could not be decoded, more than the share of {self.max_share:g} "
@@ -151,6 +151,14 @@ class BadImages:
                 "--data.max-bad-share"
             )
         return [f"{printable(message)}; replaced by another sample of {step.task}" for message in new.values()]
+
+    def tolerated(self) -> float:
+        """Bad images among those read that ``max_share`` explains: so many are expected, and four deviations more.
+
+        Images come at random: of a root with just that share bad, every second stretch has more.
+        """
+        expected = self.max_share * max(self.read, self.JUDGED_FROM)
+        return expected + 4 * expected**0.5
 
     def state(self) -> dict:
         return {"read": self.read, "by_task": {k: v for k, v in self.by_task.items() if v}}
