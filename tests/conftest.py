@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from tests.data_roots import whole_root
 from tests.small_runs import make_world
+from unit_fast.data import sources
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,6 +19,18 @@ def cache_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("data") / "world")
+
+
+@pytest.fixture
+def small_files_too(monkeypatch):
+    """Caches keep small sources as well."""
+    monkeypatch.setattr(sources, "SMALL", 0)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A small root of all data sets."""
+    return whole_root(tmp_path / "world")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.cached_roots import Reads, entries, seen, small
-from tests.data_roots import REAL, VOCABULARY, coco_file, coco_root, data, needs_real, task_config, whole_root, write
+from tests.data_roots import REAL, VOCABULARY, coco_file, coco_root, data, needs_real, task_config, write
 from tests.small_runs import ALL, small_config
 from unit_fast import checkpoint
 from unit_fast.config import RunConfig
@@ -22,15 +22,7 @@ from unit_fast.data.errors import Findings
 from unit_fast.errors import UserError
 from unit_fast.tasks import get_task
 
-
-@pytest.fixture(autouse=True)
-def small_files_too(monkeypatch):
-    monkeypatch.setattr(sources, "SMALL", 0)
-
-
-@pytest.fixture
-def world(tmp_path):
-    return whole_root(tmp_path / "world")
+pytestmark = pytest.mark.usefixtures("small_files_too")
 
 
 # --------------------------------------------------------------------------------------------------- same samples

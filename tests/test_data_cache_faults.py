@@ -13,18 +13,10 @@ import numpy as np
 import pytest
 
 from tests.cached_roots import entries, seen, small
-from tests.data_roots import whole_root, write
-from unit_fast.data import cache, sources
+from tests.data_roots import write
+from unit_fast.data import cache
 
-
-@pytest.fixture(autouse=True)
-def small_files_too(monkeypatch):
-    monkeypatch.setattr(sources, "SMALL", 0)
-
-
-@pytest.fixture
-def world(tmp_path):
-    return whole_root(tmp_path / "world")
+pytestmark = pytest.mark.usefixtures("small_files_too")
 
 
 # -------------------------------------------------------------------------------------------------- damaged entries

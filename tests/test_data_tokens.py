@@ -6,20 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cached_roots import entries, small
-from tests.data_roots import VOCABULARY, task_config, whole_root, write
-from unit_fast.data import cache, sources, tokens
+from tests.data_roots import VOCABULARY, task_config, write
+from unit_fast.data import cache, tokens
 from unit_fast.data.text import WordPieces
 from unit_fast.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def small_files_too(monkeypatch):
-    monkeypatch.setattr(sources, "SMALL", 0)
-
-
-@pytest.fixture
-def world(tmp_path):
-    return whole_root(tmp_path / "world")
+pytestmark = pytest.mark.usefixtures("small_files_too")
 
 
 # ------------------------------------------------------------------------------------------------- texts and tokens

@@ -6,6 +6,7 @@ C decoder width, K classes.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,7 +68,9 @@ class Batch:
         return dataclasses.replace(self, **moved)
 
     def pin_memory(self) -> "Batch":
-        return dataclasses.replace(self, **{name: value.pin_memory() for name, value in self.tensors().items()})
+        """A copy whose tensors on the host are pinned."""
+        pinned = {k: v if v.is_cuda else v.pin_memory() for k, v in self.tensors().items()}
+        return dataclasses.replace(self, **pinned)
 
 
 @dataclass(kw_only=True)
@@ -241,6 +244,10 @@ def _power_of_two(n: int) -> int:
 
 def real_share(batch: Batch, bucket: BucketSpec) -> float:
     """Share of a padded batch's image tokens and text tokens that are real, from ``batch.sizes`` (host only)."""
-    if bucket.height:
-        return sum(h * w for h, w in batch.sizes) / (bucket.batch * bucket.height * bucket.width)
-    return sum(size[0] for size in batch.sizes) / (bucket.batch * bucket.text_len)
+    places = bucket.height * bucket.width or bucket.text_len
+    return real_places(batch) / (bucket.batch * places)
+
+
+def real_places(batch: Batch) -> int:
+    """Pixels of a batch's images, or tokens of its texts where it has no images, that are not padding."""
+    return sum(map(math.prod, batch.sizes))

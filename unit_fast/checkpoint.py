@@ -25,6 +25,7 @@ from torch import Tensor
 
 from unit_fast import faults
 from unit_fast.config import RunConfig, load_config, to_dict, to_json
+from unit_fast.data.files import sync_folder
 from unit_fast.errors import UserError, nearest, printable
 from unit_fast.weights_file import load_weights, read_json
 
@@ -72,7 +73,7 @@ def save(
             manifest[file] = {"bytes": (folder / file).stat().st_size, "sha256": _sha256(folder / file)}
         faults.point("save.before.manifest")
         _write(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-        _sync_folder(folder)
+        sync_folder(folder)
         faults.point("save.before.rename")
         if final.exists():
             old = parent / f"{name}.old-{uuid.uuid4().hex[:8]}"
@@ -82,7 +83,7 @@ def save(
             shutil.rmtree(old)
         else:
             folder.rename(final)
-        _sync_folder(parent)
+        sync_folder(parent)
         faults.point("save.after.rename")
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -122,14 +123,6 @@ def _write(path: Path, content: Mapping[str, Tensor] | bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -141,7 +134,7 @@ def point(parent: Path, link: str, target: str) -> None:
     aside.symlink_to(target, target_is_directory=True)
     faults.point(f"point.{link}")
     aside.replace(parent / link)
-    _sync_folder(parent)
+    sync_folder(parent)
 
 
 def prune(parent: Path, keep: int) -> None:

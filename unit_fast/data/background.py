@@ -1,15 +1,12 @@
 """Reading ahead in a thread, and copying to a CUDA device on a stream of its own."""
 
 import contextlib
-import dataclasses
 import logging
 import queue
 import threading
 from collections.abc import Iterable
 
 import torch
-
-from unit_fast.batch import Batch
 
 _log = logging.getLogger("unit_fast.data")
 
@@ -102,13 +99,9 @@ class Move:
         return torch.cuda.stream(self.stream)
 
     def __call__(self, step):
-        step.batches = [self._moved(batch) for batch in step.batches]
+        step.batches = [batch.pin_memory().to(self.device) for batch in step.batches]
         step.ready = self.stream.record_event()
         return step
-
-    def _moved(self, batch: Batch) -> Batch:
-        tensors = {k: v if v.is_cuda else v.pin_memory() for k, v in batch.tensors().items()}
-        return dataclasses.replace(batch, **tensors).to(self.device)
 
 
 def received(step, device: torch.device) -> None:

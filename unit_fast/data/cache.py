@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from unit_fast.config import DataConfig
+from unit_fast.data.files import sync_folder
 from unit_fast.errors import UserError, printable
 
 FORMAT = 1
@@ -206,7 +207,7 @@ class Cache:
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                         raise
                     # another process was first: its entry says the same
-                _sync(self.folder)
+                sync_folder(self.folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
@@ -267,7 +268,7 @@ def _write_files(folder: Path, key: dict, content: Content) -> None:
         file.flush()
         os.fsync(file.fileno())
     folder.chmod(0o777 & ~umask)  # mkdtemp makes it private
-    _sync(folder)
+    sync_folder(folder)
 
 
 def _checked_meta(raw: bytes) -> dict:
@@ -307,14 +308,6 @@ def _in_use(entry: Path) -> bool:
     except OSError:  # no locks here, or no such file: nothing says that it is used
         return False
     return False
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def hash_of(value) -> str:

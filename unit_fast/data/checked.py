@@ -92,7 +92,6 @@ class CheckedImages:
 
     def _decode(self, path, now: Stamp) -> Facts:
         self.decoded += 1
-        plain = False
         try:
             height, width, plain = probe(path, self.max_pixels)
             load_image(path, self.max_pixels)

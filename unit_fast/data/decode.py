@@ -1,5 +1,6 @@
 """Image files to RGB pixels: what is accepted, what is refused, and how odd kinds are converted."""
 
+import contextlib
 import io
 import os
 import warnings
@@ -25,24 +26,22 @@ class Stamp(NamedTuple):
 
 def stamp(path) -> Stamp:
     """The stamp of an image file or of a member of a shard. ``BadImage`` where there is none."""
-    try:
-        found = path.stat() if isinstance(path, Path) else os.stat(path) if isinstance(path, str) else path.stamp()
-    except BadImage:
-        raise
-    except FileNotFoundError:
-        raise BadImage(path, "no such file") from None
-    except (OSError, ValueError) as error:
-        raise BadImage(path, describe(error)) from None
+    with _named(path):
+        found = os.stat(path) if isinstance(path, (str, Path)) else path.stamp()
     return found if isinstance(found, Stamp) else Stamp(found.st_size, found.st_mtime_ns)
 
 
 def read_bytes(path) -> bytes:
     """The encoded image, from a file or a member of a shard. ``BadImage`` where it cannot be read."""
+    with _named(path):
+        return Path(path).read_bytes() if isinstance(path, (str, Path)) else path.read()
+
+
+@contextlib.contextmanager
+def _named(path):
+    """Errors of the system as ``BadImage`` of this path; a shard's member raises its own."""
     try:
-        if not isinstance(path, (str, Path)):
-            return path.read()
-        with open(path, "rb") as file:
-            return file.read()
+        yield
     except BadImage:
         raise
     except FileNotFoundError:
@@ -53,7 +52,7 @@ def read_bytes(path) -> bytes:
 
 def _open(path, max_pixels):
     try:
-        source = path if isinstance(path, (str, Path)) else io.BytesIO(path.read())
+        source = path if isinstance(path, (str, Path)) else io.BytesIO(read_bytes(path))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower and an error
             image = Image.open(source, formats=FORMATS)

@@ -46,6 +46,15 @@ def open_file(path: str | Path, limit: int | None = None):
     return file
 
 
+def sync_folder(folder: Path) -> None:
+    """Make names that were created or renamed in ``folder`` outlast a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def read_json(path: str | Path, limit: int = JSON_LIMIT, drop: tuple[str, ...] = ()):
     """The value in a JSON file.
 

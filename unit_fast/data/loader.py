@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from unit_fast.batch import Batch
+from unit_fast.batch import Batch, real_places
 from unit_fast.data import BadImage, collate
 from unit_fast.data.background import Background, Move, received
 from unit_fast.data.cache import open_cache
@@ -57,16 +57,8 @@ class Step:
     @property
     def real(self) -> float:
         """Share of the images' area, or of the texts' places, that is not padding."""
-        real = padded = 0
-        for batch in self.batches:
-            mask = batch.pixel_mask if batch.pixel_mask is not None else batch.input_ids
-            padded += mask.numel()
-            real += sum(size[0] * size[-1] if len(size) == 2 else size[0] for size in batch.sizes)
-        return real / max(padded, 1)
-
-    def pin_memory(self) -> "Step":
-        self.batches = [batch.pin_memory() for batch in self.batches]
-        return self
+        places = [b.pixel_mask if b.pixel_mask is not None else b.input_ids for b in self.batches]
+        return sum(map(real_places, self.batches)) / max(sum(mask.numel() for mask in places), 1)
 
 
 class Fetcher(torch.utils.data.Dataset):
@@ -164,20 +156,6 @@ class BadImages:
         return {"read": self.read, "by_task": {k: v for k, v in self.by_task.items() if v}}
 
 
-class _Mean:
-    """A mean that is added to."""
-
-    def __init__(self):
-        self.sum, self.count = 0.0, 0
-
-    def add(self, value: float) -> None:
-        self.sum, self.count = self.sum + value, self.count + 1
-
-    @property
-    def mean(self) -> float:
-        return self.sum / max(self.count, 1)
-
-
 class Loader:
     """Iterator over the ``Step`` of each step from ``start`` to ``stop`` - 1; a context manager that ends its workers.
 
@@ -224,7 +202,9 @@ class Loader:
         self.readers = 1
         """Readers that work at once, each at a step of its own."""
         self.reader = self.background = None
-        self.images, self.read_s, self.real = 0, 0.0, collections.defaultdict(_Mean)
+        self.images, self.read_s = 0, 0.0
+        self.real: collections.Counter[str] = collections.Counter()
+        self.steps_read: collections.Counter[str] = collections.Counter()
         if with_images and (self.engine == "dali" or on_gpu):
             threads = data.workers or min(MOST_THREADS, len(os.sched_getaffinity(0)))
             checked = CheckedImages(open_cache(data).folder, data.max_pixels)
@@ -271,7 +251,7 @@ class Loader:
         parts = []
         if self.images:
             parts.append(f"{self.images} images at {self.images * self.readers / max(self.read_s, 1e-9):.3g} a second")
-        padding = ", ".join(f"{get_task(n).short} {1 - real.mean:.0%}" for n, real in self.real.items())
+        padding = ", ".join(f"{get_task(n).short} {1 - self.real[n] / k:.0%}" for n, k in self.steps_read.items())
         return f"loader: {'; '.join([*parts, f'padding {padding}'])}" if padding else "loader: nothing read"
 
     def _remembered(self, requested: Iterator[Request]) -> Iterator[Request]:
@@ -291,7 +271,8 @@ class Loader:
             received(step, self.device)
         if images := sum(len(batch) for batch in step.batches if batch.image is not None):
             self.images, self.read_s = self.images + images, self.read_s + step.read_s
-        self.real[step.task].add(step.real)
+        self.real[step.task] += step.real
+        self.steps_read[step.task] += 1
         return step
 
     def __enter__(self):

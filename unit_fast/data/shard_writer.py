@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from unit_fast.data.files import describe, safe_path
+from unit_fast.data.files import describe, safe_path, sync_folder
 from unit_fast.data.sampler import order
 from unit_fast.data.shards import BLOCK, INDEX, KIND, MARK, OURS, VERSION, opened, read_mark, scan
 from unit_fast.errors import UserError, printable
@@ -358,7 +358,7 @@ def _write_tar(folder: Path, path: Path, images: list[_Image], written: Written,
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise UserError(
             f"{printable(path, 400)}: cannot be written ({describe(error)}); free some space or give another --out, "
@@ -392,15 +392,7 @@ def _write_json(path: Path, content) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(path.parent)
 
 
 @contextlib.contextmanager
