@@ -12,6 +12,8 @@ computed once a tensor is float64.
 from unit_fast_kernels._triton import jit, tl
 
 ROWS = 6
+GRADIENT_ROW = 1
+"""The row of ``addresses`` that changes from step to step."""
 CHUNK = 16384
 SCALARS = 9
 """Numbers that the second kernel leaves for the third, by tensor."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from unit_fast_kernels._capture import refuse
 
 RULES = ("hf", "torch")
 POLICIES = ("skip", "graph", "update_all")
@@ -167,9 +168,11 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 
 def upload(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers of the host as a tensor on ``device``. To a card from pinned memory, so that the host does not wait; the
-    memory is torch's own and not used again before it has been copied."""
+    memory is torch's own and not used again before it has been copied. ``RuntimeError`` within a capture."""
     device = torch.device(device)
     host = torch.tensor(values, dtype=dtype)
+    if not isinstance(host, FakeTensor):
+        refuse(device, "numbers of the host would be copied to the device")
     if device.type == "cuda" and not isinstance(host, FakeTensor):
         host = host.pin_memory()
     return host.to(device, non_blocking=True)

@@ -11,8 +11,8 @@ each other, but those of two graphs, or of a graph and its capturing stream, nee
 * A counter is zeroed by the stream that first needs it, eagerly. A graph takes some of a block that an earlier eager
   call left; ``torch.cuda.graph`` waits for the device before it captures, so they are zero before any replay. With
   ``CUDAGraph.capture_begin`` alone the caller has to wait. Without an eager call before the capture there is no block:
-  that raises. ``torch.compile(mode="reduce-overhead")`` needs one too: its own warm-up takes memory from the graphs'
-  pool, and refuses what stays there.
+  that raises. Counters made in the graphs' own pool would be overwritten by replays: who runs eager steps in it calls
+  ``reserve`` before, outside. ``torch.compile(mode="reduce-overhead")`` needs an eager call before it too.
 * A launch runs to its end. If one is broken off by a fault the counters stay where they are, but then the CUDA context
   is lost too, and the process with it.
 """
@@ -22,12 +22,16 @@ import threading
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from unit_fast_kernels import _capture
 from unit_fast_kernels._triton import cdiv, jit, tl
 
 LINE = 32
 """A captured call's counters start at a multiple of 128 bytes: Triton compiles for pointers divisible by 16."""
 BLOCK = 1 << 16
 """Counters set aside for captured calls at a time: 256 KiB, 2048 calls of up to 32 counters."""
+
+RESERVED = 1024
+"""Counters of a stream; a call takes as many as there are decoder layers."""
 
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _for_graphs: dict[torch.device, list[Tensor]] = {}
@@ -62,11 +66,17 @@ def counters(like: Tensor, count: int) -> Tensor:
         return _of_graph(device, count) if capturing else _eager(device, stream, count)
 
 
+def reserve(device: torch.device) -> None:
+    """Make the counters that the current stream's launches will need, also those captured from it later."""
+    stream, _ = _stream(device)
+    with _lock:
+        _eager(device, stream, RESERVED)
+
+
 def _stream(device: torch.device) -> tuple[int, bool]:
     """(the current stream, whether it is being captured)."""
-    if device.type != "cuda":
-        return 0, False
-    return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
+    number = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return number, _capture.capturing(device)
 
 
 def _eager(device: torch.device, stream: int, count: int) -> Tensor:
@@ -76,7 +86,8 @@ def _eager(device: torch.device, stream: int, count: int) -> Tensor:
         _taken[device] = 0
     found = _of_stream.get((device, stream))
     if found is None or len(found) < count:
-        found = _of_stream[device, stream] = torch.zeros(_lines(count), dtype=torch.int32, device=device)
+        size = _lines(max(count, RESERVED))
+        found = _of_stream[device, stream] = torch.zeros(size, dtype=torch.int32, device=device)
     if device.type == "cpu" and found.count_nonzero():
         del _of_stream[device, stream]
         raise RuntimeError("a launch was interrupted in Triton's interpreter and left its counters; call again")

@@ -25,9 +25,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from unit_fast_kernels import _capture
 from unit_fast_kernels._adamw_kernels import (
     CHUNK,
-    ROWS,
+    GRADIENT_ROW,
     SCALARS,
     _adamw_decide_kernel,
     _adamw_norms_kernel,
@@ -42,7 +43,7 @@ from unit_fast_kernels._tuned import launch_parameters
 
 
 def addresses_of(rows: Sequence[Sequence[Tensor | None]]) -> list[list[int]]:
-    """[ROWS][n] addresses, 0 where there is no tensor; of an empty one, which nothing looks at, any other number.
+    """[rows][n] addresses, 0 where there is no tensor; of an empty one, which nothing looks at, any other number.
 
     The one place that asks for an address, outside the operator, which must not depend on where its arguments are. Fake
     tensors have none: zeros, and nothing is ever launched with them."""
@@ -51,17 +52,14 @@ def addresses_of(rows: Sequence[Sequence[Tensor | None]]) -> list[list[int]]:
     return [[0 if t is None else t.data_ptr() or 16 for t in row] for row in rows]
 
 
-def _capturing(device: torch.device) -> bool:
-    """Whether what is launched now goes into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 class Tables:
     """What the kernels know of an optimiser's tensors: sizes, chunks, groups; learning rates and other numbers; where
     the tensors are. What may change is compared with the last call on the host, and copied when it differs.
 
-    Within the capture of a CUDA graph nothing is copied: the graph gets a table of addresses of its own, which
-    ``finish_capture`` fills; the tensors must stay where they are then as long as the graph is replayed.
+    Within the capture of a CUDA graph nothing is copied from the host: what an eager call or ``prepare`` left must do,
+    and is kept for the graph. Only the gradients are elsewhere, in the graph's own memory. Where, is written by the
+    graph itself in front of each update, from numbers that its launches carry: such a table is right in every replay
+    and there is nothing to be done after the capture.
     """
 
     def __init__(self, sizes: Sequence[int], groups: Sequence[int], device: torch.device):
@@ -73,16 +71,16 @@ class Tables:
         self.chunks = upload(chunks, torch.int32, device)
         self._hosts: dict[str, object] = {}
         self._tensors: dict[str, Tensor] = {}
-        self._captured: list[tuple[Tensor, list]] = []
-        self._filled = 0
         self._held: list[Tensor] = []  # what graphs read, also when it has been replaced here
 
     def _in_a_graph(self) -> bool:
-        return not isinstance(self.layout, FakeTensor) and _capturing(self.device)
+        return not isinstance(self.layout, FakeTensor) and _capture.capturing(self.device)
 
     def kept(self, name: str, values, dtype: torch.dtype) -> Tensor:
-        """``values`` on the device."""
+        """``values`` on the device. ``RuntimeError`` within a capture if they are not there yet."""
         if self._hosts.get(name) != values:
+            if self._in_a_graph():
+                _capture.refuse(self.device, f"AdamW's {name} would be copied to the device")
             self._hosts[name], self._tensors[name] = values, upload(values, dtype, self.device)
         if self._in_a_graph():
             self._held.append(self._tensors[name])
@@ -91,17 +89,24 @@ class Tables:
     def addresses(self, rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
         """The table [ROWS,n] of where the tensors are."""
         values = addresses_of(rows)
+        homes = self._homes(values)
         if not self._in_a_graph():
             return self.kept("addresses", values, torch.int64)
-        table = torch.empty((ROWS, len(rows[0])), dtype=torch.int64, device=self.device)
-        self._captured.append((table, values))
+        table = homes.clone()
+        present = [i for i, address in enumerate(values[GRADIENT_ROW]) if address]
+        if present:
+            places = table[GRADIENT_ROW].unbind()
+            # Adds to zero: the scalars of a foreach launch travel with it, so that a graph holds them.
+            torch._foreach_add_([places[i] for i in present], [values[GRADIENT_ROW][i] for i in present])
         return table
 
-    def finish_capture(self) -> None:
-        """After a capture and before the first replay: fill the tables of the graphs captured since the last call."""
-        for table, values in self._captured[self._filled :]:
-            table.copy_(upload(values, torch.int64, self.device), non_blocking=True)
-        self._filled = len(self._captured)
+    def _homes(self, values: list[list[int]]) -> Tensor:
+        """The table of what stays where it is, without gradients."""
+        return self.kept(
+            "table of addresses",
+            [[0] * len(row) if i == GRADIENT_ROW else row for i, row in enumerate(values)],
+            torch.int64,
+        )
 
 
 # --- The operator ---------------------------------------------------------------------------------------------------
@@ -270,7 +275,11 @@ def _arguments(step: Step, grads: Sequence[Tensor | None], tables: Tables) -> tu
     copies, averages = (list(t) or [None] * n for t in (step.copies, step.averages))
     exp_avgs, exp_avg_sqs = map(list, zip(*(step.moments(i) for i in range(n))))
     rows = (step.params, grads, exp_avgs, exp_avg_sqs, copies, averages)
-    used = None if step.used is None else step.used.to(device, non_blocking=True).contiguous().view(torch.uint8)
+    used = step.used
+    if used is not None:
+        if used.device != device:
+            _capture.refuse(device, f"AdamW's mask of what was used, which is on {used.device}, would be copied")
+        used = used.to(device, non_blocking=True).contiguous().view(torch.uint8)
     present = [[i for i, t in enumerate(row) if t is not None] for row in (grads, copies, averages)]
     grad_dtype = grads[present[0][0]].dtype if present[0] else torch.float32
     return (
@@ -281,6 +290,11 @@ def _arguments(step: Step, grads: Sequence[Tensor | None], tables: Tables) -> tu
         step.found_inf, tables.addresses(rows), tables.layout, tables.chunks, grad_dtype, step.rule, step.unused,
         step.in_place, step.decay,
     )  # fmt: skip
+
+
+def prepare(step: Step, tables: Tables) -> None:
+    """Make and copy all that ``adamw_fused`` keeps from one call to the next, so that a step can be captured."""
+    _arguments(step, [None] * len(step.params), tables)
 
 
 @torch.no_grad()

@@ -201,7 +201,7 @@ ALLOWED = {
     ("_triton.py", ""): "a setting of Triton",
     ("_ticket.py", "_stream"): "which stream is current and its state are known to the host",
     ("adamw.py", "addresses_of"): "an address is known to the host",
-    ("adamw.py", "_capturing"): "the state of the stream is known to the host",
+    ("_capture.py", "capturing"): "the state of the stream is known to the host",
     ("adamw.py", "_operator_reference"): "the reference, on a CPU",
     ("assignment.py", "assignment_reference"): "the reference: SciPy, on the host",
     ("batch.py", "Buckets._up"): "rounds a number",

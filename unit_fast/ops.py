@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from unit_fast_kernels import _adamw_step, _triton
+from unit_fast_kernels import _adamw_step, _ticket, _triton
+from unit_fast_kernels import adamw as _adamw
 from unit_fast_kernels._adamw_cpu import adamw_cpu, adamw_cpu_unfit
 from unit_fast_kernels._adamw_step import Stats, Step, adamw_reference
 from unit_fast_kernels._attention_cpu import attention_cpu
@@ -496,6 +497,21 @@ def attribute_loss(
     _normalisation(op, normalisation)
     chosen = _implementation(op, logits, lambda: attribute_loss_unfit(logits, attributes))
     return chosen(logits, query, attributes, normalisation=normalisation, weight=weight)
+
+
+def prepare_adamw(step: Step, tables: Callable[[], Tables]) -> bool:
+    """Make what ``adamw`` keeps between calls, where its kernels would take ``step``; whether they would."""
+    first = step.params[0]
+    name, _ = _choose("adamw", first.device.type, lambda: adamw_unfit(step), isinstance(first, FakeTensor))
+    if name == "fused":
+        _adamw.prepare(step, tables())
+    return name == "fused"
+
+
+def reserve(device: torch.device) -> None:
+    """Make what kernels keep between launches on the current stream of ``device``, before steps are captured there or
+    run in a graph's memory pool, from which nothing that lasts may be taken."""
+    _ticket.reserve(device)
 
 
 def adamw(step: Step, tables: Callable[[], Tables]) -> Stats:

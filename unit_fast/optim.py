@@ -158,19 +158,25 @@ class MaskedAdamW(torch.optim.Optimizer):
         ``GradScaler`` sets, where they are not given. ``ValueError`` on another shape or dtype and on sparse gradients.
         """
         members = self._members()
-        if not members:
-            raise ValueError("MaskedAdamW: no parameters to update")
         if used is not None and (used.dtype not in (torch.uint8, torch.bool) or used.shape != (len(members),)):
             raise ValueError(
                 f"MaskedAdamW: used is {used.dtype} {list(used.shape)}; it must be uint8 or bool [{len(members)}]"
             )
+        step = self._step_of(used, grad_scale, found_inf)
+        return StepStats(*ops.adamw(step, lambda: self._tables_for(step)))
+
+    def _step_of(self, used: Tensor | None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> Step:
+        """What a step works on."""
+        members = self._members()
+        if not members:
+            raise ValueError("MaskedAdamW: no parameters to update")
         params = [p for p, _ in members]
         grads = [p.grad for p in params]
         if any(g is not None and g.layout != torch.strided for g in grads):
             raise ValueError("MaskedAdamW: sparse gradients are not supported; build embeddings with sparse=False")
         counts = self.step_counts()
         self._write_rates()
-        step = Step(
+        return Step(
             params=params,
             grads=grads,
             moments=lambda i: self._moments(params[i], counts[i]),
@@ -190,7 +196,6 @@ class MaskedAdamW(torch.optim.Optimizer):
             averages=[self.ema.get(p) for p in params] if self.ema else (),
             decay=self.ema_decay,
         )
-        return StepStats(*ops.adamw(step, lambda: self._tables_for(step)))
 
     def _possible(self, params, grads, used: Tensor | None) -> list[int] | None:
         """What may move as far as the host knows, so that the rest costs nothing; None: anything."""
@@ -211,12 +216,20 @@ class MaskedAdamW(torch.optim.Optimizer):
         step.lr = self.device_lr
         return self._tables
 
-    def finish_capture(self) -> None:
-        """Call after a CUDA graph with a ``step`` in it was captured, before its first replay: the graph's table of
-        addresses is written now, since no copy may be captured. Parameters, state and gradients must stay where they
-        were at the capture, so capture again after ``load_state_dict``."""
-        if self._tables is not None:
-            self._tables.finish_capture()
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Make everything that steps keep: moments of all parameters, step counts, rates, and the kernels' tables.
+
+        Call it before steps that are captured into a CUDA graph, or that run eagerly in a graph's memory pool: what is
+        made there would be overwritten by replays. Within a capture whatever is missing raises. A graph holds the
+        addresses of parameters and state, so capture again after ``load_state_dict``.
+        """
+        step = self._step_of(None)
+        fused = ops.prepare_adamw(step, lambda: self._tables_for(step))
+        if fused or step.counts.device.type == "cuda":
+            self._rates()
+            for i in range(len(step.params)):
+                step.moments(i)
 
     def refresh_shadow(self) -> None:
         """Copy the parameters into ``shadow``, after something other than ``step`` has written them."""
@@ -230,6 +243,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         """float64 [groups] on the device of the parameters: the learning rates that steps take, from the first time it
         is asked for. A group's ``lr`` is copied here when it changes; what is written here changes no group's ``lr``,
         and holds until that changes. A captured step follows it."""
+        return self._rates()
+
+    def _rates(self) -> Tensor:
         if self._device_lr is None:
             self._written = [group["lr"] for group in self.param_groups]
             self._device_lr = adamw_step.upload(self._written, torch.float64, self._members()[0][0].device)
@@ -259,6 +275,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             return
         for i, group in enumerate(self.param_groups):
             if group["lr"] != self._written[i]:
+                adamw_step.refuse(self._device_lr.device, f"the learning rate of group {i}, a number, would be written")
                 self._written[i] = group["lr"]
                 self._device_lr[i].fill_(group["lr"])
 
@@ -269,6 +286,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         members = self._members()
         device = members[0][0].device
         if self._counts is None:
+            adamw_step.refuse(device, "MaskedAdamW's step counts would be made")
             self._counts = torch.zeros(len(members), dtype=torch.int32, device=device)
         elif len(self._counts) < len(members) or self._counts.device != device:
             more = torch.zeros(len(members) - len(self._counts), dtype=torch.int32, device=device)
@@ -289,8 +307,10 @@ class MaskedAdamW(torch.optim.Optimizer):
         """exp_avg and exp_avg_sq of p, zeros at first; ``count`` is its element of the step counts."""
         state = self.state[p]
         if not state:
+            adamw_step.refuse(p.device, "the moments of a parameter would be made")
             state |= {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         elif state["exp_avg"].stride() != p.stride():  # the parameter was laid out anew: so must they be
+            adamw_step.refuse(p.device, "the moments of a parameter would be laid out anew")
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.empty_like(p).copy_(state[name])
         return state["exp_avg"], state["exp_avg_sq"]

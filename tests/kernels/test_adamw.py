@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from unit_fast_kernels import _assemble, _record
+from unit_fast_kernels import _assemble, _capture, _record
 from unit_fast_kernels import adamw as module
 from unit_fast_kernels._adamw_cpu import adamw_cpu
 from unit_fast_kernels._adamw_step import POLICIES, RULES, Step, adamw_reference
@@ -399,7 +399,7 @@ def test_tables_are_copied_when_something_has_changed(monkeypatch):
     assert [values[1][0] for values in copied] == [step.grads[0].data_ptr()]
 
 
-def test_a_captured_step_gets_its_own_addresses_after_the_capture(monkeypatch):
+def test_a_captured_step_writes_its_own_addresses(monkeypatch):
     """Also where they are those of the eager step before: that one's table is replaced when they change."""
     step = make()
     tables = Tables([p.numel() for p in step.params], step.groups, "cpu")
@@ -408,18 +408,28 @@ def test_a_captured_step_gets_its_own_addresses_after_the_capture(monkeypatch):
     eager = module._arguments(step, step.grads, tables)
     others = [None if g is None else g.clone() for g in step.grads]
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_capturing", lambda device: True)
-        patch.setattr(module, "upload", lambda *_: pytest.fail("copied within the capture"))
+        patch.setattr(_capture, "capturing", lambda device: True)
         first, second = (module._arguments(step, grads, tables) for grads in (step.grads, others))
-    tables.finish_capture()
     for arguments, grads in ((eager, step.grads), (first, step.grads), (second, others)):
-        assert arguments[at][1].tolist() == [0 if g is None else g.data_ptr() or 16 for g in grads]
+        assert arguments[at].tolist() == module.addresses_of(
+            [step.params, grads, *zip(*map(step.moments, range(len(step.params)))), *[[None] * len(step.params)] * 2]
+        )
     assert len({arguments[at].data_ptr() for arguments in (eager, first, second)}) == 3
     assert any(held is first[hyper] for held in tables._held)
-    written = []
-    monkeypatch.setattr(module, "upload", lambda values, *_: written.append(values))
-    tables.finish_capture()
-    assert written == []
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_within_a_capture_nothing_is_copied_from_the_host(prepared, monkeypatch):
+    step = make()
+    tables = Tables([p.numel() for p in step.params], step.groups, "cpu")
+    if prepared:
+        module.prepare(step, tables)
+    monkeypatch.setattr(_capture, "capturing", lambda device: True)
+    if prepared:
+        module._arguments(step, step.grads, tables)
+        step.hyper = [(0.5, *h[1:]) for h in step.hyper]
+    with pytest.raises(RuntimeError, match="AdamW's hyper would be copied to the device within the capture"):
+        module._arguments(step, step.grads, tables)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
