@@ -23,7 +23,7 @@ from unit_fast.batch import Batch, Buckets, fill
 from unit_fast.model import UniT
 from unit_fast.optim import MaskedAdamW
 from unit_fast.setup_model import used_masks
-from unit_fast.step_graph import StepGraphs
+from unit_fast.step_graph import Graphs, StepGraphs
 from unit_fast.train import Update, train_step
 
 SEED = 0
@@ -33,11 +33,8 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 """Beginnings of what the profiler calls a wait for the device or a copy from it."""
 
 
-class NotCaptured:
+class NotCaptured(Graphs):
     """What stands for CUDA's graphs on a CPU: each replay runs the step again, into the captured result."""
-
-    def eager(self, step):
-        return step()
 
     def capture(self, step):
         result = object.__new__(Update)
@@ -62,19 +59,20 @@ class Step(_run.Provider):
         fill(self.batch, batch)
         self.graphs = None
         if graph:
+            self.optimizer.prepare()
             backend = None if device.type == "cuda" else NotCaptured()
             self.graphs = StepGraphs(
-                lambda task, batches, done: self._update(batches), buckets, device, between=self._between,
-                backend=backend,
+                lambda task, batches, done: self._captured(batches), buckets, device, backend=backend
             )  # fmt: skip
 
     def _update(self, batches: list[Batch]) -> Update:
         bf16 = self.device.type == "cuda"
         return train_step(self.model, self.optimizer, self.task, batches, used=self.used, bf16=bf16)
 
-    def _between(self) -> None:
-        self.optimizer.finish_capture()
+    def _captured(self, batches: list[Batch]) -> Update:
+        update = self._update(batches)
         self.optimizer.zero_grad(set_to_none=True)
+        return update
 
     def update(self) -> Update:
         return self.graphs(self.task, [self.batch]) if self.graphs else self._update([self.batch])

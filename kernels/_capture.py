@@ -3,9 +3,15 @@
 A capture takes its memory from the graphs' pool, where a replay lays its own activations over whatever the host has
 written in between. So within a capture nothing may be made that lasts, nor copied from the host: what a replay reads
 was made before, by an eager step or by a call that is there for it, or is written within the graph before it is read.
+Eager steps that take their memory from the same pool (``graph_memory``) leave nothing there either.
 """
 
+import contextlib
+import threading
+
 import torch
+
+_here = threading.local()
 
 
 def capturing(device: torch.device) -> bool:
@@ -13,6 +19,21 @@ def capturing(device: torch.device) -> bool:
     if device.type != "cuda" or not torch.cuda.is_initialized():  # fake tensors need no driver
         return False
     return torch.cuda.is_current_stream_capturing()
+
+
+@contextlib.contextmanager
+def graph_memory():
+    """Says that the block's memory comes from a pool of graphs: their replays overwrite what is left in it."""
+    _here.graph_memory = True
+    try:
+        yield
+    finally:
+        _here.graph_memory = False
+
+
+def in_graph_memory(device: torch.device) -> bool:
+    """Whether memory taken now may be overwritten by a replay."""
+    return getattr(_here, "graph_memory", False) or capturing(device)
 
 
 def refuse(device: torch.device, what: str) -> None:

@@ -59,7 +59,8 @@ class Tables:
     Within the capture of a CUDA graph nothing is copied from the host: what an eager call or ``prepare`` left must do,
     and is kept for the graph. Only the gradients are elsewhere, in the graph's own memory. Where, is written by the
     graph itself in front of each update, from numbers that its launches carry: such a table is right in every replay
-    and there is nothing to be done after the capture.
+    and there is nothing to be done after the capture. Eager steps in the graphs' memory do the same, so that no table
+    of theirs lies there when a replay comes.
     """
 
     def __init__(self, sizes: Sequence[int], groups: Sequence[int], device: torch.device):
@@ -73,16 +74,16 @@ class Tables:
         self._tensors: dict[str, Tensor] = {}
         self._held: list[Tensor] = []  # what graphs read, also when it has been replaced here
 
-    def _in_a_graph(self) -> bool:
-        return not isinstance(self.layout, FakeTensor) and _capture.capturing(self.device)
+    def _real(self, question) -> bool:
+        return not isinstance(self.layout, FakeTensor) and question(self.device)
 
     def kept(self, name: str, values, dtype: torch.dtype) -> Tensor:
         """``values`` on the device. ``RuntimeError`` within a capture if they are not there yet."""
         if self._hosts.get(name) != values:
-            if self._in_a_graph():
+            if not isinstance(self.layout, FakeTensor):
                 _capture.refuse(self.device, f"AdamW's {name} would be copied to the device")
             self._hosts[name], self._tensors[name] = values, upload(values, dtype, self.device)
-        if self._in_a_graph():
+        if self._real(_capture.capturing):
             self._held.append(self._tensors[name])
         return self._tensors[name]
 
@@ -90,7 +91,7 @@ class Tables:
         """The table [ROWS,n] of where the tensors are."""
         values = addresses_of(rows)
         homes = self._homes(values)
-        if not self._in_a_graph():
+        if not self._real(_capture.in_graph_memory):
             return self.kept("addresses", values, torch.int64)
         table = homes.clone()
         present = [i for i, address in enumerate(values[GRADIENT_ROW]) if address]
@@ -294,7 +295,8 @@ def _arguments(step: Step, grads: Sequence[Tensor | None], tables: Tables) -> tu
 
 def prepare(step: Step, tables: Tables) -> None:
     """Make and copy all that ``adamw_fused`` keeps from one call to the next, so that a step can be captured."""
-    _arguments(step, [None] * len(step.params), tables)
+    with _capture.graph_memory():  # as a captured step: gradients are not here yet, and each step has its own
+        _arguments(step, [None] * len(step.params), tables)
 
 
 @torch.no_grad()

@@ -122,23 +122,28 @@ class BucketSpec:
         parts += [f"{self.max_targets} targets"] if self.max_targets else []
         return " ".join(parts)
 
-    def empty(self, like: Batch, device) -> Batch:
-        """A batch of this shape with the fields and dtypes of ``like``, nothing but padding, on ``device``."""
+    def fields(self, like: Batch) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Field -> shape and dtype of a batch of this shape with the fields and dtypes of ``like``."""
         sides = {
             "image": (3, self.height, self.width), "pixel_mask": (self.height, self.width),
             **dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (self.text_len,)),
             "labels": (self.max_targets,), "boxes": (self.max_targets, 4),
         }  # fmt: skip
-        fields = like.tensors()
-        if like.image is not None:
-            fields.setdefault("pixel_mask", like.image.new_empty(0, dtype=torch.bool))
         if like.attributes is not None:
             sides["attributes"] = (self.max_targets, like.attributes.shape[-1])
+        found = {
+            name: ((self.batch, *sides.get(name, value.shape[1:])), value.dtype)
+            for name, value in like.tensors().items()
+        }
+        if like.image is not None:
+            found.setdefault("pixel_mask", ((self.batch, *sides["pixel_mask"]), torch.bool))
+        return found
+
+    def empty(self, like: Batch, device) -> Batch:
+        """A batch of this shape with the fields and dtypes of ``like``, nothing but padding, on ``device``."""
         made = {
-            name: torch.full(
-                (self.batch, *sides.get(name, value.shape[1:])), PADDING.get(name, 0), dtype=value.dtype, device=device
-            )
-            for name, value in fields.items()
+            name: torch.full(shape, PADDING.get(name, 0), dtype=dtype, device=device)
+            for name, (shape, dtype) in self.fields(like).items()
         }
         return Batch(task=like.task, **made)
 
@@ -222,6 +227,15 @@ class Buckets:
             text_len=text_len and max(text_len, min(self.text_len, _power_of_two(max(text_len, self.least_text)))),
             max_targets=targets and _power_of_two(max(targets, self.least_targets)),
         )  # fmt: skip
+
+    def largest(self, bucket: BucketSpec) -> BucketSpec:
+        """The largest bucket with the kinds of input and the samples that ``bucket`` has, at least as large as it."""
+        height, width = self.images[-1]
+        more = {"height": height, "width": width} if bucket.height * bucket.width < height * width else {}
+        kinds = {"text_len": self.text_len if bucket.text_len else 0}
+        return dataclasses.replace(
+            bucket, **(more if bucket.height else {}), **{k: max(v, getattr(bucket, k)) for k, v in kinds.items()}
+        )
 
     def of(self, batches: Sequence[Batch]) -> BucketSpec:
         """The bucket for all of ``batches`` alike; what they hold is not read, only their shapes.

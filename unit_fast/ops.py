@@ -26,6 +26,7 @@ from unit_fast_kernels import adamw as _adamw
 from unit_fast_kernels._adamw_cpu import adamw_cpu, adamw_cpu_unfit
 from unit_fast_kernels._adamw_step import Stats, Step, adamw_reference
 from unit_fast_kernels._attention_cpu import attention_cpu
+from unit_fast_kernels._capture import graph_memory as graph_memory
 from unit_fast_kernels._set_loss_cpu import set_loss_cpu
 from unit_fast_kernels.adamw import Tables, adamw_fused, adamw_unfit
 from unit_fast_kernels.assignment import assignment_fused, assignment_reference, assignment_unfit

@@ -1,16 +1,23 @@
 """The whole training step as CUDA graphs, one for each task and bucket of shapes.
 
 A step of ours reads nothing on the host (``tests/test_no_host_read.py``), so forward, matching, losses, backward, clip
-and optimiser are captured together and replayed with one launch. A batch is copied into the static tensors of its
-bucket; the first batches of a bucket run eagerly on a side stream, which is the warm-up that capture wants and trains
-as any other step; then the step is captured and from there on replayed. Dropout's numbers come from the default
-generator, whose offset a replay advances; the learning rate comes from a step counter on the device. All graphs share
-one memory pool, so that together they need little more than the largest.
+and optimiser are captured together and replayed with one launch. A batch is copied into static tensors that all buckets
+share (``input_arena``); the first batch of a bucket runs eagerly on the capturing stream, which is the warm-up that
+capture wants and trains as any other step; then the step is captured and from there on replayed. Dropout's numbers come
+from the default generator, whose offset a replay advances; the learning rate comes from a step counter on the device.
+
+Memory: all graphs and the eager steps between them take it from one pool, so that together they need little more than
+the largest. Replays overwrite whatever lies in it. So what outlives a step is made outside (``MaskedAdamW.prepare``,
+``ops.reserve``), and what a replay reads it writes before, or it was made before the capture (``tests/test_capture.py``
+proves both for every task).
 
 Where a step cannot be captured, its bucket runs eagerly and one line says why. A counter inside the step proves that
 replays happen: ``check`` compares it with the host's.
 """
 
+import contextlib
+import dataclasses
+import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,42 +26,129 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unit_fast import ops
 from unit_fast.batch import Batch, Buckets, BucketSpec, fill, real_share
 from unit_fast.errors import UserError
+from unit_fast.input_arena import InputArena
 from unit_fast.tasks import get_task
 
-WARM_UP = 2
-"""Eager steps of a bucket before it is captured: the first initialises libraries and optimiser state."""
+WARM_UP = 1
+"""Eager steps of a bucket before it is captured: they initialise libraries and compile kernels for its shapes."""
+TRIES = 2
+"""Captures of a bucket that may fail; between two of them it runs eagerly once more."""
 MOST_GRAPHS = 64
-"""Buckets captured at most; more would hold too many static inputs and take longer to capture than they save."""
+"""Buckets captured at most; more take longer to capture than they save."""
 
 _log = logging.getLogger("unit_fast.step_graph")
 
 
-class CudaGraphs:
-    """Capture and replay on a CUDA device, one memory pool for all graphs."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)
+class Graphs:
+    """What ``StepGraphs`` asks of what captures. This one has only eager steps; it is for other devices to build on."""
 
     def eager(self, step: Callable):
-        """``step()`` on the stream that captures."""
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            result = step()
-        current.wait_stream(self.stream)
-        return result
+        """The result of ``step()``, in memory that no replay overwrites."""
+        return step()
+
+    def left_behind(self) -> str | None:
+        """What the last eager step left in the memory of graphs, all of which must be given up then; None: nothing."""
+        return None
 
     def capture(self, step: Callable) -> tuple[Callable[[], None], object]:
         """(replay, the result whose tensors each replay fills); ``step`` is recorded, not run."""
+        raise NotImplementedError
+
+    def random_state(self) -> Tensor:
+        """The state of the default generator, which the host knows."""
+        return torch.get_rng_state()
+
+    def release(self, random_state: Tensor) -> None:
+        """After the last reference to every graph is gone: give their memory back, and draw again from that state."""
+        torch.set_rng_state(random_state)
+
+
+class CudaGraphs(Graphs):
+    """Capture and replay on a CUDA device; one memory pool for all graphs and for the eager steps between them."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.MemPool()
+        self.pooled = True
+        """Whether eager steps take their memory from the pool."""
+        self.left = 0
+        """Bytes that the last eager step left there."""
+        with torch.cuda.stream(self.stream):  # workspaces of the libraries last: they are not to lie in the pool
+            for dtype in (torch.float32, torch.bfloat16):
+                a = torch.ones(64, 64, dtype=dtype, device=device)
+                torch.nn.functional.linear(a, a, a[0])
+                a @ a
+
+    def eager(self, step: Callable):
+        """On the stream that captures, in the pool, from which the result is copied."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            ops.reserve(self.device)
+            before = self._live_bytes()
+            with self._memory():
+                result = step()
+        current.wait_stream(self.stream)
+        result = copied(result)
+        self.left = self._live_bytes() - before
+        if self.left > 0:
+            gc.collect()
+            self.left = self._live_bytes() - before
+        return result
+
+    def left_behind(self) -> str | None:
+        """Replays would overwrite it. It keeps the pool's memory, and graphs get another pool from now on."""
+        if self.left <= 0:
+            return None
+        self.pool, self.pooled, left, self.left = torch.cuda.MemPool(), False, self.left, 0
+        return f"an eager step left {left:,} bytes in the graphs' memory; eager steps take theirs elsewhere from now on"
+
+    @contextlib.contextmanager
+    def _memory(self):
+        if not self.pooled:
+            yield
+            return
+        # Backward passes run in this thread, since only its allocations go to the pool.
+        with (
+            torch.cuda.use_mem_pool(self.pool, self.device),
+            torch.autograd.set_multithreading_enabled(False),
+            ops.graph_memory(),
+        ):
+            yield
+
+    def _live_bytes(self) -> int:
+        if not self.pooled:
+            return 0
+        blocks = (b for segment in self.pool.snapshot() for b in segment["blocks"])
+        return sum(b["size"] for b in blocks if b["state"] == "active_allocated")
+
+    def capture(self, step: Callable) -> tuple[Callable[[], None], object]:
+        with torch.cuda.stream(self.stream):
+            ops.reserve(self.device)
         graph = torch.cuda.CUDAGraph()
         # The loader's thread may pin memory meanwhile: only what this thread does is forbidden.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream, capture_error_mode="thread_local"):
             result = step()
         return graph.replay, result
+
+    def random_state(self) -> Tensor:
+        return torch.cuda.get_rng_state(self.device)
+
+    def release(self, random_state: Tensor) -> None:
+        self.pool = torch.cuda.MemPool()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.set_rng_state(random_state, self.device)
+
+
+def copied(result):
+    """A dataclass with its tensors copied."""
+    tensors = {f.name: v for f in dataclasses.fields(result) if isinstance(v := getattr(result, f.name), Tensor)}
+    return dataclasses.replace(result, **{name: value.clone() for name, value in tensors.items()})
 
 
 @dataclass
@@ -65,6 +159,8 @@ class _Captured:
     """The static tensors, one batch a forward pass."""
     eager_steps: int = 0
     replays: int = 0
+    failures: int = 0
+    """Captures that failed."""
     replay: Callable[[], None] | None = None
     result: object = None
     refused: str | None = None
@@ -74,10 +170,13 @@ class _Captured:
 class StepGraphs:
     """Runs ``step(task, batches, done)``, captured where it can be.
 
-    ``step`` is one whole update: it reads only its batches and what lives on the device, and returns a dataclass of
-    tensors (and of what never changes), which the next call may overwrite. ``done``: updates before this one, int64 on
-    the device, counted by the steps themselves from the number given here. ``between`` is called on the host after each
-    capture. ``backend``: ``CudaGraphs``, or what does the same (tests).
+    ``step`` is one whole update: it reads only its batches and what lives on the device, leaves no tensor behind but
+    what it returns (gradients are dropped), and returns a dataclass of tensors (and of what never changes), which the
+    next call may overwrite. ``done``: updates before this one, int64 on the device, counted by the steps themselves
+    from the number given here. ``backend``: a ``Graphs``; ``CudaGraphs`` unless told otherwise.
+
+    ``torch.cuda.OutOfMemoryError`` in an eager step gives back the memory of the graphs and runs the step again; when
+    it happens a second time, no more graphs are made, and without graphs it is the caller's.
     """
 
     def __init__(
@@ -87,18 +186,20 @@ class StepGraphs:
         device: torch.device,
         *,
         done: int = 0,
-        between: Callable[[], None] = lambda: None,
         backend=None,
         warm_up: int = WARM_UP,
         most: int = MOST_GRAPHS,
     ):
-        self.step, self.buckets, self.device, self.between = step, buckets, device, between
+        self.step, self.buckets, self.device = step, buckets, device
         self.backend = CudaGraphs(device) if backend is None else backend
         self.warm_up, self.most = warm_up, most
+        self.arena = InputArena(buckets, device)
         self.captured: dict[tuple[str, BucketSpec, int], _Captured] = {}
         self.done = torch.full((), done, dtype=torch.int64, device=device)
         """Updates that really ran."""
         self.expected = done
+        self.releases = 0
+        """How often graphs were given up for their memory."""
         self.real: Counter[str] = Counter()
         self.padded: Counter[str] = Counter()
 
@@ -108,18 +209,19 @@ class StepGraphs:
         key = task, bucket, len(batches)
         known = self.captured.get(key)
         if known is None:
-            known = self.captured[key] = _Captured([bucket.empty(b, self.device) for b in batches])
+            known = self.captured[key] = _Captured(self.arena.place(bucket, batches))
         for static, batch in zip(known.batches, batches, strict=True):
             fill(static, batch)
             if batch.sizes:
                 self.real[task] += real_share(batch, bucket)
                 self.padded[task] += 1
         self.expected += 1
-        if known.replay is None and known.refused is None and known.eager_steps >= self.warm_up:
+        # An eager step after each capture that failed, and one more for whatever the first left to be made.
+        if known.replay is None and known.refused is None and known.eager_steps >= self.warm_up + known.failures:
             self._capture(task, bucket, known)
         if known.replay is None:
             known.eager_steps += 1
-            return self.backend.eager(lambda: self._run(task, known.batches))
+            return self._eager(task, bucket, known)
         known.replays += 1
         known.replay()
         return known.result
@@ -129,22 +231,62 @@ class StepGraphs:
         self.done.add_(1)
         return result
 
+    def _eager(self, task: str, bucket: BucketSpec, known: _Captured):
+        state = self.backend.random_state()
+        try:
+            return self._warmed(task, known.batches)
+        except torch.cuda.OutOfMemoryError as error:
+            if not self._graphs():
+                raise
+            message = str(error).splitlines()[0]
+        # Here, for the exception held the tensors of the step. It has changed nothing: what an update changes comes
+        # last, and takes its memory before.
+        known.refused = f"out of memory ({message})"
+        self.releases += 1
+        if self.releases > 1:
+            self.most = 0
+        _log.warning(
+            "%s, %s: out of memory in an eager step: all graphs give theirs back%s; this shape stays eager (%s)",
+            task, bucket, " and no more are captured" if not self.most else "", message,
+        )  # fmt: skip
+        self._forget_graphs()
+        self.backend.release(state)
+        return self._warmed(task, known.batches)
+
+    def _warmed(self, task: str, batches: list[Batch]):
+        """The result of an eager step; graphs that it made unsafe are given up."""
+        result = self.backend.eager(lambda: self._run(task, batches))
+        if left := self.backend.left_behind():
+            _log.warning("%s", left)
+            self._forget_graphs()
+        return result
+
+    def _graphs(self) -> int:
+        return sum(known.replay is not None for known in self.captured.values())
+
+    def _forget_graphs(self) -> None:
+        for known in self.captured.values():
+            known.replay = known.result = None
+
     def _capture(self, task: str, bucket: BucketSpec, known: _Captured) -> None:
-        count = sum(c.replay is not None for c in self.captured.values())
+        count = self._graphs()
         if count >= self.most:
-            known.refused = f"{count} graphs exist already"
+            known.refused = f"{count} graphs exist already" if self.most else "graphs were given up: out of memory"
         else:
             try:
                 known.replay, known.result = self.backend.capture(lambda: self._run(task, known.batches))
             except torch.cuda.OutOfMemoryError as error:
                 known.refused = f"out of memory ({str(error).splitlines()[0]})"
             except RuntimeError as error:  # what CUDA and torch raise when something cannot be captured
-                known.refused = f"capture failed ({str(error).splitlines()[0]})"
-            finally:
-                self.between()
+                known.failures += 1
+                message = str(error).splitlines()[0]
+                if known.failures >= TRIES:
+                    known.refused = f"capture failed {TRIES} times ({message})"
+                else:
+                    _log.info("%s, %s: capture failed (%s); tried again after another step", task, bucket, message)
         if known.refused:
             _log.warning("%s, %s: stays eager: %s", task, bucket, known.refused)
-        else:
+        elif known.replay:
             _log.info("%s, %s: captured (graph %d)", task, bucket, count + 1)
 
     def check(self) -> None:

@@ -208,20 +208,18 @@ class Trainer(RunState):
             self.log.line(f"every step runs eagerly, without CUDA graphs: {why_not}")
             return None
         config, model, optimizer = self.config, self.model, self.optimizer
+        optimizer.prepare()
 
         def step(task: str, batches: list[Batch], done: Tensor) -> Update:
             # The learning rate follows the count on the device: a number of the host would be frozen into the graph.
             optimizer.scale_lr(lr_multiplier_tensor(done, config.optim.warmup_steps, config.steps))
-            return train_step(model, optimizer, task, batches, used=self.masks[task], bf16=self.bf16)
+            update = train_step(model, optimizer, task, batches, used=self.masks[task], bf16=self.bf16)
+            optimizer.zero_grad(set_to_none=True)  # their memory is the graphs', and the next step's too
+            return update
 
         buckets = buckets_of(config)
         self.log.line(f"steps are captured as CUDA graphs, images padded to one of {len(buckets.images)} shapes")
-        return StepGraphs(step, buckets, self.device, done=self.step, between=self._between_graphs)
-
-    def _between_graphs(self) -> None:
-        """After a capture: the gradients' memory belongs to the graph, and is the next one's too."""
-        self.optimizer.finish_capture()
-        self.optimizer.zero_grad(set_to_none=True)
+        return StepGraphs(step, buckets, self.device, done=self.step)
 
     def _lr_multiplier(self, done: int) -> float:
         """Factor on the learning rates of the update after ``done`` ones."""
