@@ -1,7 +1,7 @@
 """Captured steps leave nothing to the host and nothing in graphs' memory: for every task, and plants that are found.
 
 ``captures.Recorded`` captures operators instead of launches, with our kernels as the registered operators that they
-are on a card (under ``TRITON_INTERPRET=1`` the kernels themselves run, and follow the graph's table of addresses).
+are on a card. (That a captured update finds its gradients is ``kernels/test_masked_adamw.py``'s, interpreted.)
 """
 
 import pytest
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def as_on_a_card(monkeypatch):
-    """Operators with kernels are taken as such, as if the interpreter ran them; registered ones have their reference."""
+    """Operators that have kernels are taken as on a card; what is registered runs its reference here."""
     monkeypatch.setattr(_triton, "INTERPRETING", True)
     with ops.kernels("fused"):
         yield

@@ -320,8 +320,12 @@ class RunConfig:
     """Steps between log lines; losses are read from the device only then."""
     criterion: str = "vqa2"
     """Task whose metric chooses the best checkpoint; ``mean`` takes the mean over tasks."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on CUDA, fp32 on a CPU."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """auto: bf16 autocast on CUDA, fp32 on a CPU. fp32 is single precision everywhere; tf32 (CUDA) rounds the inputs of
+    products and convolutions to TF32."""
+    deterministic: Literal["auto", "on", "off"] = "auto"
+    """on: two runs on one kind of card give the same bits, and so does a resumed one. auto: on a CPU they always do (at
+    one number of threads); on CUDA cuDNN chooses, and gradients of convolutions may differ in their last bits."""
     device: str = "auto"
     """auto takes CUDA where there is one."""
     graph: Literal["auto", "on", "off"] = "auto"

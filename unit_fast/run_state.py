@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from unit_fast import checkpoint
+from unit_fast import checkpoint, numerics
 from unit_fast.config import RunConfig
 from unit_fast.data import MissingSplit, open_dataset
 from unit_fast.data.images import engine_of
@@ -93,7 +93,8 @@ class RunState:
             _log.warning("criterion %s is not trained: the best mean over tasks is kept instead", config.criterion)
             config = dataclasses.replace(config, criterion="mean")
         self.device = device_of(config)
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
+        numerics.check(config.precision, self.device)
+        self.bf16 = numerics.takes_bf16(config.precision, self.device)
         self.ratios = normalised(config.ratios, config.model.tasks)
         self.datasets = {
             name: open_dataset(
@@ -138,16 +139,18 @@ class RunState:
 
     def _header(self, source: Path | None) -> None:
         config, (total, trainable) = self.config, parameter_counts(self.model)
+        precision = "bf16" if self.bf16 else config.precision.replace("auto", "fp32")
         tasks = ", ".join(f"{get_task(n).short} {r:.2f} ({len(self.datasets[n])})" for n, r in self.ratios.items() if r)
         self.log.line(
             f"{config.recipe or 'run'}: {total:,} parameters, {trainable:,} trained | {self.device} "
-            f"{'bf16' if self.bf16 else 'fp32'}, {torch.get_num_threads()} threads | seed {config.seed}"
+            f"{precision}, {torch.get_num_threads()} threads | seed {config.seed}"
         )
         self.log.line(
             f"effective batch {config.effective_batch} ({config.batch_per_process} x {config.accumulate} accumulated"
             f"{''.join(f', {get_task(n).short} {b * config.accumulate}' for n, b in config.task_batch.items())}), "
             f"the paper's is 64 | ratio and training samples: {tasks}"
         )
+        self.log.line(numerics.promise(config.deterministic, self.device))
         if source:
             self.log.line(f"going on after step {self.step} from {source}")
 

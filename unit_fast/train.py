@@ -26,6 +26,7 @@ from unit_fast.config import RunConfig
 from unit_fast.data.loader import Loader
 from unit_fast.errors import UserError, printable
 from unit_fast.logging import Record
+from unit_fast.numerics import arithmetic
 from unit_fast.optim import MaskedAdamW
 from unit_fast.run_folder import EXIT, RunFolder, write
 from unit_fast.run_state import RunState
@@ -292,7 +293,7 @@ class Trainer(RunState):
         """Train, evaluate, save; whatever the end is, ``summary.json`` tells it."""
         status, message, self.begun = "failed", "", time.monotonic()
         try:
-            with self.signals:
+            with self.signals, arithmetic(self.config.precision, self.config.deterministic, self.device):
                 self._loop(min(self.config.steps, stop_at or self.config.steps))
                 status = self.finish()
             if status == "interrupted":

@@ -4,6 +4,7 @@ Under ``TRITON_INTERPRET=1`` the kernels run, else torch's fused AdamW, to which
 """
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from unit_fast_kernels import adamw as module
 from unit_fast_kernels._triton import INTERPRETING
 
+from tests.captures import Recorded, watching
 from tests.kernels.test_adamw import bits
 from unit_fast import ops, recipes
 from unit_fast.model import UniT
@@ -23,6 +25,14 @@ MODES = (FAST, "reference")
 SIZES = (1, 3, 8, 17, 40, 64, 5, 1025)
 TASKS = ((1, 1, 1, 1, 0, 0, 0, 1), (0, 0, 0, 1, 1, 1, 0, 0), (1, 0, 0, 1, 1, 0, 0, 1))
 """Which parameters a task uses; one is never used."""
+
+
+@dataclasses.dataclass
+class Found:
+    """What a step returns."""
+
+    grad_norm: torch.Tensor
+    nonfinite: torch.Tensor
 
 
 def parameters(dtype=torch.float32, device="cpu"):
@@ -384,6 +394,41 @@ def test_fused_on_a_cpu_says_what_to_do():
         pytest.raises(ValueError, match="adamw: the mode is fused, but tensors are on cpu: move them to CUDA"),
     ):
         MaskedAdamW([p]).step()
+
+
+def test_a_captured_update_finds_its_gradients():
+    """Replayed by the stand-in, which fills the graph's memory with garbage before: the table of addresses that the
+    graph writes is all that leads the kernels (interpreted here) to the gradients."""
+    if not INTERPRETING:
+        pytest.skip("registered operators run their reference, which needs no addresses")
+    results = []
+    for captured in (False, True):
+        with watching() as watch, ops.kernels("fused"):
+            params, backend = parameters(), Recorded(watch)
+            optimizer = MaskedAdamW(params, lr=1e-2, max_norm=0.1)
+            used = torch.tensor(TASKS[0], dtype=torch.uint8)
+            generator = torch.Generator().manual_seed(1)
+            raw = [torch.randn(p.shape, generator=generator) for p in params]
+            optimizer.prepare()
+
+            def one(params=params, optimizer=optimizer, used=used, raw=raw):
+                for p, g in zip(params, raw):
+                    p.grad = g * 1.0  # new memory, as a backward pass would take
+                stats = optimizer.step(used)
+                optimizer.zero_grad(set_to_none=True)
+                return Found(stats.grad_norm, stats.nonfinite)
+
+            backend.eager(one)
+            replay = backend.capture(one)[0] if captured else None
+            for i in range(3):
+                for g in raw:
+                    g.mul_(i + 2)
+                replay() if captured else backend.eager(one)
+            results.append(([p.detach().clone() for p in params], optimizer.step_counts().clone()))
+    (eager, eager_counts), (replayed, replayed_counts) = results
+    assert torch.equal(eager_counts, replayed_counts)
+    assert max(eager_counts) == 4
+    assert all(torch.equal(a, b) for a, b in zip(eager, replayed))
 
 
 @pytest.mark.gpu
