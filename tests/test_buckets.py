@@ -50,10 +50,37 @@ def test_an_image_beyond_every_bucket_gets_its_own():
 
 
 @pytest.mark.parametrize(
-    ("length", "expected"), [(3, 16), (16, 16), (17, 32), (64, 64), (65, 128), (100, 128), (200, 200)]
+    ("length", "alone", "beside"),
+    [(3, 16, 16), (16, 16, 16), (17, 24, 32), (25, 32, 32), (64, 64, 64), (65, 96, 128), (97, 128, 128), (200,) * 3],
 )
-def test_texts_are_padded_to_powers_of_two(length, expected):
-    assert _buckets().bucket_of([(length,)], text_len=length).text_len == expected
+def test_texts_are_padded_to_powers_of_two_and_alone_to_half_as_much_again(length, alone, beside):
+    assert _buckets().bucket_of([(length,)], text_len=length).text_len == alone
+    assert _buckets().bucket_of([(480, 640)], text_len=length).text_len == beside
+
+
+def test_images_are_ranked_so_that_neighbours_share_a_bucket():
+    """One orientation after the other, and where they meet stand large ones."""
+    buckets, transform, rng = _buckets(), TrainTransform(DataConfig()), random.Random(0)
+    sizes = [transform.geometry(*rng.choice(SIZES), key).size for key in range(400)]
+    ranked = sorted(sizes, key=lambda size: buckets.rank(*size))
+    found = [buckets.bucket_of([size]) for size in ranked]
+    sides = [(b.height, b.width) for b in found]
+    assert sum(a != b for a, b in zip(sides, sides[1:])) == len(set(sides)) - 1  # each bucket in one stretch
+    kinds = ["wide" if h < w else "square" if h == w else "tall" for h, w in sides]
+    assert kinds == sorted(kinds, key=["wide", "square", "tall"].index)
+    areas = {kind: [h * w for (h, w), k in zip(sides, kinds) if k == kind] for kind in set(kinds)}
+    assert areas["wide"] == sorted(areas["wide"])
+    assert areas["tall"] == sorted(areas["tall"], reverse=True)
+
+
+def test_the_largest_bucket_of_a_kind():
+    buckets = _buckets()
+    image = buckets.bucket_of([(480, 640)] * 2, text_len=9)
+    assert buckets.largest(image) == dataclasses.replace(image, height=1344, width=1344, text_len=128)
+    huge = buckets.bucket_of([(1400, 1500)], targets=3)
+    assert buckets.largest(huge) == huge
+    text = buckets.bucket_of([(9,)], text_len=9)
+    assert buckets.largest(text) == dataclasses.replace(text, text_len=128)
 
 
 def test_a_longest_text_that_is_no_power_of_two_is_the_last_bucket():

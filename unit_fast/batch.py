@@ -179,7 +179,8 @@ class Buckets:
 
     Images: two orientations x ``heights`` short sides x ``widths`` long sides, and squares for batches with images of
     both orientations. The short sides end at ``short_side``, the long ones at ``max_side``, both rounded up to
-    ``multiple``. Texts: powers of two up to ``text_len``. Targets: powers of two.
+    ``multiple``. Texts: powers of two up to ``text_len``, texts without an image also half as much again. Targets:
+    powers of two.
     """
 
     short_side: int
@@ -187,7 +188,7 @@ class Buckets:
     text_len: int = 128
     """Longest text, tokens."""
     heights: int = 2
-    widths: int = 4
+    widths: int = 3
     least_text: int = 16
     least_targets: int = 32
     multiple: int = 32
@@ -222,11 +223,24 @@ class Buckets:
             height, width = (max(side) for side in zip(*sizes))
             fitting = (s for s in self.images if s[0] >= height and s[1] >= width)
             height, width = next(fitting, (self._up(height), self._up(width)))
+        tokens = max(text_len, self.least_text)
+        # Beside an image a text is small; alone it is all there is, and half as much again lies between two powers.
+        tokens = _power_of_two(tokens) if height else _power_or_between(tokens)
         return BucketSpec(
             height=height, width=width, batch=len(sizes),
-            text_len=text_len and max(text_len, min(self.text_len, _power_of_two(max(text_len, self.least_text)))),
+            text_len=text_len and max(text_len, min(self.text_len, tokens)),
             max_targets=targets and _power_of_two(max(targets, self.least_targets)),
         )  # fmt: skip
+
+    def rank(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """What images are sorted by so that neighbours share a bucket, or need one that is little larger.
+
+        By orientation first: a batch with both needs a square. Wide ones end and tall ones begin with the largest.
+        """
+        bucket = self.bucket_of([(height, width)])
+        kind = (bucket.height >= bucket.width) + (bucket.height > bucket.width)
+        sign = -1 if kind == 2 else 1
+        return kind, sign * bucket.height * bucket.width, bucket.height, sign * height * width
 
     def largest(self, bucket: BucketSpec) -> BucketSpec:
         """The largest bucket with the kinds of input and the samples that ``bucket`` has, at least as large as it."""
@@ -254,6 +268,12 @@ class Buckets:
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def _power_or_between(n: int) -> int:
+    """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least n."""
+    power = _power_of_two(n)
+    return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
 
 
 def real_share(batch: Batch, bucket: BucketSpec) -> float:

@@ -278,10 +278,10 @@ class BucketConfig:
 
     heights: int = 2
     """Short sides of image buckets, evenly down from the longest one."""
-    widths: int = 4
+    widths: int = 3
     """Long sides for each short side, in both orientations. More of either pad less and capture more graphs."""
     least_text: int = 16
-    """Shortest text bucket, tokens; each next one is twice as long."""
+    """Shortest text bucket, tokens; each next one is twice as long, without an image also half as much again."""
     least_targets: int = 32
     """Fewest places for objects; each next bucket has twice as many."""
 

@@ -30,7 +30,8 @@ class InputArena:
         """Batches of shape ``bucket`` with the fields and dtypes of ``like``, of whatever was there before."""
         needed = _bytes(bucket, like)
         if not self.blocks or len(self.blocks[-1]) < needed:
-            size = max(needed, _bytes(self.buckets.largest(bucket), like))
+            # An eighth more than the largest images need: other tasks have other small fields.
+            size = max(needed, _bytes(self.buckets.largest(bucket), like) * 9 // 8)
             self.blocks.append(torch.empty(size, dtype=torch.uint8, device=self.device))
         block, start, found = self.blocks[-1], 0, []
         for batch in like:

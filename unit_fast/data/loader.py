@@ -279,12 +279,16 @@ class Loader:
         return self
 
     def __exit__(self, kind, error, trace):
+        workers = getattr(self.reader, "_workers", ())
+        # torch notices a dead worker through SIGCHLD, that is anywhere in the training step, or by a broken connection.
+        died = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+        died |= isinstance(error, EOFError | ConnectionError) and not all(w.is_alive() for w in workers)
         self.close()
-        # torch notices a dead worker through SIGCHLD, that is anywhere in the training step.
-        if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
+        if died:
+            what = printable((str(error) or type(error).__name__).splitlines()[0])
             reading = f"{self.waiting[0].task}, step {self.waiting[0].step}" if self.waiting else "nothing"
             raise UserError(
-                f"a loader process died; being read: {reading} ({printable(str(error).splitlines()[0])}). Often memory "
+                f"a loader process died; being read: {reading} ({what}). Often memory "
                 "ran out or /dev/shm is full: try fewer --data.workers or a smaller --data.prefetch. "
                 "--resume auto goes on from the last checkpoint"
             ) from error
@@ -302,17 +306,11 @@ class Loader:
 
 
 def _shapes(datasets: dict, config) -> dict:
-    """Data set -> what its visits are sorted by: the bucket of the image and its area, or the number of tokens."""
+    """Data set -> what its visits are sorted by: the image as ``Buckets.rank`` has it, or the number of tokens."""
     buckets = buckets_of(config)
-    places = {side: i for i, side in enumerate(buckets.images)}
 
     def by_image(dataset):
-        def size(index, key):
-            height, width = dataset.shape(index, key)
-            bucket = buckets.bucket_of([(height, width)])
-            return places.get((bucket.height, bucket.width), len(places)), height * width
-
-        return size
+        return lambda index, key: buckets.rank(*dataset.shape(index, key))
 
     return {
         name: by_image(dataset) if dataset.task.has_image else dataset.shape
