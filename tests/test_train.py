@@ -359,12 +359,40 @@ def test_the_average_is_what_it_says(root):
     model = torch.nn.Linear(3, 2)
     ema = Ema(model, 0.75)
     expected = model.weight.detach().clone()
-    for _ in range(4):
+    for refused in (0, 0, 1, 0):
         with torch.no_grad():
             model.weight += 1.0
-        ema.update()
-        expected = 0.75 * expected + 0.25 * model.weight.detach()
+        before = ema.model.weight.clone()
+        ema.update(torch.tensor(refused, dtype=torch.int32))
+        if refused:
+            assert torch.equal(ema.model.weight, before)
+        else:
+            expected = 0.75 * expected + 0.25 * model.weight.detach()
     assert torch.allclose(ema.model.weight, expected)
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.5, 0.9, 0.9999])
+def test_the_average_has_the_bits_of_a_weight_known_to_the_host(decay):
+    from unit_fast.setup_model import Ema
+
+    model = torch.nn.Linear(37, 29)
+    ema = Ema(model, decay)
+    with torch.no_grad():
+        model.weight.normal_()
+        expected = torch.lerp(ema.model.weight, model.weight, 1 - decay)
+    ema.update(torch.zeros((), dtype=torch.int32))
+    assert torch.equal(ema.model.weight, expected)
+
+
+def test_refused_updates_leave_the_average_alone(root, tmp_path, poisoned):
+    """Were it moved on at the refused steps, it would come closer to weights that stand still."""
+    config = small_config(root, "sst2", steps=2, ema_decay=0.5, log_every=1)
+    run(config, tmp_path / "two")
+    poisoned({3, 4})
+    run(dataclasses.replace(config, steps=4), tmp_path / "two", resume="auto")
+    folders = {f.name: f for f in checkpoint.numbered(tmp_path / "two" / "checkpoints")}
+    two, four = (checkpoint.load_weights(folders[f"step_00000{n}"] / checkpoint.EMA) for n in (2, 4))
+    assert all(torch.equal(two[name], four[name]) for name in two)
 
 
 def test_the_best_by_one_task(root, tmp_path, monkeypatch):

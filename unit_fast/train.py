@@ -82,7 +82,7 @@ class Update:
     names: tuple[str, ...]
     """Names of the loss terms."""
     terms: Tensor
-    """[n] their values, means over the accumulated batches. Their sum is the step loss."""
+    """[n] their values over all samples of the update. Their sum is the step loss."""
     grad_norm: Tensor
     """0-d, before clipping."""
     nonfinite: Tensor
@@ -98,7 +98,7 @@ def train_step(
     used: Tensor | None = None,
     bf16: bool = False,
 ) -> Update:
-    """One update of ``model`` on ``task`` from a batch, or from several whose gradients are averaged.
+    """One update of ``model`` on ``task`` from a batch, or from several, whose samples count as those of one batch.
 
     used: uint8 [n] in the optimiser's parameter order, see ``setup_model.used_masks``. bf16: autocast of the forward
     pass; matching and losses are float32. Nothing is read back from the device, save for matching on a CPU. An update
@@ -109,12 +109,14 @@ def train_step(
         raise ValueError(f"train_step: task is {task!r}, the batches are of {[micro.task for micro in batches]}")
     device = next(model.parameters()).device.type
     optimizer.zero_grad(set_to_none=True)
-    terms = 0.0
-    for micro in batches:
+    terms, samples = 0.0, sum(map(len, batches))
+    # Losses with denominators of their own (boxes, say) need the whole update's; alone, a batch is the whole update.
+    shares = [{"share": share} for share in model.shares(batches)] if len(batches) > 1 else [{}]
+    for micro, share in zip(batches, shares, strict=True):
         with torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext():
             out = model(micro)
-        losses = model.losses(_float32(out) if bf16 else out, micro)
-        values = torch.stack(list(losses.values())) / len(batches)
+        losses = model.losses(_float32(out) if bf16 else out, micro, **share)
+        values = torch.stack(list(losses.values())) / (samples / len(micro))
         loss, values = values.sum(), values.detach()
         # An infinite loss can have a finite gradient: this makes it NaN, which the optimiser refuses.
         (loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)).backward()
@@ -245,7 +247,7 @@ class Trainer(RunState):
         self.step += 1
         self.counts[item.task] += item.request.samples
         if self.ema:
-            self.ema.update()
+            self.ema.update(update.nonfinite)
         for message in self.bad.add(item):
             self.log.line(f"unreadable image: {message}")
         record = Record(
