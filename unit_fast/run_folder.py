@@ -39,7 +39,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"x")
             probe.unlink()
-            self.lock = (self.path / ".lock").open("a+", encoding="utf-8")
+            self.lock = (self.path / ".lock").open("a+", encoding="utf-8", errors="replace")
         except OSError as error:
             raise UserError(
                 f"--out {self.path}: not a folder that can be written ({error.strerror or error}); choose another"
@@ -65,11 +65,17 @@ class RunFolder:
         return bool((rows.exists() and rows.stat().st_size) or numbered(self.checkpoints))
 
     def begin(self, config: RunConfig) -> None:
-        """Write what is known at the start."""
-        write(self.path / "config.json", to_json(config))
-        write(self.path / "env.json", json.dumps(environment(), indent=2) + "\n")
-        with (self.path / "command.txt").open("a", encoding="utf-8") as file:
-            file.write(shlex.join(sys.argv) + "\n")
+        """Write what is known at the start. ``UserError`` where it cannot be."""
+        try:
+            write(self.path / "config.json", to_json(config))
+            write(self.path / "env.json", json.dumps(environment(), indent=2) + "\n")
+            with (self.path / "command.txt").open("a", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(shlex.join(sys.argv) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or self.path}: cannot be written ({error.strerror or error}); free space, remove "
+                "what is in its place, or give another --out"
+            ) from None
 
     def release(self) -> None:
         self.lock.truncate(0)
@@ -88,7 +94,8 @@ class Interrupted(BaseException):
 
 
 class Stop:
-    """Whether the run was asked to stop: Ctrl-C or SIGTERM, once. The loop looks between two steps.
+    """Whether the run was asked to stop: Ctrl-C, SIGTERM or SIGHUP (the terminal was closed, unless ``nohup`` holds it
+    off), once. The loop looks between two steps.
 
     The handler does nothing but set ``requested``. A second Ctrl-C raises ``KeyboardInterrupt`` at once.
     """
@@ -99,7 +106,9 @@ class Stop:
 
     def __enter__(self):
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self.before[number] = signal.signal(number, self._handle)
         except ValueError:  # not the main thread: signals are somebody else's affair
             self.before = {}

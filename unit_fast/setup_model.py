@@ -134,12 +134,10 @@ def _load_from_run(model: UniT, config: RunConfig) -> tuple[str, list[str]]:
                 f"{nearest(prefix, {n.split('.')[0] for n in model.state_dict()})}"
             )
     if path.is_dir():
-        folder = checkpoint.find(path)
-        if (folder / checkpoint.MANIFEST).exists():
-            checkpoint.verify(folder)
-        path = folder / checkpoint.WEIGHTS
-    elif not path.exists():
+        path = checkpoint.find(path) / checkpoint.WEIGHTS
+    elif not path.is_file():
         raise UserError(f"--init-from {path}: no such run, checkpoint or weights file")
+    checkpoint.verify_weights(path)
     report = convert.load_matching(model, checkpoint.load_weights(path), skip=config.skip_load, source=str(path))
     _log.info("initial weights: %s", report)
     return str(path), report.loaded

@@ -27,23 +27,14 @@ from unit_fast.data.loader import Loader
 from unit_fast.errors import UserError, printable
 from unit_fast.logging import Record
 from unit_fast.optim import MaskedAdamW
+from unit_fast.refusals import BrokenWeights, NonFinite
 from unit_fast.run_folder import EXIT, RunFolder, write
 from unit_fast.run_state import RunState
 from unit_fast.schedule import lr_multiplier, lr_multiplier_tensor
 from unit_fast.setup_model import buckets_of
 from unit_fast.step_graph import StepGraphs
 
-STRIKES = 3
-"""So many updates in a row that are not finite end the run."""
-
 _log = logging.getLogger("unit_fast.train")
-
-
-class NonFinite(UserError):
-    """Several updates in a row were not finite."""
-
-    status = "nonfinite"
-    exit_code = EXIT[status]
 
 
 class OutOfMemory(UserError):
@@ -156,10 +147,14 @@ def train(
     progress: see ``logging.RunLog``. drawn: called with run folder and step after each evaluation, to draw examples.
 
     Ctrl-C and SIGTERM save and return a ``Run`` with status ``interrupted``. ``UserError`` on bad input; ``NonFinite``
-    after three updates in a row that are not finite (they change nothing). ``summary.json`` says how it ended.
+    after three updates in a row, of the run or of a task, that are not finite (they change nothing), or where an update
+    made weights that are not. ``summary.json`` says how it ended.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("more than one process is not supported yet: start without torchrun (WORLD_SIZE is above 1)")
+    size = os.environ.get("WORLD_SIZE", "1").strip()
+    if size not in ("", "0", "1"):
+        raise UserError(
+            f"more than one process is not supported yet: start without torchrun (WORLD_SIZE is {printable(size)})"
+        )
     folder = RunFolder(out)
     try:
         if folder.used and resume is None:
@@ -265,12 +260,11 @@ class Trainer(RunState):
         self.log.log(record, update.names, update.terms, update.grad_norm, update.nonfinite)
 
     def _check(self, records: list[Record]) -> None:
-        """Report the updates that were not finite; ``NonFinite`` after ``STRIKES`` of them in a row."""
+        """Report the updates that were not finite; ``NonFinite`` after too many of them in a row, all or of a task."""
         for record in records:
-            self.strikes = self.strikes + 1 if record.nonfinite else 0
+            many = self.refusals.add(record.task, record.nonfinite)
             if not record.nonfinite:
                 continue
-            self.nonfinite_steps += 1
             terms = ", ".join(f"{name.rsplit('/')[-1]} {value:.4g}" for name, value in record.terms.items())
             where = self._dump(record)
             what = (
@@ -278,10 +272,12 @@ class Trainer(RunState):
                 f"({terms}), gradient norm {record.grad_norm:.4g}"
             )
             self.log.line(f"not finite, nothing was changed: {what}; details in {where}")
-            if self.strikes >= STRIKES:
+            if many:
+                self.check_weights()
                 raise NonFinite(
-                    f"{STRIKES} updates in a row were not finite, the last: {what}. Nothing of them reached the "
-                    f"weights. Look at {where}; a lower --optim.lr or --precision fp32 may help"
+                    f"{many} were not finite, the last: {what}. Nothing of them reached the weights. Look at {where}; "
+                    "a lower --optim.lr or --precision fp32 may help (with --resume auto add --allow-changed optim.lr "
+                    "or precision)"
                 )
 
     def _dump(self, record: Record) -> Path:
@@ -297,7 +293,9 @@ class Trainer(RunState):
         status, message, self.begun = "failed", "", time.monotonic()
         try:
             with self.signals:
-                self._loop(min(self.config.steps, stop_at or self.config.steps))
+                self.make_up()
+                if self.signals.requested is None:
+                    self._loop(min(self.config.steps, stop_at or self.config.steps))
                 status = self.finish()
             if status == "interrupted":
                 why = self.signals.requested or "stopped"
@@ -311,7 +309,7 @@ class Trainer(RunState):
             raise OutOfMemory(message) from error
         except Exception as error:
             status, message = getattr(error, "status", "failed"), str(error)
-            if isinstance(error, NonFinite):
+            if isinstance(error, NonFinite) and not isinstance(error, BrokenWeights) and self.saved_at != self.step:
                 self.save()
             raise
         finally:
@@ -328,6 +326,11 @@ class Trainer(RunState):
         self.save(final=True)
         if error:
             raise error
+        if done and (never := self.refusals.untrained()):
+            raise NonFinite(
+                f"not one update of {', '.join(f'{task} ({count})' for task, count in never.items())} was finite: it "
+                f"was not trained. Look at {self.folder.path / 'nonfinite'} and at the weights the run started from"
+            )
         return "finished" if done and not self.signals.requested else "interrupted"
 
     def _resume_command(self) -> str:
@@ -340,5 +343,6 @@ class Trainer(RunState):
         return (
             f"out of memory in step {self.step + 1} on {task}, batch {batch}, peak {peak:.1f} GiB "
             f"({printable(str(error).splitlines()[0])}). In this order: halve --batch and double --accumulate; use "
-            "--precision bf16; lower --data.max-side and --data.train-short-sides"
+            "--precision bf16; lower --data.max-side and --data.train-short-sides. A run that goes on with --resume "
+            "takes them with --allow-changed, e.g. --allow-changed batch_per_process,accumulate"
         )
