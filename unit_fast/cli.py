@@ -18,7 +18,7 @@ from unit_fast.cli_train import run_demo, run_train
 from unit_fast.cli_use import run_convert, run_data_shard, run_evaluate, run_predict
 from unit_fast.command_line import parse
 from unit_fast.config import DataConfig, to_json
-from unit_fast.console import Console, open_standard_files
+from unit_fast.console import Console, Nowhere, open_standard_files
 from unit_fast.errors import UserError, nearest
 
 # What a command needs is imported when it runs: `unit-fast --help` does not wait for PyTorch.
@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level = package.level
     open_standard_files()
     before = sys.stdout, sys.stderr
-    output = Console(sys.stdout)
-    sys.stdout, sys.stderr = output, Console(sys.stderr)
+    output, errors = (Console(stream or Nowhere()) for stream in before)  # None: the process has none
+    sys.stdout, sys.stderr = output, errors
     try:
         code = _dispatch(arguments)
         output.flush()

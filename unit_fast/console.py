@@ -1,7 +1,15 @@
 """Standard output and error that never fail: what is printed tells of the work, it must not end it."""
 
+import io
 import os
 import sys
+
+
+class Nowhere(io.TextIOBase):
+    """A stream that drops what it gets."""
+
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 class Console:

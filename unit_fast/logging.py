@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from unit_fast.console import Console
-from unit_fast.errors import UserError, printable
+from unit_fast.errors import printable
+from unit_fast.run_rows import Appended, number_of, read_row, replace
 from unit_fast.tasks import TASKS
 
 
@@ -48,40 +49,6 @@ class Record:
     grad_norm: float = math.nan
     nonfinite: bool = False
     terms: dict[str, float] = field(default_factory=dict)
-
-
-class Appended:
-    """A text file that grows at its end. What the disk refuses waits in memory for the next ``flush``.
-
-    ``UserError`` where it cannot be opened.
-    """
-
-    def __init__(self, path: Path):
-        self.path, self.waiting = path, b""
-        try:
-            self.file = path.open("ab", buffering=0)
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be written ({error.strerror}); free space, make it a writable file, or give another "
-                "--out"
-            ) from None
-        self.refused: str | None = None
-        """Why the disk refused the last time, None if it did not."""
-
-    def write(self, text: str) -> None:
-        self.waiting += text.encode("utf-8", "backslashreplace")
-
-    def flush(self) -> None:
-        self.refused = None
-        try:
-            while self.waiting:
-                self.waiting = self.waiting[self.file.write(self.waiting) :]
-        except OSError as error:
-            self.refused = error.strerror or str(error)
-
-    def close(self) -> None:
-        self.flush()
-        self.file.close()
 
 
 class RunLog:
@@ -130,13 +97,13 @@ class RunLog:
         self.rows.close()
         self.csv_file.close()
         rows, table = self.folder / "metrics.jsonl", self.folder / "metrics.csv"
-        read = [(line, _read_row(line)) for line in rows.read_bytes().splitlines()]
+        read = [(line, read_row(line)) for line in rows.read_bytes().splitlines()]
         kept = [line for line, row in read if row and keep(row["kind"], row["step"])]
-        _replace(rows, b"".join(line + b"\n" for line in kept))
+        replace(rows, b"".join(line + b"\n" for line in kept))
         header, *lines = table.read_bytes().splitlines() or [b"kind,step,task,name,value"]
         cells = [(line, line.split(b",", 2)) for line in lines]
-        kept = [x for x, (kind, *more) in cells if len(more) == 2 and keep(kind.decode("latin-1"), _number(more[0]))]
-        _replace(table, b"".join(line + b"\n" for line in [header, *kept]))
+        kept = [x for x, (kind, *more) in cells if len(more) == 2 and keep(kind.decode("latin-1"), number_of(more[0]))]
+        replace(table, b"".join(line + b"\n" for line in [header, *kept]))
         self._open_rows()
         if damaged := sum(row is None for _, row in read):
             self.line(f"metrics.jsonl: {damaged} lines that were cut short or damaged are left out")
@@ -330,45 +297,6 @@ class _Handler(logging.Handler):
     @staticmethod
     def _trace(record: logging.LogRecord):
         return [printable(x, 500) for x in logging.Formatter().formatException(record.exc_info).splitlines()]
-
-
-def rows_at(folder: Path, step: int) -> dict[str, dict[str, dict]] | None:
-    """Metrics of the evaluation after ``step`` updates in a run folder: kind of row -> short task name -> metrics.
-    None where there are no rows at all to tell by."""
-    try:
-        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
-    except OSError:
-        return None
-    found: dict[str, dict[str, dict]] = {}
-    for row in filter(None, map(_read_row, lines)):
-        if row["step"] == step and isinstance(row.get("metrics"), dict) and isinstance(row.get("task"), str):
-            found.setdefault(row["kind"], {})[row["task"]] = row["metrics"]
-    return found
-
-
-def _read_row(line: bytes) -> dict | None:
-    """The row on a line of ``metrics.jsonl``; None where it was cut short by a kill, or damaged."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    number = row.get("step") if isinstance(row, dict) else None
-    good = isinstance(number, int) or isinstance(number, float) and math.isfinite(number)
-    return row if good and isinstance(row.get("kind"), str) else None
-
-
-def _number(cell: bytes) -> float:
-    """Its number; infinite where it is none."""
-    try:
-        return int(cell)
-    except ValueError:
-        return math.inf
-
-
-def _replace(path: Path, content: bytes) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(content)
-    aside.replace(path)
 
 
 def _images_per_s(records: list[Record]) -> float | None:

@@ -23,9 +23,10 @@ from unit_fast.env import environment
 from unit_fast.errors import UserError
 from unit_fast.evaluate import evaluate
 from unit_fast.labels import write_labels
-from unit_fast.logging import RunLog, finite, rows_at
+from unit_fast.logging import RunLog, finite
 from unit_fast.refusals import BrokenWeights, Refusals, not_finite
 from unit_fast.run_folder import EXIT, Interrupted, RunFolder, Stop, write
+from unit_fast.run_rows import rows_at
 from unit_fast.setup_model import (
     Ema,
     build,
@@ -117,6 +118,8 @@ class RunState:
         self.refused_before = 0
         """Refused updates that a checkpoint knew the number of, but not the tasks."""
         self.saved_at: int | None = None
+        self.updating = False
+        """Whether an update is under way: what it has drawn and changed so far is not to be saved."""
         self.broken_at_start: set[str] = set()
         """Parameters that were not finite before the first update."""
         self.bad = BadImages(config.data.max_bad_share)
@@ -261,6 +264,19 @@ class RunState:
         self.improved = False
         self.log.restart_clock()
 
+    def save_what_is_good(self, error: Exception) -> None:
+        """Before ``error`` ends the run: save where it stands, if that is just after an update and the error is not of
+        the weights or of saving itself. With its data gone a run loses nothing."""
+        outside = isinstance(error, UserError | OSError) and not isinstance(error, checkpoint.SaveError | BrokenWeights)
+        if not outside or self.updating or self.step == 0 or self.saved_at == self.step:
+            return
+        for record in self.log.flush():  # or their steps were done and never logged
+            self.refusals.add(record.task, record.nonfinite)
+        try:
+            self.save()
+        except BrokenWeights as broken:
+            _log.error("%s", broken)
+
     def state(self) -> dict:
         """All that a resumed run needs besides weights and configuration."""
         rng = {"cpu": torch.get_rng_state()}
@@ -370,4 +386,7 @@ class RunState:
         }  # fmt: skip
         if self.ema:
             content["ema_metrics"] = self.ema_metrics
-        write(self.folder.path / "summary.json", json.dumps(finite(content), indent=2) + "\n")
+        try:
+            write(self.folder.path / "summary.json", json.dumps(finite(content), indent=2) + "\n")
+        except OSError as error:
+            self.log.line(f"summary.json: could not be written ({error.strerror}); the run is {status}: {message}")

@@ -27,7 +27,7 @@ from unit_fast.data.loader import Loader
 from unit_fast.errors import UserError, printable
 from unit_fast.logging import Record
 from unit_fast.optim import MaskedAdamW
-from unit_fast.refusals import BrokenWeights, NonFinite
+from unit_fast.refusals import NonFinite
 from unit_fast.run_folder import EXIT, RunFolder, write
 from unit_fast.run_state import RunState
 from unit_fast.schedule import lr_multiplier, lr_multiplier_tensor
@@ -234,6 +234,7 @@ class Trainer(RunState):
         self.item = next(batches)
         self.wait_s = time.monotonic() - begun
         found = self.item.batches
+        self.updating = True
         return self.item.task, found if self.graphs else [batch.to(self.device) for batch in found]
 
     def _count(self, update: Update) -> None:
@@ -243,6 +244,7 @@ class Trainer(RunState):
         self.counts[item.task] += item.request.samples
         if self.ema:
             self.ema.update(update.nonfinite)
+        self.updating = False
         for message in self.bad.add(item):
             self.log.line(f"unreadable image: {message}")
         record = Record(
@@ -309,8 +311,7 @@ class Trainer(RunState):
             raise OutOfMemory(message) from error
         except Exception as error:
             status, message = getattr(error, "status", "failed"), str(error)
-            if isinstance(error, NonFinite) and not isinstance(error, BrokenWeights) and self.saved_at != self.step:
-                self.save()
+            self.save_what_is_good(error)
             raise
         finally:
             self.seconds += time.monotonic() - self.begun
