@@ -210,7 +210,10 @@ def load_optimizer_state(model: nn.Module, optimizer: MaskedAdamW, saved: dict[s
 
 class Ema:
     """Exponential moving average of all weights over the run's updates, float32 (``ema_decay``): after every update
-    that was not refused, average <- decay average + (1 - decay) weights, whether or not the update moved a weight."""
+    that was not refused, average <- decay average + (1 - decay) weights, whether or not the update moved a weight.
+
+    ``MaskedAdamW(averages=...)`` keeps other averages, of each parameter over its own updates; no run uses them.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
         if not 0 < decay < 1:
