@@ -204,7 +204,7 @@ def stop_hard_at(monkeypatch, step):
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_is_logged_once(root, tmp_path, monkeypatch):
-    config = small_config(root, "sst2", steps=8, log_every=1, eval_every=3, eval_limit=2)
+    config = small_config(root, "sst2", steps=8, log_every=1, eval_every=6, eval_limit=2)
     again = stop_hard_at(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "run")

@@ -20,6 +20,20 @@ EXIT = {"finished": 0, "failed": 2, "nonfinite": 3, "out_of_memory": 5, "interru
 """Status in ``summary.json`` -> exit code: 75 means that ``--resume auto`` goes on from here."""
 
 
+_held: set = set()
+"""Open lock files of this process."""
+
+
+def _let_go() -> None:
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+# A forked loader process that outlives a killed run would hold its lock.
+os.register_at_fork(after_in_child=_let_go)
+
+
 def default_folder(recipe: str) -> Path:
     """``runs/<UTC time>_<recipe>``."""
     return Path("runs") / f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d_%H%M%S}_{recipe or 'run'}"
@@ -53,6 +67,7 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: is being written by {holder}; wait for it, stop it, or give another --out"
             ) from None
+        _held.add(self.lock)
         self.lock.truncate(0)
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.lock.write(f"process {os.getpid()} on {host()}, started {started}\n")
@@ -72,12 +87,14 @@ class RunFolder:
             with (self.path / "command.txt").open("a", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(shlex.join(sys.argv) + "\n")
         except OSError as error:
+            path = error.filename2 or error.filename or self.path
             raise UserError(
-                f"{error.filename or self.path}: cannot be written ({error.strerror or error}); free space, remove "
-                "what is in its place, or give another --out"
+                f"{path}: cannot be written ({error.strerror or error}); free space, remove what is in its place, or "
+                "give another --out"
             ) from None
 
     def release(self) -> None:
+        _held.discard(self.lock)
         self.lock.truncate(0)
         self.lock.close()
 
@@ -85,8 +102,12 @@ class RunFolder:
 def write(path: Path, text: str) -> None:
     """Replace the file ``path``, whole or not at all."""
     aside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 class Interrupted(BaseException):

@@ -146,9 +146,9 @@ def train(
     return after this many updates in all, as if interrupted (the schedule still spans ``config.steps``).
     progress: see ``logging.RunLog``. drawn: called with run folder and step after each evaluation, to draw examples.
 
-    Ctrl-C and SIGTERM save and return a ``Run`` with status ``interrupted``. ``UserError`` on bad input; ``NonFinite``
-    after three updates in a row, of the run or of a task, that are not finite (they change nothing), or where an update
-    made weights that are not. ``summary.json`` says how it ended.
+    Ctrl-C, SIGTERM and SIGHUP save and return a ``Run`` with status ``interrupted``. ``UserError`` on bad input;
+    ``NonFinite`` after three updates in a row, of the run or of a task, that are not finite (they change nothing), or
+    where an update made weights that are not. ``summary.json`` says how it ended.
     """
     size = os.environ.get("WORLD_SIZE", "1").strip()
     if size not in ("", "0", "1"):
