@@ -6,8 +6,10 @@ on), 130 stopped at once. Training tells how it ended in its exit code and ``sum
 gone; a command whose output was its whole work ends with 1 where that could not be written.
 """
 
+import errno
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -40,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _dispatch(arguments)
         output.flush()
         if output.lost and not code and _only_prints(arguments):
-            print(f"unit-fast: the output could not be written ({output.lost})", file=sys.stderr)
+            if output.lost != os.strerror(errno.EPIPE):  # a reader that has seen enough, e.g. head, knows
+                print(f"unit-fast: the output could not be written ({output.lost})", file=sys.stderr)
             return 1
         return code
     except UserError as error:

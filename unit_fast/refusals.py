@@ -1,5 +1,6 @@
 """Updates that were refused because they were not finite: how many end a run, and weights that are not finite."""
 
+import math
 from collections import Counter
 
 import torch
@@ -73,6 +74,7 @@ class Refusals:
 @torch.no_grad()
 def not_finite(model: nn.Module) -> list[str]:
     """Names of the parameters of ``model`` that are not finite. Reads the device once."""
-    names, parameters = zip(*model.named_parameters())
-    finite = torch.stack([p.isfinite().all() for p in parameters]).tolist()
+    names, parameters = zip(*[(name, p) for name, p in model.named_parameters() if p.numel()])
+    # The largest magnitude of each: NaN and infinity come through, and one pass over the memory is enough.
+    finite = torch.stack(torch._foreach_norm(parameters, math.inf)).isfinite().tolist()
     return [name for name, good in zip(names, finite, strict=True) if not good]
