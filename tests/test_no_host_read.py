@@ -241,7 +241,6 @@ ALLOWED = {
     ("step_graph.py", "CudaGraphs.eager"): "orders two streams, waits for nothing",
     ("step_graph.py", "CudaGraphs.capture"): "captures",
     ("step_graph.py", "StepGraphs.check"): "asked for at log intervals",
-    ("train.py", "train"): "a number of the environment",
     ("train.py", "Trainer._memory_message"): "an error message",
 }
 """Functions of the step's modules that may, and why."""
