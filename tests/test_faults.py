@@ -387,7 +387,7 @@ def test_a_killed_loader_process_ends_the_run_with_its_data_set(root, tmp_path):
 CONSOLES = {"reader_gone": "", "full": ">/dev/full", "closed": "<&- >&- 2>&-"}
 
 
-@pytest.mark.parametrize("console", CONSOLES)
+@pytest.mark.parametrize("console", ["reader_gone", pytest.param("full", marks=pytest.mark.long), "closed"])
 def test_a_run_goes_on_without_its_console(root, tmp_path, console):
     """Through the command line, whose last lines and exit code count too."""
     config = small_config(root, "sst2", steps=12, log_every=1)
