@@ -25,7 +25,7 @@ from unit_fast.config import (
 )
 from unit_fast.errors import UserError
 from unit_fast.model import UniT
-from unit_fast.weights_file import MAX_HEADER, load_weights
+from unit_fast.weights_file import MAX_HEADER, digest, load_weights
 
 LAYER = {"layers": 1, "heads": 2, "ffn_width": 16}
 MODEL = ModelConfig(
@@ -168,6 +168,42 @@ def test_every_flipped_bit_and_every_cut_is_found(saved):
         checkpoint.verify(saved)
 
 
+def test_a_lost_manifest_leaves_the_digest_inside(saved, model, caplog):
+    """Every bit of the tensors counts; the file travels alone."""
+    (saved / MANIFEST).unlink()
+    checkpoint.load_model(saved)
+    assert not caplog.records
+    whole = (saved / WEIGHTS).read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for place in (start, (start + len(whole)) // 2, len(whole) - 1):
+        content = bytearray(whole)
+        content[place] ^= 0x10
+        (saved / WEIGHTS).write_bytes(content)
+        with pytest.raises(UserError, match="differ from the checksum inside it"):
+            load_weights(saved / WEIGHTS)
+
+
+def test_tensors_that_changed_places_are_found(saved):
+    """The same bytes under another name or shape."""
+    tensors = load_weights(saved / WEIGHTS)
+    names = [n for n, t in tensors.items() if t.dim() == 1]
+    pairs = [(a, b) for a in names for b in names if a < b and tensors[a].shape == tensors[b].shape]
+    a, b = next((a, b) for a, b in pairs if not torch.equal(tensors[a], tensors[b]))
+    swapped = tensors | {a: tensors[b], b: tensors[a]}
+    assert digest(swapped) != digest(tensors)
+    assert digest(tensors | {a: tensors[a][None]}) != digest(tensors)
+    assert digest(dict(reversed(tensors.items()))) == digest(tensors)
+
+
+def test_weights_without_any_checksum_load_and_say_so(saved, model, caplog):
+    """Those of before, and other programs'."""
+    safetensors.torch.save_file(load_weights(saved / WEIGHTS), saved / WEIGHTS)
+    (saved / MANIFEST).unlink()
+    loaded, _ = checkpoint.load_model(saved)
+    assert same(dict(model.state_dict()), dict(loaded.state_dict()))
+    assert "has no checksum, neither inside nor in a manifest" in caplog.text
+
+
 @pytest.mark.parametrize("name", [WEIGHTS, STATE, STATE_JSON, CONFIG, MANIFEST])
 def test_a_missing_file_is_named(saved, name):
     (saved / name).unlink()
@@ -238,6 +274,7 @@ def changed(**changes):
     "change",
     [
         {"steps": 900}, {"eval_every": 3}, {"save_every": 1}, {"log_every": 2}, {"device": "cpu"},
+        {"graph": "off"}, {"data": {"cache_mib": 9}},
         {"data": {"root": "/elsewhere"}}, {"data": {"workers": 3}}, {"data": {"paths": {"coco.train": "x"}}},
     ],
 )  # fmt: skip

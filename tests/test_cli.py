@@ -1,6 +1,7 @@
 """The command line: what it does, and that a mistake is one line."""
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -431,3 +432,43 @@ def test_as_a_module_and_fast_to_help(tmp_path):
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("unit-fast: unknown recipe")
+
+
+# ------------------------------------------------------------------------------------------------- its output
+
+
+def shell(command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["sh", "-c", command, "x", sys.executable, "-m", "unit_fast"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+
+
+def test_output_that_could_not_be_written_is_an_error_where_it_is_all_there_is():
+    done = shell('exec "$@" recipes >/dev/full')
+    assert done.returncode == 1
+    assert done.stderr == "unit-fast: the output could not be written (No space left on device)\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_a_process_without_streams_works(closed):
+    done = shell(f'exec "$@" recipes {closed}')
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_a_console_cannot_show_is_escaped(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setitem(cli.COMMANDS, "env", (lambda *_: print("größe 写") or 0, ""))
+    assert cli.main(["env"]) == 0
+    assert stream.buffer.getvalue() == b"gr\\xf6\\xdfe \\u5199\n"
+    assert sys.stdout is stream
+
+
+def test_a_report_that_cannot_be_written_does_not_change_how_a_run_ended(capsys, root, tmp_path):
+    (tmp_path / "run" / "report.html").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(to_json(small_config(root, "sst2", steps=2)))
+    given = ["train", "--config-file", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]
+    code, _, err = call(capsys, *given, "--stop-at", "1")
+    assert code == 75
+    assert err.startswith("unit-fast: no report: ")

@@ -45,6 +45,9 @@ def test_file_errors_name_the_file(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UserError, match="bad.json: not valid JSON"):
         load_config(tmp_path / "bad.json")
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UserError, match="folder.json: cannot be read"):
+        load_config(tmp_path / "folder.json")
     (tmp_path / "other.json").write_text('{"seeed": 1}')
     with pytest.raises(UserError, match="other.json: unknown key 'seeed'; nearest: seed"):
         load_config(tmp_path / "other.json")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,8 +18,8 @@ from tests.small_runs import log_of, rows, small_config, state_hash
 from unit_fast import checkpoint, faults
 from unit_fast.config import to_json
 from unit_fast.errors import UserError
-from unit_fast.run_folder import RunFolder
-from unit_fast.train import train
+from unit_fast.run_folder import RunFolder, Stop
+from unit_fast.train import Trainer, train
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 120
@@ -311,6 +312,18 @@ def test_a_second_run_in_the_same_folder_is_refused_with_the_holder(root, tmp_pa
     assert train(small_config(root, steps=1), tmp_path / "run", progress="none").step == 1
 
 
+def test_a_forked_process_that_outlives_a_killed_run_does_not_hold_its_folder(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    process.start()
+    try:
+        folder.lock.close()  # as a kill does it: closed, not unlocked
+        RunFolder(tmp_path / "run").release()
+    finally:
+        process.kill()
+        process.join()
+
+
 def test_a_run_is_not_overwritten(root, tmp_path):
     config = small_config(root, steps=2)
     train(config, tmp_path / "run", progress="none")
@@ -366,3 +379,142 @@ def test_a_killed_loader_process_ends_the_run_with_its_data_set(root, tmp_path):
     assert "a loader process died; being read: glue_sst2" in said
     found = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert found["status"] == "failed"
+
+
+# ------------------------------------------------------------------------------------------------- the console
+
+
+CONSOLES = {"reader_gone": "", "full": ">/dev/full", "closed": "<&- >&- 2>&-"}
+
+
+@pytest.mark.parametrize("console", ["reader_gone", pytest.param("full", marks=pytest.mark.long), "closed"])
+def test_a_run_goes_on_without_its_console(root, tmp_path, console):
+    """Through the command line, whose last lines and exit code count too."""
+    config = small_config(root, "sst2", steps=12, log_every=1)
+    (tmp_path / "config.json").write_text(to_json(config))
+    command = [sys.executable, "-m", "unit_fast", "train", "--config-file", str(tmp_path / "config.json")]
+    command += ["--out", str(tmp_path / "run"), "--progress", "plain"]
+    process = subprocess.Popen(
+        ["sh", "-c", f'exec "$@" {CONSOLES[console]}', "x", *command],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if console == "reader_gone":
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdout = None
+    code, _ = finish(process)
+    assert code == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+    assert [r["step"] for r in rows(tmp_path / "run")] == list(range(1, 13))
+    text = log_of(tmp_path / "run")
+    if console in ("reader_gone", "full"):
+        assert text.count("the console cannot be written") == 1
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_closed_terminal_saves(root, tmp_path):
+    out = tmp_path / "run"
+    process = child(small_config(root, "sst2", steps=40), out, SLOW)
+    wait_for(out / "seven", process)
+    process.send_signal(signal.SIGHUP)
+    code, said = finish(process)
+    assert code == 75, said
+    assert "SIGHUP" in json.loads((out / "summary.json").read_text())["message"]
+    assert (out / "checkpoints" / "last").exists()
+
+
+def test_nohup_still_holds_a_hangup_off():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# ------------------------------------------------------------------------- an end that is not the model's fault
+
+
+def test_a_run_whose_data_has_gone_saves_what_it_has(root, tmp_path, monkeypatch):
+    """Nothing but the step that failed is done again, and every step is logged once."""
+    config = small_config(root, "sst2", steps=8, log_every=3)
+    real = Trainer._next
+
+    def gone(self, batches):
+        if self.step == 5:
+            raise UserError("glue/SST-2/train.tsv: no such file")
+        return real(self, batches)
+
+    monkeypatch.setattr(Trainer, "_next", gone)
+    with pytest.raises(UserError, match="no such file"):
+        train(config, tmp_path / "run", progress="none")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+    assert checkpoint.load_state(tmp_path / "run" / "checkpoints" / "last")["step"] == 5
+    monkeypatch.setattr(Trainer, "_next", real)
+    train(config, tmp_path / "run", "auto", progress="none")
+    train(config, tmp_path / "whole", progress="none")
+    assert state_hash(tmp_path / "run") == state_hash(tmp_path / "whole")
+    assert sum(r["updates"] for r in rows(tmp_path / "run")) == 8
+
+
+def test_an_error_inside_an_update_saves_nothing_of_it(root, tmp_path, monkeypatch):
+    """Its random numbers are drawn: going on from there would be another run."""
+    real = Trainer._count
+
+    def wrong(self, update):
+        if self.step == 5:
+            raise UserError("in mid-update")
+        real(self, update)
+
+    monkeypatch.setattr(Trainer, "_count", wrong)
+    with pytest.raises(UserError, match="in mid-update"):
+        train(small_config(root, "sst2", steps=8), tmp_path / "run", progress="none")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "log.txt", "config.json", "env.json", "command.txt"])
+def test_a_file_of_the_run_that_cannot_be_written_is_one_line(root, tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{name}: cannot be written"):
+        train(small_config(root, "sst2", steps=1), tmp_path / "run", progress="none")
+
+
+def test_what_a_full_disk_refuses_is_written_later(root, tmp_path, monkeypatch, capsys):
+    """Rows and lines wait, in order and whole, and the run goes on."""
+    config = small_config(root, "sst2", steps=8, log_every=1)
+    train(config, tmp_path / "whole", progress="none")
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            if 3 <= now.step < 6:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data[: len(data) // 2 + 1])  # a write may take a part
+
+        def close(self):
+            self.file.close()
+
+    real, now = Trainer._next, None
+
+    def fill(self, batches):
+        nonlocal now
+        if now is None:
+            now = self
+            for file in (self.log.text, self.log.rows, self.log.csv_file):
+                file.file = Full(file.file)
+        return real(self, batches)
+
+    monkeypatch.setattr(Trainer, "_next", fill)
+    assert train(config, tmp_path / "run", progress="plain").status == "finished"
+    names = ("loss", "step", "task", "grad_norm")
+    assert [[r[n] for n in names] for r in rows(tmp_path / "run")] == [
+        [r[n] for n in names] for r in rows(tmp_path / "whole")
+    ]
+    assert "step 4/8" in log_of(tmp_path / "run")
+    said = capsys.readouterr().out
+    assert said.count("metrics.jsonl: cannot be written (No space left on device): it waits in memory") == 1
+    assert said.count("metrics.jsonl: is written again") == 1

@@ -309,3 +309,13 @@ def test_group_norm_has_groups_of_at_least_so_many_channels(least, expected):
     backbone = Backbone(config)
     last = [getattr(backbone, f"layer{i}")[0].bn3 for i in (1, 2, 3, 4)]
     assert [norm.num_groups for norm in (backbone.bn1, *last)] == expected  # of 8, 32, 64, 128 and 256 channels
+
+
+def test_dropout_places_have_no_limit():
+    """Each place has its own seed, the first ones those that there were with a limit."""
+    torch.manual_seed(5)
+    base = torch.randint(-(2**62), 2**62, (2,))
+    torch.manual_seed(5)
+    seeds = DropoutSeeds(True, torch.device("cpu"))
+    for place in range(1100):
+        assert torch.equal(seeds.next(), base + torch.tensor([0, place]))

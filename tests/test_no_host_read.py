@@ -9,6 +9,7 @@ with fake tensors too, and the source is searched. Violations planted in each of
 """
 
 import contextlib
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -22,11 +23,11 @@ from unit_fast_kernels._record import record
 from tests.host_reads import HOST_READ, CountingMode, Counts, counting, host_reads
 from tests.models import random_batch
 from unit_fast import ops
-from unit_fast.config import ModelConfig
+from unit_fast.config import LossConfig, ModelConfig
 from unit_fast.model.unit import UniT
 from unit_fast.optim import MaskedAdamW
 from unit_fast.schedule import lr_multiplier_tensor
-from unit_fast.setup_model import used_masks
+from unit_fast.setup_model import Ema, used_masks
 from unit_fast.tasks import TASKS
 from unit_fast.train import _float32, train_step
 
@@ -81,15 +82,24 @@ def forward_and_losses(name: str, device: str = "cuda:0") -> tuple[Counts, Count
 
 
 def whole_step(
-    name: str, *, unused: str = "skip", bf16: bool = True, change=lambda model: None, warm: bool = False
+    name: str,
+    *,
+    unused: str = "skip",
+    bf16: bool = True,
+    change=lambda model: None,
+    warm: bool = False,
+    accumulate: int = 1,
+    loss: LossConfig | None = None,
 ) -> Counts:
     """Counts of ``train_step`` on fake CPU tensors; ``change`` may plant something into the model. ``warm``: of the
-    second one, the first makes the optimiser's moments."""
+    second one, the first makes the optimiser's moments. ``accumulate``: batches of an update."""
     with counting() as counts, ops.kernels("fused"):
         model = full_model("cpu")
         optimizer = optimizer_of(model, unused)
         used = used_masks(model, optimizer, [name])[name]
-        batch = random_batch(name, model.config)
+        if loss:
+            model.config = dataclasses.replace(model.config, loss=loss)
+        batch = [random_batch(name, model.config, seed=seed) for seed in range(accumulate)]
         done = torch.zeros((), dtype=torch.int64)
         change(model)
         if warm:
@@ -145,6 +155,24 @@ def test_the_whole_step_on_fake_tensors(name):
 @pytest.mark.parametrize("unused", POLICIES)
 def test_every_policy_of_the_optimiser_in_the_whole_step(unused):
     assert not whole_step("glue_qnli", unused=unused, bf16=False).reads
+
+
+def test_accumulated_batches_in_the_whole_step():
+    """Every denominator of the whole update is found on the device."""
+    loss = LossConfig(ce_normalisation="per_process")
+    assert not whole_step("detection_visual_genome", accumulate=2, loss=loss).reads
+
+
+def test_the_average_of_the_weights_on_fake_cuda():
+    ema = Ema(nn.Linear(3, 2), 0.9)  # cannot copy a fake model
+    with counting() as counts:
+        ema.pairs = [tuple(torch.empty(p.shape, device="cuda:0") for p in pair) for pair in ema.pairs]
+        refused = torch.zeros((), dtype=torch.int32, device="cuda:0")
+        counts.clear()
+        ema.update(refused)
+        assert counts.ops
+        assert not counts.reads
+        assert counts.to_device == 0
 
 
 @pytest.mark.parametrize("unused", POLICIES)
@@ -213,7 +241,6 @@ ALLOWED = {
     ("step_graph.py", "CudaGraphs.eager"): "orders two streams, waits for nothing",
     ("step_graph.py", "CudaGraphs.capture"): "captures",
     ("step_graph.py", "StepGraphs.check"): "asked for at log intervals",
-    ("train.py", "train"): "a number of the environment",
     ("train.py", "Trainer._memory_message"): "an error message",
 }
 """Functions of the step's modules that may, and why."""

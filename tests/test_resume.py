@@ -7,10 +7,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.small_runs import rows, small_config, state_hash
+from tests.small_runs import log_of, rows, small_config, state_hash
 from unit_fast import checkpoint
 from unit_fast.errors import UserError
-from unit_fast.train import train
+from unit_fast.run_folder import Interrupted
+from unit_fast.train import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -179,3 +180,163 @@ def test_every_part_of_the_state_is_needed(root, tmp_path):
         _accept(path.parent)
         with pytest.raises(UserError, match=r"state\.(json|safetensors)"):
             run(config, tmp_path / "run", resume="auto")
+
+
+# ------------------------------------------------------------------------------------------- each row once
+
+
+def cells(out):
+    """(kind, step, task, name) of every line of the table."""
+    return [tuple(line.split(",")[:4]) for line in (out / "metrics.csv").read_text().splitlines()[1:]]
+
+
+def stop_hard_at(monkeypatch, step):
+    """End the run as a second Ctrl-C does, without saving."""
+    real = Trainer._count
+
+    def count(self, update):
+        real(self, update)
+        if self.step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_count", count)
+    return lambda: monkeypatch.setattr(Trainer, "_count", real)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_logged_once(root, tmp_path, monkeypatch):
+    config = small_config(root, "sst2", steps=8, log_every=1, eval_every=6, eval_limit=2)
+    again = stop_hard_at(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "run")
+    again()
+    assert [r["step"] for r in rows(tmp_path / "run")] == [1, 2, 3], "armed: steps were logged and nothing saved"
+    run(config, tmp_path / "run", resume="auto")
+    run(config, tmp_path / "whole")
+    assert samples(tmp_path / "run") == samples(tmp_path / "whole")
+    assert cells(tmp_path / "run") == cells(tmp_path / "whole")
+    assert "nothing was saved before: starting anew" in log_of(tmp_path / "run")
+    assert state_hash(tmp_path / "run") == state_hash(tmp_path / "whole")
+
+
+def test_a_finished_run_goes_on_to_nothing(root, tmp_path):
+    config = small_config(root, "sst2", log_every=5, eval_every=10, eval_limit=2, ema_decay=0.9)
+    done = run(config, tmp_path / "run")
+    before = [(tmp_path / "run" / name).read_text() for name in ("metrics.jsonl", "metrics.csv")]
+    again = run(config, tmp_path / "run", resume="auto")
+    assert (again.status, again.step, again.metrics) == ("finished", 20, done.metrics)
+    assert [(tmp_path / "run" / name).read_text() for name in ("metrics.jsonl", "metrics.csv")] == before
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["ema_metrics"]
+    assert summary["metrics_step"] == 20
+
+
+def test_a_finished_run_is_evaluated_anew_where_other_samples_are_asked_for(root, tmp_path):
+    config = small_config(root, "sst2", eval_every=20, eval_limit=2)
+    run(config, tmp_path / "run")
+    again = run(dataclasses.replace(config, eval_limit=3), tmp_path / "run", resume="auto")
+    assert again.metrics["sst2"]["count"] == 3
+    assert [r["metrics"]["count"] for r in rows(tmp_path / "run", "eval")] == [3]
+    assert "the best is chosen anew" in log_of(tmp_path / "run")
+
+
+@pytest.mark.parametrize("broken_off", ["eval", "eval_ema"])
+def test_an_evaluation_that_was_broken_off_is_made_up_for(root, tmp_path, monkeypatch, broken_off):
+    """Metrics, and the best checkpoint, are those of the run that nobody stopped."""
+    config = small_config(root, "sst2", "qqp", steps=10, eval_every=5, eval_limit=3, save_every=10, ema_decay=0.9)
+    run(config, tmp_path / "whole")
+    real = Trainer._evaluate
+
+    def stop(self, model, kind, *more):
+        if self.step == 5 and kind == broken_off:
+            self.signals.requested = "SIGTERM"
+            raise Interrupted
+        return real(self, model, kind, *more)
+
+    monkeypatch.setattr(Trainer, "_evaluate", stop)
+    assert run(config, tmp_path / "parts").exit_code == 75
+    assert "evaluation broken off" in log_of(tmp_path / "parts")
+    # Once more, at once: nothing of the next step may be done before.
+    assert run(config, tmp_path / "parts", resume="auto").step == 5
+    monkeypatch.setattr(Trainer, "_evaluate", real)
+    run(config, tmp_path / "parts", resume="auto")
+    assert "the evaluation after step 5 was not finished: it is made up for" in log_of(tmp_path / "parts")
+    assert state_hash(tmp_path / "parts") == state_hash(tmp_path / "whole")
+    assert cells(tmp_path / "parts") == cells(tmp_path / "whole")
+
+
+def test_rows_that_cannot_be_read_do_not_hold_up_a_resume(root, tmp_path):
+    config = small_config(root, "sst2", log_every=1, steps=6)
+    run(config, tmp_path / "run", stop_at=4)
+    huge = b'{"kind": "train", "step": ' + b"9" * 400 + b"}"
+    damage = [
+        b"\xff\xfe", b'{"step": "x", "kind": "train"}', b'{"step": [1]}', b'{"step": null}', b"[1]", b"7",
+        b"[" * 100_000, b'{"kind": "train", "step": 1e999}', b'{"kind": 3, "step": 1}', huge,
+    ]  # fmt: skip
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(b"\n".join(damage) + b"\n")
+    with (tmp_path / "run" / "metrics.csv").open("ab") as file:
+        file.write("kind,²,x\n\xff\n".encode("latin-1") + b"\xff,\xff\n")
+    assert run(config, tmp_path / "run", resume="auto").status == "finished"
+    assert [r["step"] for r in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert "lines that were cut short or damaged are left out" in log_of(tmp_path / "run")
+
+
+# --------------------------------------------------------------------------------------- what may change
+
+
+def test_a_run_may_go_on_without_graphs_and_says_what_differs(root, tmp_path):
+    config = small_config(root, "sst2", steps=4)
+    run(config, tmp_path / "run", stop_at=2)
+    other = dataclasses.replace(config, graph="off", buckets=dataclasses.replace(config.buckets, widths=2))
+    assert run(other, tmp_path / "run", resume="auto").status == "finished"
+    text = log_of(tmp_path / "run")
+    assert "graph auto -> off" in text
+    assert "dropout and the last bits, may differ" in text
+
+
+def test_the_best_by_another_criterion_is_chosen_anew(root, tmp_path):
+    """Values of two metrics do not compare."""
+    config = small_config(root, "sst2", "qqp", eval_every=5, eval_limit=4, criterion="glue_sst2")
+    run(config, tmp_path / "run", stop_at=10)
+    first = checkpoint.load_state(tmp_path / "run" / "checkpoints" / "last")["best"]["best"]
+    assert first["criterion"] == "glue_sst2"
+    run(dataclasses.replace(config, criterion="glue_qqp"), tmp_path / "run", resume="auto")
+    best = checkpoint.load_state(tmp_path / "run" / "checkpoints" / "last")["best"]["best"]
+    evaluated = {r["step"]: r["metrics"]["accuracy"] for r in rows(tmp_path / "run", "eval") if r["task"] == "qqp"}
+    assert best["criterion"] == "glue_qqp"
+    assert best["value"] == max(value for step, value in evaluated.items() if step > 10)
+
+
+@pytest.mark.parametrize("damage", ["a folder", "not readable"])
+def test_an_older_checkpoint_is_taken_where_the_newest_cannot_be_read(root, tmp_path, monkeypatch, damage):
+    config = small_config(root, "sst2", steps=6, save_every=2)
+    run(config, tmp_path / "run", stop_at=4)
+    newest = tmp_path / "run" / "checkpoints" / "step_000004"
+    if damage == "a folder":
+        (newest / checkpoint.MANIFEST).unlink()
+        (newest / checkpoint.MANIFEST).mkdir()
+    else:
+        real = checkpoint._sha256
+
+        def sha256(path):
+            if path.parent == newest:
+                raise OSError(5, "Input/output error")
+            return real(path)
+
+        monkeypatch.setattr(checkpoint, "_sha256", sha256)
+    assert run(config, tmp_path / "run", resume="auto").status == "finished"
+    text = log_of(tmp_path / "run")
+    assert "a checkpoint is left out" in text
+    assert "cannot be read" in text
+    assert "going on after step 2" in text
+
+
+def test_a_checkpoint_from_before_refusals_were_counted_by_task(root, tmp_path):
+    config = small_config(root, "sst2", steps=4)
+    run(config, tmp_path / "run", stop_at=2)
+    path = tmp_path / "run" / "checkpoints" / "last" / checkpoint.STATE_JSON
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"strikes": 1, "nonfinite_steps": 1}))
+    _accept(path.parent)
+    assert run(config, tmp_path / "run", resume="auto").status == "finished"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["nonfinite_steps"] == 1

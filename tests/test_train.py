@@ -13,6 +13,7 @@ from tests.small_runs import ALL, log_of, rows, small_config
 from unit_fast import checkpoint
 from unit_fast.data import collate, open_dataset
 from unit_fast.errors import UserError
+from unit_fast.refusals import BrokenWeights
 from unit_fast.schedule import lr_multiplier
 from unit_fast.setup_model import build, check_config, used_masks
 from unit_fast.tasks import TASKS
@@ -224,6 +225,23 @@ def test_initial_weights_that_cannot_be(root, changes, text):
         build(small_config(root, "sst2", **changes), CPU)
 
 
+def test_damaged_initial_weights_are_refused_through_every_door(root, tmp_path):
+    config = small_config(root, "sst2", steps=1)
+    run(config, tmp_path / "run")
+    folder = (tmp_path / "run" / "checkpoints" / "last").resolve()
+    weights = bytearray((folder / checkpoint.WEIGHTS).read_bytes())
+    weights[-100] ^= 0x40
+    (folder / checkpoint.WEIGHTS).write_bytes(weights)
+    doors = [tmp_path / "run", folder, folder / checkpoint.WEIGHTS]
+    for text in ("differs from the checksum in the manifest", "differ from the checksum inside it"):
+        for door in doors:
+            with pytest.raises(UserError, match=text):
+                build(dataclasses.replace(config, init_from=str(door)), CPU)
+            with pytest.raises(UserError, match=text):
+                checkpoint.load_model(door)
+        (folder / checkpoint.MANIFEST).unlink(missing_ok=True)
+
+
 def test_an_unknown_prefix_to_skip(root, tmp_path):
     run(small_config(root, "sst2", steps=1), tmp_path / "run")
     config = small_config(root, "sst2", init_from=str(tmp_path / "run"), skip_load=("clasifiers",))
@@ -359,12 +377,40 @@ def test_the_average_is_what_it_says(root):
     model = torch.nn.Linear(3, 2)
     ema = Ema(model, 0.75)
     expected = model.weight.detach().clone()
-    for _ in range(4):
+    for refused in (0, 0, 1, 0):
         with torch.no_grad():
             model.weight += 1.0
-        ema.update()
-        expected = 0.75 * expected + 0.25 * model.weight.detach()
+        before = ema.model.weight.clone()
+        ema.update(torch.tensor(refused, dtype=torch.int32))
+        if refused:
+            assert torch.equal(ema.model.weight, before)
+        else:
+            expected = 0.75 * expected + 0.25 * model.weight.detach()
     assert torch.allclose(ema.model.weight, expected)
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.5, 0.9, 0.9999])
+def test_the_average_has_the_bits_of_a_weight_known_to_the_host(decay):
+    from unit_fast.setup_model import Ema
+
+    model = torch.nn.Linear(37, 29)
+    ema = Ema(model, decay)
+    with torch.no_grad():
+        model.weight.normal_()
+        expected = torch.lerp(ema.model.weight, model.weight, 1 - decay)
+    ema.update(torch.zeros((), dtype=torch.int32))
+    assert torch.equal(ema.model.weight, expected)
+
+
+def test_refused_updates_leave_the_average_alone(root, tmp_path, poisoned):
+    """Were it moved on at the refused steps, it would come closer to weights that stand still."""
+    config = small_config(root, "sst2", steps=2, ema_decay=0.5, log_every=1)
+    run(config, tmp_path / "two")
+    poisoned({3, 4})
+    run(dataclasses.replace(config, steps=4), tmp_path / "two", resume="auto")
+    folders = {f.name: f for f in checkpoint.numbered(tmp_path / "two" / "checkpoints")}
+    two, four = (checkpoint.load_weights(folders[f"step_00000{n}"] / checkpoint.EMA) for n in (2, 4))
+    assert all(torch.equal(two[name], four[name]) for name in two)
 
 
 def test_the_best_by_one_task(root, tmp_path, monkeypatch):
@@ -504,6 +550,85 @@ def test_two_and_two_do_not(root, tmp_path, poisoned):
     poisoned({4, 5, 7, 8})
     assert run(small_config(root), tmp_path / "run").status == "finished"
     assert summary(tmp_path / "run")["nonfinite_steps"] == 4
+
+
+@pytest.fixture
+def untrainable(monkeypatch):
+    """Makes every loss of a task NaN."""
+
+    def arm(name):
+        real = Trainer._next
+
+        def poison(self, batches):
+            task, batch = real(self, batches)
+            if task == name:
+                self.model.losses = functools.partial(_once, self.model, self.model.losses)
+            return task, batch
+
+        monkeypatch.setattr(Trainer, "_next", poison)
+
+    return arm
+
+
+def test_a_task_that_cannot_be_trained_ends_the_run(root, tmp_path, untrainable):
+    """Also where updates of another task, which are fine, lie between."""
+    untrainable("glue_qqp")
+    ratios = {"glue_sst2": 0.8, "glue_qqp": 0.2}
+    with pytest.raises(
+        NonFinite, match=r"3 updates of glue_qqp in a row were not finite, the last: step \d+, glue_qqp"
+    ):
+        run(small_config(root, "sst2", "qqp", steps=60, ratios=ratios, log_every=1), tmp_path / "run")
+    found = summary(tmp_path / "run")
+    assert (found["status"], found["exit_code"], found["nonfinite_steps"]) == ("nonfinite", 3, 3)
+    assert (tmp_path / "run" / "checkpoints" / "last").exists()
+    refused = [r for r in rows(tmp_path / "run") if r["nonfinite"]]
+    assert refused[-1]["step"] - refused[0]["step"] > 2, "armed: they did not follow each other"
+
+
+def test_strikes_of_a_task_are_counted_across_a_resume(root, tmp_path, untrainable):
+    untrainable("glue_qqp")
+    config = small_config(root, "sst2", "qqp", steps=60, ratios={"glue_sst2": 0.8, "glue_qqp": 0.2}, log_every=1)
+    with pytest.raises(NonFinite):
+        run(config, tmp_path / "whole")
+    last = summary(tmp_path / "whole")["step"]
+    run(config, tmp_path / "parts", stop_at=last - 1)
+    with pytest.raises(NonFinite, match="3 updates of glue_qqp in a row"):
+        run(config, tmp_path / "parts", resume="auto")
+    assert summary(tmp_path / "parts")["step"] == last
+
+
+def test_a_run_does_not_finish_with_a_task_that_was_never_trained(root, tmp_path, untrainable):
+    """Too few updates for three in a row."""
+    untrainable("glue_qqp")
+    config = small_config(root, "sst2", "qqp", steps=9, ratios={"glue_sst2": 0.8, "glue_qqp": 0.2})
+    with pytest.raises(NonFinite, match=r"not one update of glue_qqp \([12]\) was finite"):
+        run(config, tmp_path / "run")
+    assert summary(tmp_path / "run")["exit_code"] == 3
+    assert checkpoint.load_state(tmp_path / "run" / "checkpoints" / "last")["step"] == 9
+
+
+def test_weights_that_an_update_broke_are_not_saved(root, tmp_path):
+    """Loss and gradient were finite, the update was not: the last checkpoint stays the last good one."""
+    config = small_config(root, "sst2", steps=4, save_every=2, optim={"warmup_steps": 0})
+    run(config, tmp_path / "run", stop_at=2)
+    wild = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1e38, lr_backbone=1e38))
+    with pytest.raises(BrokenWeights, match=r"tensors of the weights are not finite after step \d \(first: "):
+        run(wild, tmp_path / "run", resume="auto", allow_changed=["optim"])
+    assert summary(tmp_path / "run")["exit_code"] == 3
+    parent = tmp_path / "run" / "checkpoints"
+    assert (parent / "last").resolve().name == "step_000002"
+    assert [f.name for f in checkpoint.numbered(parent)] == ["step_000002"]
+
+
+def test_weights_that_were_not_finite_before_are_told(root, tmp_path):
+    config = small_config(root, "sst2", "qqp", steps=1, ratios={"glue_sst2": 1.0, "glue_qqp": 0.0})
+    model, _, _ = build(config, CPU)
+    with torch.no_grad():
+        model.classifiers["glue_qqp"].out.weight[0, 0] = math.nan
+    checkpoint.save_weights(tmp_path / "weights", model, config)
+    run(dataclasses.replace(config, init_from=str(tmp_path / "weights")), tmp_path / "run")
+    text = log_of(tmp_path / "run")
+    assert "1 tensors of the weights hold NaN or infinity: classifiers.glue_qqp.out.weight" in text
 
 
 # ------------------------------------------------------------------------------------------------- it does train

@@ -8,11 +8,14 @@ A checkpoint is a folder::
 
 It is written under another name, made durable, and renamed. Beside the numbered folders of a run, ``last`` and ``best``
 are relative symbolic links to two of them, replaced by rename too, so that ``checkpoints/best/model.safetensors`` is a
-path any tool can open. Older numbered folders are deleted only afterwards, and never one that is pointed to.
+path any tool can open. Each safetensors file also carries a digest of its tensors in its own metadata, so that damage
+is seen where the manifest is lost. Older numbered folders are deleted only afterwards, and never one that is pointed
+to.
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -27,11 +30,13 @@ from unit_fast import faults
 from unit_fast.config import RunConfig, load_config, to_dict, to_json
 from unit_fast.data.files import sync_folder
 from unit_fast.errors import UserError, nearest, printable
-from unit_fast.weights_file import load_weights, read_json
+from unit_fast.weights_file import DIGEST, digest, has_digest, load_weights, read_json
 
 WEIGHTS, EMA, CONFIG = "model.safetensors", "ema.safetensors", "config.json"
 STATE, STATE_JSON, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 LINKS = ("last", "best", "best_ema")
+
+_log = logging.getLogger("unit_fast.checkpoint")
 
 
 class SaveError(UserError):
@@ -113,7 +118,7 @@ def _write(path: Path, content: Mapping[str, Tensor] | bytes) -> None:
     else:
         tensors = {k: v.detach().to("cpu").contiguous() for k, v in content.items()}
         try:
-            safetensors.torch.save_file(tensors, path)
+            safetensors.torch.save_file(tensors, path, metadata={DIGEST: digest(tensors)})
         except safetensors.SafetensorError as error:  # its text is the system's, e.g. "No space left on device"
             raise OSError(None, str(error)) from error
         umask = os.umask(0)
@@ -173,15 +178,40 @@ def numbered(parent: Path) -> list[Path]:
 
 
 def verify(folder: str | Path) -> None:
-    """Compare every file of a checkpoint with its manifest. ``UserError`` names the first that differs."""
+    """Compare every file of a checkpoint with its manifest. ``UserError`` names the first that differs, is missing or
+    cannot be read."""
     folder = Path(folder)
+    manifest = _manifest(folder)
+    for name in manifest:
+        _verify_file(folder, name, manifest)
+    for name in (WEIGHTS, CONFIG):
+        if name not in manifest:
+            raise UserError(f"{folder / MANIFEST}: does not list {name}; take another checkpoint")
+
+
+def verify_weights(path: str | Path) -> None:
+    """Compare one weights file of any origin with the manifest beside it, where that lists it. A warning where nothing
+    tells whether a safetensors file is whole: neither such a manifest nor a digest inside it."""
+    path = Path(path)
+    manifest = _manifest(path.parent) if (path.parent / MANIFEST).exists() else {}
+    if path.name in manifest:
+        _verify_file(path.parent, path.name, manifest)
+    elif has_digest(path) is False:
+        _log.warning("%s: has no checksum, neither inside nor in a manifest: damage would not be noticed", path)
+
+
+def _manifest(folder: Path) -> dict[str, dict]:
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or not all(isinstance(entry, dict) for entry in manifest.values()):
         raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest; take another checkpoint")
-    for name, entry in manifest.items():
-        path = folder / name
-        if path.name != name:
-            raise UserError(f"{folder / MANIFEST}: names a file elsewhere ({printable(name)}); take another checkpoint")
+    return manifest
+
+
+def _verify_file(folder: Path, name: str, manifest: dict[str, dict]) -> None:
+    path, entry = folder / name, manifest[name]
+    if path.name != name:
+        raise UserError(f"{folder / MANIFEST}: names a file elsewhere ({printable(name)}); take another checkpoint")
+    try:
         if not path.is_file():
             raise UserError(f"{path}: missing from the checkpoint; take another one of the run")
         size = path.stat().st_size
@@ -189,9 +219,8 @@ def verify(folder: str | Path) -> None:
             raise UserError(f"{path}: {size} bytes, the manifest says {entry.get('bytes')}; take another checkpoint")
         if _sha256(path) != entry.get("sha256"):
             raise UserError(f"{path}: its content differs from the checksum in the manifest; take another checkpoint")
-    for name in (WEIGHTS, CONFIG):
-        if name not in manifest:
-            raise UserError(f"{folder / MANIFEST}: does not list {name}; take another checkpoint")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); take another checkpoint") from None
 
 
 def _intact(folder: Path) -> bool:
@@ -238,7 +267,7 @@ def find(path: str | Path, prefer: Iterable[str] = ("best", "last")) -> Path:
 def load_model(path: str | Path, *, ema: bool = False, device="cpu"):
     """``(UniT, RunConfig)`` of a run folder (its best checkpoint, else the last), a checkpoint or a weights file.
 
-    ema: take the averaged weights. The files are compared with their checksums where the checkpoint has a manifest;
+    ema: take the averaged weights. The files are compared with their checksums, of the manifest or of their own;
     names and shapes must be the model's. Nothing in them is executed.
     """
     from unit_fast.model import UniT
@@ -246,6 +275,8 @@ def load_model(path: str | Path, *, ema: bool = False, device="cpu"):
     folder = find(path, ("best_ema", "last") if ema else ("best", "last"))
     if (folder / MANIFEST).exists():
         verify(folder)
+    else:
+        verify_weights(folder / (EMA if ema and (folder / EMA).is_file() else WEIGHTS))
     config = load_config(folder / CONFIG)
     if ema and not (folder / EMA).is_file():
         raise UserError(f"{folder}: has no averaged weights; the run needs --ema-decay above 0")
@@ -297,9 +328,9 @@ FREE = {
     "recipe", "steps", "eval_every", "eval_batch", "eval_limit", "eval_split", "save_every", "keep_checkpoints",
     "log_every", "criterion", "device", "threads", "weights", "require_weights", "init_from", "skip_load",
     "started_from", "data.root", "data.paths", "data.vocab", "data.workers", "data.prefetch", "data.decoder",
-    "data.max_bad_share", "data.max_pixels", "data.cache_dir",
+    "data.max_bad_share", "data.max_pixels", "data.cache_dir", "data.cache_mib", "graph", "buckets",
 }  # fmt: skip
-"""Fields a resumed run may change: where things are, what is watched, how long it goes on."""
+"""Fields a resumed run may change: where things are, what is watched, how long it goes on, how its steps are run."""
 
 
 def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple]:
@@ -355,5 +386,5 @@ def config_of(folder: Path) -> RunConfig:
 
 __all__ = [
     "SaveError", "check_resumable", "config_of", "differences", "fill", "find", "load_model", "load_state",
-    "load_weights", "numbered", "point", "prune", "save", "save_weights", "sweep", "verify",
+    "load_weights", "numbered", "point", "prune", "save", "save_weights", "sweep", "verify", "verify_weights",
 ]  # fmt: skip

@@ -2,11 +2,14 @@
 
 Exit codes: 0 done, 1 ``data check`` found errors, ``data shard`` unreadable images or ``kernels`` a budget exceeded,
 2 a mistake in the input, 3 training was not finite, 5 out of memory, 75 stopped and saved (``--resume auto`` goes
-on), 130 stopped at once.
+on), 130 stopped at once. Training tells how it ended in its exit code and ``summary.json`` even where its console has
+gone; a command whose output was its whole work ends with 1 where that could not be written.
 """
 
+import errno
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +20,7 @@ from unit_fast.cli_train import run_demo, run_train
 from unit_fast.cli_use import run_convert, run_data_shard, run_evaluate, run_predict
 from unit_fast.command_line import parse
 from unit_fast.config import DataConfig, to_json
+from unit_fast.console import Console, Nowhere, open_standard_files
 from unit_fast.errors import UserError, nearest
 
 # What a command needs is imported when it runs: `unit-fast --help` does not wait for PyTorch.
@@ -30,8 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     package = logging.getLogger("unit_fast")
     level = package.level
+    open_standard_files()
+    before = sys.stdout, sys.stderr
+    output, errors = (Console(stream or Nowhere()) for stream in before)  # None: the process has none
+    sys.stdout, sys.stderr = output, errors
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        output.flush()
+        if output.lost and not code and _only_prints(arguments):
+            if output.lost != os.strerror(errno.EPIPE):  # a reader that has seen enough, e.g. head, knows
+                print(f"unit-fast: the output could not be written ({output.lost})", file=sys.stderr)
+            return 1
+        return code
     except UserError as error:
         if debug:
             raise
@@ -40,11 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("unit-fast: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output, e.g. head, has gone
-        sys.stderr.close()
-        return 0
     finally:  # a command may have made the package quieter
         package.setLevel(level)
+        output.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _only_prints(arguments: Sequence[str]) -> bool:
+    """Whether what a command prints is all that it does; else it leaves files, which have it too."""
+    leaves_files = ("demo", "train", "evaluate", "convert", "data generate", "data shard")
+    return "--json" in arguments or not " ".join(arguments[:2]).startswith(leaves_files)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -1,6 +1,7 @@
 """The commands that train: train and demo."""
 
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -60,8 +61,18 @@ def run_train(arguments: list[str], prog: str) -> int:
         progress=command.progress, drawn=report.write_samples,
     )  # fmt: skip
     show_metrics(run.metrics)
-    print(f"report: {report.write_report(run.folder)}")
+    _report(run)
     return run.exit_code
+
+
+def _report(run) -> None:
+    """Write the report and say where it is; how the run ended does not depend on it."""
+    from unit_fast import report
+
+    try:
+        print(f"report: {report.write_report(run.folder)}")
+    except (OSError, UserError) as error:
+        print(f"unit-fast: no report: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def _base_config(arguments: list[str]) -> RunConfig:
@@ -174,5 +185,6 @@ def run_demo(arguments: list[str], prog: str) -> int:
     )
     run = train(config, out, progress=command.progress, drawn=report.write_samples)
     show_metrics(run.metrics)
-    print(f"run folder: {run.folder}\nreport: {report.write_report(run.folder)}")
+    print(f"run folder: {run.folder}")
+    _report(run)
     return run.exit_code

@@ -428,6 +428,8 @@ def load_config(path: str | Path, cls=RunConfig):
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a run folder's config.json") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give another run or file") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     return from_dict(cls, values, str(path))

@@ -1,7 +1,8 @@
 """The console, ``log.txt`` and the metrics files of a run.
 
 Losses are kept as tensors; they are read from the device once an interval, all together. On a terminal one live line
-shows the state; elsewhere there is one plain line an interval, and files never receive control characters.
+shows the state; elsewhere there is one plain line an interval, and files never receive control characters. A console
+that has gone or a full disk does not end a run.
 """
 
 import csv
@@ -18,7 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from unit_fast.console import Console
 from unit_fast.errors import printable
+from unit_fast.run_rows import Appended, number_of, read_row, replace
 from unit_fast.tasks import TASKS
 
 
@@ -57,12 +60,16 @@ class RunLog:
 
     def __init__(self, folder: Path, steps: int, progress: str = "auto"):
         self.folder, self.steps, self.progress = folder, steps, progress
-        self.text = (folder / "log.txt").open("a", encoding="utf-8")
+        self.console = Console()
+        self.said_lost = False
+        self.refused: dict[str, str] = {}
+        """Name of a file that the disk refuses -> why."""
+        self.text = Appended(folder / "log.txt")
         self._open_rows()
         self.pending: list[tuple[Record, Tensor, tuple[str, ...]]] = []
         self.since = self.started = time.monotonic()
         self.first_step: int | None = None
-        self.live = self._live() if progress == "auto" and sys.stdout.isatty() else None
+        self.live = self._live() if progress == "auto" and self.console.isatty() else None
         self.handler = _Handler(self)
         package = logging.getLogger("unit_fast")
         self.before = (package.level, package.propagate)
@@ -71,30 +78,43 @@ class RunLog:
         package.propagate = False
 
     def _open_rows(self) -> None:
-        self.rows = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.rows = Appended(self.folder / "metrics.jsonl")
         fresh = not (self.folder / "metrics.csv").exists()
-        self.csv_file = (self.folder / "metrics.csv").open("a", encoding="utf-8", newline="")
+        self.csv_file = Appended(self.folder / "metrics.csv")
         self.csv = csv.writer(self.csv_file)
         if fresh:
             self.csv.writerow(["kind", "step", "task", "name", "value"])
+            self._flush(self.csv_file)
 
-    def forget_after(self, step: int) -> None:
-        """Drop rows later than ``step`` from the metrics files: a resumed run does that work again."""
+    def forget_after(self, step: int, *, evaluations: bool = True) -> None:
+        """Drop rows later than ``step`` from the metrics files: a resumed run does that work again. Without
+        ``evaluations`` also those of the evaluation after ``step``. Lines that cannot be read go too, and are counted.
+        """
+
+        def keep(kind: str, number: float) -> bool:
+            return number < step or number == step and (evaluations or not kind.startswith("eval"))
+
         self.rows.close()
         self.csv_file.close()
         rows, table = self.folder / "metrics.jsonl", self.folder / "metrics.csv"
-        kept = [line for line in rows.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        _replace(rows, "".join(f"{line}\n" for line in kept))
-        lines = table.read_text(encoding="utf-8").splitlines()
-        kept = [x for x in lines if not (cell := [*x.split(","), ""][1]).isdigit() or int(cell) <= step]
-        _replace(table, "".join(f"{line}\n" for line in kept))
+        read = [(line, read_row(line)) for line in rows.read_bytes().splitlines()]
+        kept = [line for line, row in read if row and keep(row["kind"], row["step"])]
+        replace(rows, b"".join(line + b"\n" for line in kept))
+        header, *lines = table.read_bytes().splitlines() or [b"kind,step,task,name,value"]
+        cells = [(line, line.split(b",", 2)) for line in lines]
+        kept = [x for x, (kind, *more) in cells if len(more) == 2 and keep(kind.decode("latin-1"), number_of(more[0]))]
+        replace(table, b"".join(line + b"\n" for line in [header, *kept]))
         self._open_rows()
+        if damaged := sum(row is None for _, row in read):
+            self.line(f"metrics.jsonl: {damaged} lines that were cut short or damaged are left out")
 
     def _live(self):
         import rich.console
         import rich.live
 
-        live = rich.live.Live(console=rich.console.Console(), refresh_per_second=4, transient=True)
+        # The stream itself: rich puts its own in the place of sys.stdout, which would lead back here.
+        self.console = Console(sys.stdout)
+        live = rich.live.Live(console=rich.console.Console(file=self.console), refresh_per_second=4, transient=True)
         live.start()
         return live
 
@@ -108,14 +128,34 @@ class RunLog:
             return
         if self.live:
             self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._check_console()
         else:
-            print(text, flush=True)
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        print(text, file=self.console, flush=True)
+        self._check_console()
+
+    def _check_console(self) -> None:
+        if self.console.lost and not self.said_lost:
+            self.said_lost = True
+            self.to_file(f"the console cannot be written ({self.console.lost}): the run goes on, this file has it all")
 
     def to_file(self, text: str) -> None:
         """One line of text to ``log.txt`` alone."""
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self.text.write(f"{now} {printable(text, 4000)}\n")
-        self.text.flush()
+        self._flush(self.text)
+
+    def _flush(self, file: Appended) -> None:
+        """Write out what ``file`` holds; that the disk refuses, or takes again, is told once, on the console alone."""
+        file.flush()
+        name, before = file.path.name, self.refused.pop(file.path.name, None)
+        if file.refused:
+            self.refused[name] = file.refused
+        if bool(before) != bool(file.refused) and self.progress != "none":
+            found = f"cannot be written ({file.refused}): it waits in memory" if file.refused else "is written again"
+            self._print(f"{name}: {found}; the run goes on")
 
     def note(self, text: str) -> None:
         """What is going on, on the live line of a terminal; nowhere else."""
@@ -220,13 +260,13 @@ class RunLog:
 
     def _row(self, row: dict) -> None:
         self.rows.write(json.dumps(finite(row)) + "\n")
-        self.rows.flush()
+        self._flush(self.rows)
         nested = row.get("terms", {}) | row.get("metrics", {})
         flat = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"} | nested
         for name, value in flat.items():
             if isinstance(value, (int, float)):
                 self.csv.writerow([row["kind"], row["step"], row["task"], name, value])
-        self.csv_file.flush()
+        self._flush(self.csv_file)
 
     def close(self) -> None:
         """Close the files and give ``logging`` back."""
@@ -236,8 +276,10 @@ class RunLog:
         package.removeHandler(self.handler)
         package.setLevel(self.before[0])
         package.propagate = self.before[1]
-        for file in (self.text, self.rows, self.csv_file):
+        for file in (self.rows, self.csv_file, self.text):
             file.close()
+            if file.waiting:
+                self._print(f"{file.path.name}: its last {len(file.waiting)} bytes are lost ({file.refused})")
 
 
 class _Handler(logging.Handler):
@@ -250,24 +292,11 @@ class _Handler(logging.Handler):
         self.log.line(prefix + record.getMessage())
         if record.exc_info:  # the trace goes to the file alone
             self.log.text.write("".join(f"  {line}\n" for line in self._trace(record)))
-            self.log.text.flush()
+            self.log._flush(self.log.text)
 
     @staticmethod
     def _trace(record: logging.LogRecord):
         return [printable(x, 500) for x in logging.Formatter().formatException(record.exc_info).splitlines()]
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # a line cut short by a kill
-        return math.inf
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def _images_per_s(records: list[Record]) -> float | None:

@@ -50,9 +50,10 @@ class MaskedAdamW(torch.optim.Optimizer):
     clipped one (on a card one write of every gradient less). With a norm that is not finite nothing changes at all,
     gradients and step counts included.
 
-    ``shadow``: bfloat16 copies of some parameters, by parameter, written whenever it moves (and filled here). ``ema``:
-    float32 averages of some parameters, by parameter; whenever it moves, average <- decay average + (1 - decay)
-    parameter, and while it does not move its average keeps every bit: an average over the parameter's own updates.
+    ``shadow``: bfloat16 copies of some parameters, by parameter, written whenever it moves (and filled here).
+    ``averages``: float32 averages of some parameters, by parameter; whenever it moves, average <- average_decay average
+    + (1 - average_decay) parameter, and while it does not move its average keeps every bit: an average over the
+    parameter's own updates. A run's ``ema_decay`` is another one, over all updates of the run (``setup_model.Ema``).
 
     Implementations with one meaning, chosen as for every operator (``ops.adamw``, ``unit_fast.kernels(...)``):
     ``reference`` (plain PyTorch, any device), ``cpu`` (torch's fused AdamW) and ``fused`` (three Triton launches for
@@ -68,7 +69,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     hyperparameter out of range.
     """
 
-    _OWN = ("rule", "unused", "max_norm", "clip_gradients_in_place", "shadow", "ema", "ema_decay", "_counts")
+    _OWN = ("rule", "unused", "max_norm", "clip_gradients_in_place", "shadow", "averages", "average_decay", "_counts")
     _step_supports_amp_scaling = True
     """Tells ``torch.amp.GradScaler`` to hand over ``grad_scale`` and ``found_inf``."""
 
@@ -85,19 +86,19 @@ class MaskedAdamW(torch.optim.Optimizer):
         max_norm: float | None = None,
         clip_gradients_in_place: bool = True,
         shadow: Mapping[Tensor, Tensor] | None = None,
-        ema: Mapping[Tensor, Tensor] | None = None,
-        ema_decay: float = 0.999,
+        averages: Mapping[Tensor, Tensor] | None = None,
+        average_decay: float = 0.999,
     ):
         for name, value, known in (("rule", rule, adamw_step.RULES), ("unused", unused, adamw_step.POLICIES)):
             if value not in known:
                 raise ValueError(f"MaskedAdamW: {name} is {value!r}; {nearest(value, known)}")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"MaskedAdamW: max_norm is {max_norm}; give a positive number, or None not to clip")
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"MaskedAdamW: ema_decay is {ema_decay}; it must be in [0, 1)")
+        if not 0 <= average_decay < 1:
+            raise ValueError(f"MaskedAdamW: average_decay is {average_decay}; it must be in [0, 1)")
         self.rule, self.unused, self.max_norm = rule, unused, max_norm
-        self.clip_gradients_in_place, self.ema_decay = clip_gradients_in_place, ema_decay
-        self.shadow, self.ema = dict(shadow or {}), dict(ema or {})
+        self.clip_gradients_in_place, self.average_decay = clip_gradients_in_place, average_decay
+        self.shadow, self.averages = dict(shadow or {}), dict(averages or {})
         self._counts: Tensor | None = None
         self._forget()
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
@@ -127,7 +128,10 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _check_followers(self) -> None:
         members = {p for p, _ in self._members()}
-        for name, tensors, dtype in (("shadow", self.shadow, torch.bfloat16), ("ema", self.ema, torch.float32)):
+        for name, tensors, dtype in (
+            ("shadow", self.shadow, torch.bfloat16),
+            ("averages", self.averages, torch.float32),
+        ):
             for p, t in tensors.items():
                 if p not in members:
                     raise ValueError(f"MaskedAdamW: {name} has a tensor that is not one of the parameters")
@@ -193,8 +197,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             found_inf=getattr(self, "found_inf", None) if found_inf is None else found_inf,
             in_place=self.clip_gradients_in_place,
             copies=[self.shadow.get(p) for p in params] if self.shadow else (),
-            averages=[self.ema.get(p) for p in params] if self.ema else (),
-            decay=self.ema_decay,
+            averages=[self.averages.get(p) for p in params] if self.averages else (),
+            decay=self.average_decay,
         )
 
     def _possible(self, params, grads, used: Tensor | None) -> list[int] | None:

@@ -20,6 +20,20 @@ EXIT = {"finished": 0, "failed": 2, "nonfinite": 3, "out_of_memory": 5, "interru
 """Status in ``summary.json`` -> exit code: 75 means that ``--resume auto`` goes on from here."""
 
 
+_held: set = set()
+"""Open lock files of this process."""
+
+
+def _let_go() -> None:
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+# A forked loader process that outlives a killed run would hold its lock.
+os.register_at_fork(after_in_child=_let_go)
+
+
 def default_folder(recipe: str) -> Path:
     """``runs/<UTC time>_<recipe>``."""
     return Path("runs") / f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d_%H%M%S}_{recipe or 'run'}"
@@ -39,7 +53,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"x")
             probe.unlink()
-            self.lock = (self.path / ".lock").open("a+", encoding="utf-8")
+            self.lock = (self.path / ".lock").open("a+", encoding="utf-8", errors="replace")
         except OSError as error:
             raise UserError(
                 f"--out {self.path}: not a folder that can be written ({error.strerror or error}); choose another"
@@ -53,6 +67,7 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: is being written by {holder}; wait for it, stop it, or give another --out"
             ) from None
+        _held.add(self.lock)
         self.lock.truncate(0)
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.lock.write(f"process {os.getpid()} on {host()}, started {started}\n")
@@ -65,13 +80,21 @@ class RunFolder:
         return bool((rows.exists() and rows.stat().st_size) or numbered(self.checkpoints))
 
     def begin(self, config: RunConfig) -> None:
-        """Write what is known at the start."""
-        write(self.path / "config.json", to_json(config))
-        write(self.path / "env.json", json.dumps(environment(), indent=2) + "\n")
-        with (self.path / "command.txt").open("a", encoding="utf-8") as file:
-            file.write(shlex.join(sys.argv) + "\n")
+        """Write what is known at the start. ``UserError`` where it cannot be."""
+        try:
+            write(self.path / "config.json", to_json(config))
+            write(self.path / "env.json", json.dumps(environment(), indent=2) + "\n")
+            with (self.path / "command.txt").open("a", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(shlex.join(sys.argv) + "\n")
+        except OSError as error:
+            path = error.filename2 or error.filename or self.path
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror or error}); free space, remove what is in its place, or "
+                "give another --out"
+            ) from None
 
     def release(self) -> None:
+        _held.discard(self.lock)
         self.lock.truncate(0)
         self.lock.close()
 
@@ -79,8 +102,12 @@ class RunFolder:
 def write(path: Path, text: str) -> None:
     """Replace the file ``path``, whole or not at all."""
     aside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 class Interrupted(BaseException):
@@ -88,7 +115,8 @@ class Interrupted(BaseException):
 
 
 class Stop:
-    """Whether the run was asked to stop: Ctrl-C or SIGTERM, once. The loop looks between two steps.
+    """Whether the run was asked to stop: Ctrl-C, SIGTERM or SIGHUP (the terminal was closed, unless ``nohup`` holds it
+    off), once. The loop looks between two steps.
 
     The handler does nothing but set ``requested``. A second Ctrl-C raises ``KeyboardInterrupt`` at once.
     """
@@ -99,7 +127,9 @@ class Stop:
 
     def __enter__(self):
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self.before[number] = signal.signal(number, self._handle)
         except ValueError:  # not the main thread: signals are somebody else's affair
             self.before = {}

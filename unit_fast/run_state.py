@@ -24,7 +24,9 @@ from unit_fast.errors import UserError
 from unit_fast.evaluate import evaluate
 from unit_fast.labels import write_labels
 from unit_fast.logging import RunLog, finite
+from unit_fast.refusals import BrokenWeights, Refusals, not_finite
 from unit_fast.run_folder import EXIT, Interrupted, RunFolder, Stop, write
+from unit_fast.run_rows import rows_at
 from unit_fast.setup_model import (
     Ema,
     build,
@@ -55,6 +57,10 @@ class RunState:
             self._prepare(config, source)
             if source:
                 self._restore(source, allow_changed)
+            elif resume is not None and folder.used:
+                self.log.line("nothing was saved before: starting anew, what was logged of the steps is dropped")
+                self.log.forget_after(0)
+            self._look_at_weights()
             folder.begin(self.config)
             write_labels(folder.path, self.config, self.datasets)
             self._header(source)
@@ -109,12 +115,21 @@ class RunState:
         self.masks = used_masks(self.model, self.optimizer, self.datasets)
         self.ema = Ema(self.model, config.ema_decay) if config.ema_decay else None
         self.step, self.counts = 0, Counter(dict.fromkeys(self.datasets, 0))
-        self.strikes = self.nonfinite_steps = 0
+        self.refusals = Refusals()
+        self.refused_before = 0
+        """Refused updates that a checkpoint knew the number of, but not the tasks."""
+        self.saved_at: int | None = None
+        self.updating = False
+        """Whether an update is under way: what it has drawn and changed so far is not to be saved."""
+        self.broken_at_start: set[str] = set()
+        """Parameters that were not finite before the first update."""
         self.bad = BadImages(config.data.max_bad_share)
         self.best: dict[str, dict] = {}
         self.metrics: dict[str, dict] = {}
         self.ema_metrics: dict[str, dict] = {}
         self.evaluated_at: int | None = None
+        self.missed_evaluation = False
+        """The checkpoint's step was to be evaluated and was not."""
         self.improved = False
         self.signals, self.item, self.graphs, self.readers = Stop(), None, None, 1
         self.begun, self.seconds, self.eval_seconds = time.monotonic(), 0.0, 0.0
@@ -153,6 +168,27 @@ class RunState:
         self.log.line(numerics.promise(config.deterministic, self.device))
         if source:
             self.log.line(f"going on after step {self.step} from {source}")
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """Updates that were refused."""
+        return self.refused_before + self.refusals.total
+
+    def _look_at_weights(self) -> None:
+        """Warn of parameters that are not finite before the first update."""
+        self.broken_at_start = set(not_finite(self.model))
+        if self.broken_at_start:
+            first = ", ".join(sorted(self.broken_at_start)[:3])
+            _log.warning("%d tensors of the weights hold NaN or infinity: %s", len(self.broken_at_start), first)
+
+    def check_weights(self) -> None:
+        """``BrokenWeights`` if an update has made parameters that are not finite: loss and gradient do not tell."""
+        if broken := [name for name in not_finite(self.model) if name not in self.broken_at_start]:
+            raise BrokenWeights(
+                f"{len(broken)} tensors of the weights are not finite after step {self.step} (first: {broken[0]}), "
+                "though loss and gradient were before: an update was too large. Nothing of it is saved; a lower "
+                "--optim.lr or a larger --optim.eps may help (with --resume auto add --allow-changed optim)"
+            )
 
     # ------------------------------------------------------------------------------------- evaluate, save, restore
 
@@ -208,8 +244,10 @@ class RunState:
     def save(self, final: bool = False) -> None:
         """Checkpoint ``step_N``; then ``last``, and ``best`` if this step is it; then older ones go.
 
-        A disk that refuses is reported and tried again at the next save, unless this is the last one.
+        A disk that refuses is reported and tried again at the next save, unless this is the last one. ``BrokenWeights``
+        where there is nothing worth to be saved.
         """
+        self.check_weights()
         parent, name = self.folder.checkpoints, f"step_{self.step:06d}"
         try:
             checkpoint.save(
@@ -220,13 +258,27 @@ class RunState:
             for link, best in self.best.items():
                 if best["step"] == self.step:
                     checkpoint.point(parent, link, name)
+            self.saved_at = self.step
             checkpoint.prune(parent, self.config.keep_checkpoints)
-        except checkpoint.SaveError as error:
+        except (checkpoint.SaveError, OSError) as error:  # OSError: of a link, or of what is deleted
             if final:
-                raise
+                raise checkpoint.SaveError(str(error)) from error
             _log.error("%s; training goes on and tries again at the next save", error)
         self.improved = False
         self.log.restart_clock()
+
+    def save_what_is_good(self, error: Exception) -> None:
+        """Before ``error`` ends the run: save where it stands, if that is just after an update and the error is not of
+        the weights or of saving itself. With its data gone a run loses nothing."""
+        outside = isinstance(error, UserError | OSError) and not isinstance(error, checkpoint.SaveError | BrokenWeights)
+        if not outside or self.updating or self.step == 0 or self.saved_at == self.step:
+            return
+        for record in self.log.flush():  # or their steps were done and never logged
+            self.refusals.add(record.task, record.nonfinite)
+        try:
+            self.save()
+        except BrokenWeights as broken:
+            _log.error("%s", broken)
 
     def state(self) -> dict:
         """All that a resumed run needs besides weights and configuration."""
@@ -239,7 +291,7 @@ class RunState:
             "optimizer": optimizer_state(self.model, self.optimizer),
             "rng": rng,
             "best": self.best,
-            "strikes": self.strikes,
+            "strikes": self.refusals.state(),
             "nonfinite_steps": self.nonfinite_steps,
             "bad_images": self.bad.state(),
             "seconds": self.seconds + time.monotonic() - self.begun,
@@ -258,6 +310,11 @@ class RunState:
             self.log.line(
                 "changed since the checkpoint: " + ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items())
             )
+        if any(name == "graph" or name.startswith("buckets.") for name in changed):
+            self.log.line(
+                "captured steps are padded to buckets, others are not: from here on padding, and with it dropout and "
+                "the last bits, may differ from what they would have been"
+            )
         self.config = dataclasses.replace(self.config, started_from=saved.started_from)
         state = checkpoint.load_state(source)
         own = self.model.state_dict()
@@ -269,7 +326,8 @@ class RunState:
             load_optimizer_state(self.model, self.optimizer, state["optimizer"])
             self.step, self.best = state["step"], state["best"]
             self.counts.update(state["counts"])
-            self.strikes, self.nonfinite_steps = state["strikes"], state["nonfinite_steps"]
+            self.refusals.restore(state["strikes"], [task for task, count in self.counts.items() if count])
+            self.refused_before = state["nonfinite_steps"] - self.refusals.total
             self.bad = BadImages(self.config.data.max_bad_share, **state["bad_images"])
             self.seconds, self.eval_seconds = state["seconds"], state["eval_seconds"]
             now = {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "engine": self.engine}
@@ -286,7 +344,37 @@ class RunState:
             raise UserError(f"{source / checkpoint.STATE_JSON}: lacks {error}; take another checkpoint") from None
         if self.step > self.config.steps:
             raise UserError(f"{source}: is at step {self.step}, beyond --steps {self.config.steps}; give more steps")
-        self.log.forget_after(self.step)
+        self._restore_evaluation(source, saved, changed)
+
+    def _restore_evaluation(self, source: Path, saved: RunConfig, changed) -> None:
+        """Find out from the logged rows whether the checkpoint's step was evaluated; drop what will be logged again."""
+        other = [name for name in ("criterion", "eval_split", "eval_limit") if name in changed]
+        if other and self.best:
+            self.log.line(f"with another {', '.join(other)} earlier results do not compare: the best is chosen anew")
+            self.best = {}
+        run = source.parents[1]
+        rows = rows_at(run, self.step)
+        names = {get_task(name).short for name in self.eval_tasks}
+        whole = rows is not None and all(
+            names <= rows.get(kind, {}).keys() for kind in ("eval", *(["eval_ema"] if self.ema else []))
+        )
+        own = run == self.folder.path.resolve()
+        if own and whole and not other:
+            self.evaluated_at, self.metrics = self.step, rows.get("eval", {})
+            self.ema_metrics = rows.get("eval_ema", {})
+        was_due = saved.eval_every > 0 and self.step % saved.eval_every == 0 and self.step < self.config.steps
+        self.missed_evaluation = bool(self.eval_tasks and was_due and rows is not None and not whole)
+        again = self.missed_evaluation or self.evaluated_at is None and self.step == self.config.steps
+        self.log.forget_after(self.step, evaluations=not again)
+
+    def make_up(self) -> None:
+        """Evaluate the step that a run stopped at before it was evaluated: the best checkpoint may depend on it."""
+        if self.missed_evaluation:
+            self.missed_evaluation = False
+            self.log.line(f"the evaluation after step {self.step} was not finished: it is made up for")
+            self.evaluate()
+            if self.improved:
+                self.save()
 
     def _summary(self, status: str, message: str) -> None:
         content = {
@@ -301,4 +389,7 @@ class RunState:
         }  # fmt: skip
         if self.ema:
             content["ema_metrics"] = self.ema_metrics
-        write(self.folder.path / "summary.json", json.dumps(finite(content), indent=2) + "\n")
+        try:
+            write(self.folder.path / "summary.json", json.dumps(finite(content), indent=2) + "\n")
+        except OSError as error:
+            self.log.line(f"summary.json: could not be written ({error.strerror}); the run is {status}: {message}")

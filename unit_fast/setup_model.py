@@ -134,12 +134,10 @@ def _load_from_run(model: UniT, config: RunConfig) -> tuple[str, list[str]]:
                 f"{nearest(prefix, {n.split('.')[0] for n in model.state_dict()})}"
             )
     if path.is_dir():
-        folder = checkpoint.find(path)
-        if (folder / checkpoint.MANIFEST).exists():
-            checkpoint.verify(folder)
-        path = folder / checkpoint.WEIGHTS
-    elif not path.exists():
+        path = checkpoint.find(path) / checkpoint.WEIGHTS
+    elif not path.is_file():
         raise UserError(f"--init-from {path}: no such run, checkpoint or weights file")
+    checkpoint.verify_weights(path)
     report = convert.load_matching(model, checkpoint.load_weights(path), skip=config.skip_load, source=str(path))
     _log.info("initial weights: %s", report)
     return str(path), report.loaded
@@ -211,7 +209,11 @@ def load_optimizer_state(model: nn.Module, optimizer: MaskedAdamW, saved: dict[s
 
 
 class Ema:
-    """Exponential moving average of the weights, float32: average <- decay average + (1 - decay) weights."""
+    """Exponential moving average of all weights over the run's updates, float32 (``ema_decay``): after every update
+    that was not refused, average <- decay average + (1 - decay) weights, whether or not the update moved a weight.
+
+    ``MaskedAdamW(averages=...)`` keeps other averages, of each parameter over its own updates; no run uses them.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
         if not 0 < decay < 1:
@@ -221,7 +223,12 @@ class Ema:
         self.pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
 
     @torch.no_grad()
-    def update(self) -> None:
-        """After an update of the weights. Buffers are constants in this model."""
+    def update(self, refused: Tensor) -> None:
+        """After an update; ``refused`` is its ``Update.nonfinite``, 0-d: not zero leaves every average as it is.
+
+        Nothing is read back from the device. Buffers are constants in this model.
+        """
         averages, weights = zip(*self.pairs)
-        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        # A weight of 0 gives back the average to the bit; as a tensor it has the bits of the number.
+        weight = torch.where(refused == 0, 1 - self.decay, 0.0).to(averages[0].dtype)
+        torch._foreach_lerp_(averages, weights, [weight] * len(averages))

@@ -28,23 +28,14 @@ from unit_fast.errors import UserError, printable
 from unit_fast.logging import Record
 from unit_fast.numerics import arithmetic
 from unit_fast.optim import MaskedAdamW
+from unit_fast.refusals import NonFinite
 from unit_fast.run_folder import EXIT, RunFolder, write
 from unit_fast.run_state import RunState
 from unit_fast.schedule import lr_multiplier, lr_multiplier_tensor
 from unit_fast.setup_model import buckets_of
 from unit_fast.step_graph import StepGraphs
 
-STRIKES = 3
-"""So many updates in a row that are not finite end the run."""
-
 _log = logging.getLogger("unit_fast.train")
-
-
-class NonFinite(UserError):
-    """Several updates in a row were not finite."""
-
-    status = "nonfinite"
-    exit_code = EXIT[status]
 
 
 class OutOfMemory(UserError):
@@ -83,7 +74,7 @@ class Update:
     names: tuple[str, ...]
     """Names of the loss terms."""
     terms: Tensor
-    """[n] their values, means over the accumulated batches. Their sum is the step loss."""
+    """[n] their values over all samples of the update. Their sum is the step loss."""
     grad_norm: Tensor
     """0-d, before clipping."""
     nonfinite: Tensor
@@ -99,7 +90,7 @@ def train_step(
     used: Tensor | None = None,
     bf16: bool = False,
 ) -> Update:
-    """One update of ``model`` on ``task`` from a batch, or from several whose gradients are averaged.
+    """One update of ``model`` on ``task`` from a batch, or from several, whose samples count as those of one batch.
 
     used: uint8 [n] in the optimiser's parameter order, see ``setup_model.used_masks``. bf16: autocast of the forward
     pass; matching and losses are float32. Nothing is read back from the device, save for matching on a CPU. An update
@@ -110,12 +101,14 @@ def train_step(
         raise ValueError(f"train_step: task is {task!r}, the batches are of {[micro.task for micro in batches]}")
     device = next(model.parameters()).device.type
     optimizer.zero_grad(set_to_none=True)
-    terms = 0.0
-    for micro in batches:
+    terms, samples = 0.0, sum(map(len, batches))
+    # Losses with denominators of their own (boxes, say) need the whole update's; alone, a batch is the whole update.
+    shares = [{"share": share} for share in model.shares(batches)] if len(batches) > 1 else [{}]
+    for micro, share in zip(batches, shares, strict=True):
         with torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext():
             out = model(micro)
-        losses = model.losses(_float32(out) if bf16 else out, micro)
-        values = torch.stack(list(losses.values())) / len(batches)
+        losses = model.losses(_float32(out) if bf16 else out, micro, **share)
+        values = torch.stack(list(losses.values())) / (samples / len(micro))
         loss, values = values.sum(), values.detach()
         # An infinite loss can have a finite gradient: this makes it NaN, which the optimiser refuses.
         (loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)).backward()
@@ -154,11 +147,15 @@ def train(
     return after this many updates in all, as if interrupted (the schedule still spans ``config.steps``).
     progress: see ``logging.RunLog``. drawn: called with run folder and step after each evaluation, to draw examples.
 
-    Ctrl-C and SIGTERM save and return a ``Run`` with status ``interrupted``. ``UserError`` on bad input; ``NonFinite``
-    after three updates in a row that are not finite (they change nothing). ``summary.json`` says how it ended.
+    Ctrl-C, SIGTERM and SIGHUP save and return a ``Run`` with status ``interrupted``. ``UserError`` on bad input;
+    ``NonFinite`` after three updates in a row, of the run or of a task, that are not finite (they change nothing), or
+    where an update made weights that are not. ``summary.json`` says how it ended.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("more than one process is not supported yet: start without torchrun (WORLD_SIZE is above 1)")
+    size = os.environ.get("WORLD_SIZE", "1").strip()
+    if size not in ("", "0", "1"):
+        raise UserError(
+            f"more than one process is not supported yet: start without torchrun (WORLD_SIZE is {printable(size)})"
+        )
     folder = RunFolder(out)
     try:
         if folder.used and resume is None:
@@ -236,6 +233,7 @@ class Trainer(RunState):
         self.item = next(batches)
         self.wait_s = time.monotonic() - begun
         found = self.item.batches
+        self.updating = True
         return self.item.task, found if self.graphs else [batch.to(self.device) for batch in found]
 
     def _count(self, update: Update) -> None:
@@ -244,7 +242,8 @@ class Trainer(RunState):
         self.step += 1
         self.counts[item.task] += item.request.samples
         if self.ema:
-            self.ema.update()
+            self.ema.update(update.nonfinite)
+        self.updating = False
         for message in self.bad.add(item):
             self.log.line(f"unreadable image: {message}")
         record = Record(
@@ -262,12 +261,11 @@ class Trainer(RunState):
         self.log.log(record, update.names, update.terms, update.grad_norm, update.nonfinite)
 
     def _check(self, records: list[Record]) -> None:
-        """Report the updates that were not finite; ``NonFinite`` after ``STRIKES`` of them in a row."""
+        """Report the updates that were not finite; ``NonFinite`` after too many of them in a row, all or of a task."""
         for record in records:
-            self.strikes = self.strikes + 1 if record.nonfinite else 0
+            many = self.refusals.add(record.task, record.nonfinite)
             if not record.nonfinite:
                 continue
-            self.nonfinite_steps += 1
             terms = ", ".join(f"{name.rsplit('/')[-1]} {value:.4g}" for name, value in record.terms.items())
             where = self._dump(record)
             what = (
@@ -275,10 +273,12 @@ class Trainer(RunState):
                 f"({terms}), gradient norm {record.grad_norm:.4g}"
             )
             self.log.line(f"not finite, nothing was changed: {what}; details in {where}")
-            if self.strikes >= STRIKES:
+            if many:
+                self.check_weights()
                 raise NonFinite(
-                    f"{STRIKES} updates in a row were not finite, the last: {what}. Nothing of them reached the "
-                    f"weights. Look at {where}; a lower --optim.lr or --precision fp32 may help"
+                    f"{many} were not finite, the last: {what}. Nothing of them reached the weights. Look at {where}; "
+                    "a lower --optim.lr or --precision fp32 may help (with --resume auto add --allow-changed optim.lr "
+                    "or precision)"
                 )
 
     def _dump(self, record: Record) -> Path:
@@ -294,7 +294,9 @@ class Trainer(RunState):
         status, message, self.begun = "failed", "", time.monotonic()
         try:
             with self.signals, arithmetic(self.config.precision, self.config.deterministic, self.device):
-                self._loop(min(self.config.steps, stop_at or self.config.steps))
+                self.make_up()
+                if self.signals.requested is None:
+                    self._loop(min(self.config.steps, stop_at or self.config.steps))
                 status = self.finish()
             if status == "interrupted":
                 why = self.signals.requested or "stopped"
@@ -308,8 +310,7 @@ class Trainer(RunState):
             raise OutOfMemory(message) from error
         except Exception as error:
             status, message = getattr(error, "status", "failed"), str(error)
-            if isinstance(error, NonFinite):
-                self.save()
+            self.save_what_is_good(error)
             raise
         finally:
             self.seconds += time.monotonic() - self.begun
@@ -325,6 +326,11 @@ class Trainer(RunState):
         self.save(final=True)
         if error:
             raise error
+        if done and (never := self.refusals.untrained()):
+            raise NonFinite(
+                f"not one update of {', '.join(f'{task} ({count})' for task, count in never.items())} was finite: it "
+                f"was not trained. Look at {self.folder.path / 'nonfinite'} and at the weights the run started from"
+            )
         return "finished" if done and not self.signals.requested else "interrupted"
 
     def _resume_command(self) -> str:
@@ -337,5 +343,6 @@ class Trainer(RunState):
         return (
             f"out of memory in step {self.step + 1} on {task}, batch {batch}, peak {peak:.1f} GiB "
             f"({printable(str(error).splitlines()[0])}). In this order: halve --batch and double --accumulate; use "
-            "--precision bf16; lower --data.max-side and --data.train-short-sides"
+            "--precision bf16; lower --data.max-side and --data.train-short-sides. A run that goes on with --resume "
+            "takes them with --allow-changed, e.g. --allow-changed batch_per_process,accumulate"
         )

@@ -1,5 +1,6 @@
 """Reading weights files of any origin without executing code from them."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ MAX_HEADER = 4 * 2**20
 """Bytes of a safetensors header that we read; the full model's is 0.2 MB."""
 MAX_TENSORS = 10_000
 MAX_JSON = 64 * 2**20
+DIGEST = "unit_fast.sha256"
+"""Entry of a safetensors file's own metadata: ``digest`` of its tensors. It travels with the file."""
 
 
 def read_json(path: Path):
@@ -24,8 +27,35 @@ def read_json(path: Path):
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a whole checkpoint folder") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); take another checkpoint") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); take another checkpoint") from None
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the tensors (on the host), whatever their order and strides."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().contiguous()
+        found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        found.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+    return found.hexdigest()
+
+
+def has_digest(path: str | Path) -> bool | None:
+    """Whether a safetensors file carries a digest of its tensors, which ``load_weights`` then compares; None for files
+    of other kinds (PyTorch's have checksums of their own)."""
+    path = Path(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+    return DIGEST in _header(path, start[:8])[1] if _is_safetensors(start) else None
+
+
+def _is_safetensors(start: bytes) -> bool:
+    # A safetensors file begins with the length of its header and "{": the length may look like a pickle's or a zip's
+    # first bytes, but theirs are never such a length.
+    return int.from_bytes(start[:8], "little") <= MAX_HEADER and start[8:] == b"{"
 
 
 def load_weights(path: str | Path, expected: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -33,7 +63,8 @@ def load_weights(path: str | Path, expected: Mapping[str, Tensor] | None = None)
 
     A PyTorch file that holds anything but tensors and plain containers is refused; there is no other way to read it
     here. A state dict inside ``{"model": ...}`` or ``{"state_dict": ...}`` is unwrapped. ``expected``: names, shapes
-    and dtypes that must match, compared before any data is read (safetensors).
+    and dtypes that must match, compared before any data is read (safetensors). ``UserError`` also where the file
+    carries a digest and its tensors have another.
     """
     path = Path(path)
     try:
@@ -41,21 +72,21 @@ def load_weights(path: str | Path, expected: Mapping[str, Tensor] | None = None)
             start = file.read(9)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    # A safetensors file begins with the length of its header and "{": the length may look like a pickle's or a zip's
-    # first bytes, but theirs are never such a length.
-    plausible = int.from_bytes(start[:8], "little") <= MAX_HEADER and start[8:] == b"{"
-    if not plausible and (start[:2] == b"PK" or start[:1] == b"\x80"):
+    if not _is_safetensors(start) and (start[:2] == b"PK" or start[:1] == b"\x80"):
         weights = _load_torch(path)
         if expected is not None:
             _compare(path, {k: (list(v.shape), v.dtype) for k, v in weights.items()}, expected)
         return weights
-    header = _header(path, start[:8])
+    header, metadata = _header(path, start[:8])
     if expected is not None:
         _compare(path, {k: (v.get("shape"), _DTYPES.get(v.get("dtype"))) for k, v in header.items()}, expected)
     try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({printable(error)})") from None
+        weights = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, ValueError, KeyError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file, or not readable ({printable(error)})") from None
+    if DIGEST in metadata and digest(weights) != metadata[DIGEST]:
+        raise UserError(f"{path}: its tensors differ from the checksum inside it: it is damaged; take another file")
+    return weights
 
 
 _DTYPES = {
@@ -64,7 +95,8 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def _header(path: Path, start: bytes) -> dict[str, dict]:
+def _header(path: Path, start: bytes) -> tuple[dict[str, dict], dict]:
+    """Entries of the tensors by name, and the metadata."""
     size = int.from_bytes(start, "little")
     if len(start) < 8 or size > min(MAX_HEADER, path.stat().st_size - 8):
         raise UserError(f"{path}: neither a safetensors nor a PyTorch file, or cut short")
@@ -74,12 +106,12 @@ def _header(path: Path, start: bytes) -> dict[str, dict]:
             header = json.loads(file.read(size))
         if not isinstance(header, dict):
             raise ValueError(type(header).__name__)
-        header.pop("__metadata__", None)
-        if len(header) > MAX_TENSORS or not all(isinstance(v, dict) for v in header.values()):
+        metadata = header.pop("__metadata__", {})
+        if len(header) > MAX_TENSORS or not all(isinstance(v, dict) for v in [*header.values(), metadata]):
             raise ValueError(f"{len(header)} entries")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a safetensors file (header: {printable(error)})") from None
-    return header
+    return header, metadata
 
 
 def _compare(path: Path, found: dict[str, tuple], expected: Mapping[str, Tensor]) -> None:

@@ -238,10 +238,10 @@ def test_grad_scaler(mode, unscale):
 def test_shadow_and_average(mode):
     params = parameters()
     shadow = {p: torch.zeros_like(p, dtype=torch.bfloat16) for p in params[:6]}
-    ema = {p: torch.zeros_like(p) for p in params[2:]}
-    optimizer = MaskedAdamW(params, lr=0.1, unused="graph", shadow=shadow, ema=ema, ema_decay=0.9)
+    averages = {p: torch.zeros_like(p) for p in params[2:]}
+    optimizer = MaskedAdamW(params, lr=0.1, unused="graph", shadow=shadow, averages=averages, average_decay=0.9)
     assert all(torch.equal(shadow[p], p.detach().bfloat16()) for p in shadow)
-    expected = {p: torch.zeros_like(p) for p in ema}
+    expected = {p: torch.zeros_like(p) for p in averages}
     for task in TASKS:
         for p in params:
             p.grad = torch.ones_like(p)
@@ -253,9 +253,9 @@ def test_shadow_and_average(mode):
         for p in shadow:  # the interpreter cuts a float32 off where a card rounds it
             rtol = 2.0**-7 if mode == "fused" and INTERPRETING else 0
             torch.testing.assert_close(shadow[p], p.detach().bfloat16(), rtol=rtol, atol=0)
-        for p in ema:
-            torch.testing.assert_close(ema[p], expected[p], rtol=1e-6, atol=1e-7)
-    assert ema[params[6]].abs().max() == 0  # never used
+        for p in averages:
+            torch.testing.assert_close(averages[p], expected[p], rtol=1e-6, atol=1e-7)
+    assert averages[params[6]].abs().max() == 0  # never used
     with torch.no_grad():
         params[0].fill_(3.0)
     optimizer.refresh_shadow()
@@ -267,8 +267,8 @@ def test_shadow_and_average(mode):
     [
         (lambda p: {"shadow": {torch.zeros(1): torch.zeros(1).bfloat16()}}, "shadow has a tensor that is not one of"),
         (lambda p: {"shadow": {p: torch.zeros_like(p)}}, "shadow of a parameter .* it must be torch.bfloat16"),
-        (lambda p: {"ema": {p: torch.zeros(2)}}, "ema of a parameter .* of its shape"),
-        (lambda p: {"ema_decay": 1.0}, "ema_decay is 1.0"),
+        (lambda p: {"averages": {p: torch.zeros(2)}}, "averages of a parameter .* of its shape"),
+        (lambda p: {"average_decay": 1.0}, "average_decay is 1.0"),
     ],
 )
 def test_copies_that_do_not_fit_are_refused(settings, message):

@@ -18,21 +18,24 @@ class DropoutSeeds:
     The seeds live on the device, so that a captured step can hold them. Without active dropout nothing is drawn.
     """
 
-    PLACES = 512
+    BLOCK = 512
+    """Seeds made at once; a model with more places makes another block, so there is no limit."""
 
     def __init__(self, active: bool, device: torch.device):
-        self._rows, self._place = None, -1
+        self._base, self._rows, self._place = None, None, 0
         if active:
-            base = torch.randint(-(2**62), 2**62, (2,), device=device)
-            place = torch.arange(self.PLACES, device=device)
-            self._rows = base + torch.stack((torch.zeros_like(place), place), dim=1)
+            self._base = torch.randint(-(2**62), 2**62, (2,), device=device)
 
     def next(self) -> Tensor | None:
         """int64[2] for the next place in call order; None when dropout is off."""
-        if self._rows is None:
+        if self._base is None:
             return None
+        block, row = divmod(self._place, self.BLOCK)
+        if row == 0:
+            place = torch.arange(block * self.BLOCK, (block + 1) * self.BLOCK, device=self._base.device)
+            self._rows = self._base + torch.stack((torch.zeros_like(place), place), dim=1)
         self._place += 1
-        return self._rows[self._place]
+        return self._rows[row]
 
 
 class Attention(nn.Module):

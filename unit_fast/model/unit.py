@@ -4,6 +4,8 @@ Shape letters: B batch, H W pixels, P image positions, T text tokens, S = P + T 
 C decoder width, L decoder layers, Q queries, K classes, N padded targets of an image.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -183,8 +185,27 @@ class UniT(nn.Module):
         layers = slice(None) if self.config.loss.auxiliary else slice(-1, None)
         return matcher.match(out.logits[layers], out.boxes[layers], batch, self.config.loss)
 
-    def losses(self, out: Output, batch: Batch, matching: Tensor | None = None, split: str = "train") -> dict:
-        """Weighted loss terms, named ``{split}/{dataset}/{term}`` as in SPEC 2.1; their sum is the step loss."""
+    def shares(self, batches: Sequence[Batch]) -> list[criterion.Share | None]:
+        """For ``losses``: what each of the batches of one update and task is of the whole. None where a loss is a mean
+        over samples, whose parts add up by their sizes alone."""
+        name = batches[0].task
+        if not self.tasks[name].is_detection:
+            return [None] * len(batches)
+        return criterion.shares(batches, self.config.tasks[name].queries, self.config.loss)
+
+    def losses(
+        self,
+        out: Output,
+        batch: Batch,
+        matching: Tensor | None = None,
+        split: str = "train",
+        share: criterion.Share | None = None,
+    ) -> dict:
+        """Weighted loss terms, named ``{split}/{dataset}/{term}`` as in SPEC 2.1; their sum is the step loss.
+
+        ``share``: the batch is one of several that are accumulated; the step loss is then the sum of theirs, each times
+        its samples by those of all.
+        """
         name, loss = batch.task, self.config.loss
         if self.tasks[name].is_detection:
             layers = slice(None) if loss.auxiliary else slice(-1, None)
@@ -192,7 +213,7 @@ class UniT(nn.Module):
             terms = criterion.detection_losses(
                 out.logits[layers], out.boxes[layers], out.hidden_states[layers], matching, batch, loss,
                 attribute_head=self.attribute_heads[name] if name in self.attribute_heads else None,
-                no_object=self.config.tasks[name].outputs - 1,
+                no_object=self.config.tasks[name].outputs - 1, share=share,
             )  # fmt: skip
         else:
             scores = out.scores[None] if out.layer_scores is None else out.layer_scores
