@@ -20,51 +20,62 @@ SUM_IMAGES, SUM_BLOCKS = 8, 32
 
 
 @jit
-def _object_of_rows(query_ptr, labels_ptr, row, objects, no_object, R: tl.constexpr, NB: tl.constexpr):
-    """(object [R] of each row of an image or -1, float32 [R] how many objects of the image have a query and a class
-    other than no-object).
+def _object_of_rows(query_ptr, row, objects, R: tl.constexpr, NB: tl.constexpr):
+    """Object [R] of each row of an image, or -1.
 
-    The pointers point at the image's [N]. Loaded once a row (from L1), which saves a change of layout.
+    ``query_ptr`` points at the image's [N]. Loaded once a row (from L1), which saves a change of layout.
     """
     found = tl.full([R], -1, tl.int32)
-    positive = tl.zeros([R], tl.float32)
     for start in range(0, objects, NB):
         number = tl.broadcast_to(start + tl.arange(0, NB)[None, :], [R, NB])
         of_object = tl.load(query_ptr + number, mask=number < objects, other=-1)
-        label = tl.load(labels_ptr + number, mask=number < objects, other=no_object)
         found = tl.maximum(found, tl.max(tl.where(of_object == row[:, None], number, -1), 1))
-        positive += tl.sum(tl.where((of_object >= 0) & (label != no_object), 1.0, 0.0), 1)
-    return found, positive
+    return found
 
 
 @jit
-def _positive_in_layer(query_ptr, labels_ptr, count, no_object, R: tl.constexpr, NB: tl.constexpr):
-    """float32 [R], all equal: the same of all ``count`` objects of a layer."""
-    positive = tl.zeros([R], tl.float32)
+def _positives(query_ptr, labels_ptr, count, no_object, NB: tl.constexpr):
+    """float32: how many of ``count`` objects have a query and another class than no-object."""
+    found = tl.zeros([NB], tl.float32)
     for start in range(0, count, NB):
-        number = tl.broadcast_to(start + tl.arange(0, NB)[None, :], [R, NB])
+        number = start + tl.arange(0, NB)
         of_object = tl.load(query_ptr + number, mask=number < count, other=-1)
         label = tl.load(labels_ptr + number, mask=number < count, other=no_object)
-        positive += tl.sum(tl.where((of_object >= 0) & (label != no_object), 1.0, 0.0), 1)
-    return positive
+        found += tl.where((of_object >= 0) & (label != no_object), 1.0, 0.0)
+    return tl.sum(found, 0)
+
+
+@jit
+def _positives_beside(
+    query_ptr, labels_ptr, layer, image, images, objects, no_object,
+    PER_PROCESS: tl.constexpr, BALANCED: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """float32: the positives that the class loss of an image is divided by: of the image, of the layer, or none."""
+    if BALANCED:
+        return 0.0
+    elif PER_PROCESS:
+        return _positives(query_ptr + layer * images * objects, labels_ptr, images * objects, no_object, NB)
+    else:
+        of_image = layer * images + image
+        return _positives(query_ptr + of_image * objects, labels_ptr + image * objects, objects, no_object, NB)
 
 
 @jit
 def _factors(
-    positive, of_image, of_layer, number, images, queries, weight,
+    positive, positives, number, images, queries, weight,
     PER_PROCESS: tl.constexpr, BALANCED: tl.constexpr, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     """float32 [R]: what the cross-entropy of each row is multiplied with. positive bool [R]: its class is not
-    no-object."""
+    no-object; positives: see ``_positives_beside``."""
     if BALANCED:
         others = tl.maximum(images * queries - number, 1.0)
         return tl.where(positive, POSITIVE / number, NEGATIVE / others)
     else:
         own = tl.where(positive, 1.0, weight)
         if PER_PROCESS:
-            return own / (of_layer + weight * (images * queries - of_layer))
+            return own / (positives + weight * (images * queries - positives))
         else:
-            return own / ((of_image + weight * (queries - of_image)) * images)
+            return own / ((positives + weight * (queries - positives)) * images)
 
 
 @jit
@@ -219,14 +230,7 @@ def _set_loss_fwd_kernel(
     if block * R < queries:
         row = block * R + tl.arange(0, R)
         inside = row < queries
-        object_, positive_in_image = _object_of_rows(
-            query_ptr + of_image * objects, labels_ptr + image * objects, row, objects, no_object, R, NB
-        )
-        of_layer = tl.zeros([R], tl.float32)
-        if PER_PROCESS:
-            of_layer = _positive_in_layer(
-                query_ptr + layer * images * objects, labels_ptr, images * objects, no_object, R, NB
-            )
+        object_ = _object_of_rows(query_ptr + of_image * objects, row, objects, R, NB)
         matched = inside & (object_ >= 0)
         target = tl.load(labels_ptr + image * objects + object_, mask=matched, other=0)
         target = tl.where(matched, target, no_object)
@@ -253,8 +257,11 @@ def _set_loss_fwd_kernel(
             top = above
         lse = top + tl.log(tl.where(inside, total, 1.0))
         tl.store(lse_ptr + at, lse, mask=inside)
+        positives = _positives_beside(
+            query_ptr, labels_ptr, layer, image, images, objects, no_object, PER_PROCESS, BALANCED, NB
+        )
         factor = _factors(
-            matched & (target != no_object), positive_in_image, of_layer, number, images, queries, no_object_weight,
+            matched & (target != no_object), positives, number, images, queries, no_object_weight,
             PER_PROCESS, BALANCED, POSITIVE, NEGATIVE,
         )  # fmt: skip
         ce = tl.where(inside, factor * (lse - of_target), 0.0)
@@ -324,21 +331,17 @@ def _set_loss_bwd_kernel(
     if first_row < queries:
         row = first_row + tl.arange(0, R)
         inside = row < queries
-        object_, positive_in_image = _object_of_rows(
-            query_ptr + of_image * objects, labels_ptr + image * objects, row, objects, no_object, R, NB
-        )
+        object_ = _object_of_rows(query_ptr + of_image * objects, row, objects, R, NB)
         matched = inside & (object_ >= 0)
         at = of_image * queries + row
         if by_ce_ptr is not None:
-            of_layer = tl.zeros([R], tl.float32)
-            if PER_PROCESS:
-                of_layer = _positive_in_layer(
-                    query_ptr + layer * images * objects, labels_ptr, images * objects, no_object, R, NB
-                )
+            positives = _positives_beside(
+                query_ptr, labels_ptr, layer, image, images, objects, no_object, PER_PROCESS, BALANCED, NB
+            )
             target = tl.load(labels_ptr + image * objects + object_, mask=matched, other=0)
             target = tl.where(matched, target, no_object)
             factor = _factors(
-                matched & (target != no_object), positive_in_image, of_layer, number, images, queries, no_object_weight,
+                matched & (target != no_object), positives, number, images, queries, no_object_weight,
                 PER_PROCESS, BALANCED, POSITIVE, NEGATIVE,
             )  # fmt: skip
             factor *= tl.load(by_ce_ptr + layer) * weight_ce

@@ -71,7 +71,7 @@ def problem(name, seed=5):
     for b, count in enumerate(counts):
         labels[b, :count] = torch.randint(0, classes - 1, (count,), generator=rng)
         if name == "no_object_label":
-            labels[b, : count : 2] = classes - 1
+            labels[b, :count:2] = classes - 1
         target_boxes[b, count:] = float("nan")  # padding is never looked at
         for l in range(layers):
             matched = min(count, queries)

@@ -116,7 +116,7 @@ class Dataset:
         def picture(path, stated, key):
             facts = checked.facts(path)
             geometry = self._geometry(path, (facts.height, facts.width), stated, key)
-            return {"picture": Picture(path, geometry)}, geometry
+            return {"picture": Picture(path, geometry, facts.stamp)}, geometry
 
         return self._sample(index, key, picture)
 

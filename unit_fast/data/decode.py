@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from unit_fast.data.errors import BadImage
 from unit_fast.data.files import describe
@@ -112,6 +113,31 @@ def load_image(path, max_pixels: int) -> Image.Image:
             return image.convert("RGB")
         except Exception as error:  # see _open
             raise BadImage(path, describe(error)) from None
+
+
+class PixelCache:
+    """Decoded pixels of the images read first, up to ``limit`` bytes; see ``ImageCache`` for what is dropped: nothing.
+
+    A file that changed is another image. Not thread-safe.
+    """
+
+    def __init__(self, limit: int):
+        self.left, self._kept = limit, {}
+
+    def get(self, path, now: Stamp) -> Tensor | None:
+        """The [H,W,3] uint8 pixels of the file with this stamp, which belong to the cache; None where it has none."""
+        known, pixels = self._kept.get(str(path), (None, None))
+        return pixels if known == now else None
+
+    def put(self, path, now: Stamp, pixels: Tensor) -> None:
+        """Keep a copy of ``pixels`` on the host, if there is room."""
+        name = str(path)
+        _, old = self._kept.get(name, (None, None))
+        room = self.left + (old.numel() if old is not None else 0)
+        if pixels.numel() <= room:
+            # a decoder's own tensor may be part of a whole batch's memory
+            self._kept[name] = (now, pixels.to("cpu", copy=True))
+            self.left = room - pixels.numel()
 
 
 class ImageCache:
