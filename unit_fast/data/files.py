@@ -192,16 +192,26 @@ def integer(record, key: str, where: str) -> int:
     if type(value) is float and value.is_integer():
         value = int(value)
     if type(value) is not int or not -(2**63) <= value < 2**63:
-        raise UserError(f"{where}: {key} must be an integer, found {printable(repr(value), 60)}")
+        raise UserError(f"{where}: {key} must be an integer, found {_shown(value)}")
     return value
 
 
 def number(record, key: str, where: str) -> float:
     """``record[key]`` as a finite float."""
     value = _field(record, key, where)
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise UserError(f"{where}: {key} must be a finite number, found {printable(repr(value), 60)}")
-    return float(value)
+    if type(value) is int and abs(value) < 2**1000:  # beyond a float's range there is nothing that is finite
+        value = float(value)
+    if type(value) is not float or not math.isfinite(value):
+        raise UserError(f"{where}: {key} must be a finite number, found {_shown(value)}")
+    return value
+
+
+def side(record, key: str, where: str) -> int:
+    """``record[key]`` as a side of an image, pixels: an integer from 1 to 2^31 - 1."""
+    value = integer(record, key, where)
+    if not 1 <= value < 2**31:
+        raise UserError(f"{where}: {key} is {value}; a side of an image must be from 1 to {2**31 - 1:,} pixels")
+    return value
 
 
 def string(record, key: str, where: str) -> str:
@@ -218,6 +228,13 @@ def sequence(record, key: str, where: str) -> list:
     if not isinstance(value, list):
         raise UserError(f"{where}: {key} must be a list, found {type(value).__name__}")
     return value
+
+
+def _shown(value) -> str:
+    """``value`` for a message; writing a number of thousands of digits would be an error of its own."""
+    if type(value) is int and abs(value) >= 2**1000:
+        return f"a number of {value.bit_length():,} bits"
+    return printable(repr(value), 60)
 
 
 def _field(record, key, where):

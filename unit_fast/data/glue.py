@@ -147,7 +147,10 @@ class Glue(Dataset):
             missing = [column for column in wanted if column not in batch.schema.names]
             if missing:
                 raise UserError(f"{name}: column {missing[0]!r} is missing; found {', '.join(batch.schema.names)}")
-            columns = [batch.column(column).to_pylist() for column in wanted]
+            try:
+                columns = [batch.column(column).to_pylist() for column in wanted]
+            except (ValueError, OverflowError) as error:  # texts that are not UTF-8, times beyond Python's
+                raise UserError(f"{name}: a row after row {row} cannot be read ({files.describe(error)})") from None
             for values in zip(*columns):
                 row += 1
                 where = f"{name}: row {row}"
