@@ -11,7 +11,7 @@ from unit_fast.data.collate import collate
 from unit_fast.data.errors import BadImage, Findings, MissingSplit
 from unit_fast.tasks import get_task
 
-_log = logging.getLogger("unit_fast.data")
+_log = logging.getLogger("unit_fast.data.readers")
 
 __all__ = ["BadImage", "MissingSplit", "collate", "open_dataset"]
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import stat
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,10 @@ FORMATS = ("JPEG", "PNG")
 """The only decoders used; the others of the library have had bombs of their own and no data set needs them."""
 
 
+BYTES_LIMIT = 512 * 2**20
+"""Bytes of the largest image file; 50 million pixels of 16-bit RGB without compression are 300 MB."""
+
+
 class Stamp(NamedTuple):
     """What changes when a file does."""
 
@@ -29,11 +34,15 @@ def stamp(path) -> Stamp:
     """The stamp of an image file or of a member of a shard. ``BadImage`` where there is none."""
     with _named(path):
         found = os.stat(path) if isinstance(path, (str, Path)) else path.stamp()
+    if not isinstance(found, Stamp) and not stat.S_ISREG(found.st_mode):
+        raise BadImage(path, "not a plain file")  # reading a FIFO or a device may never end
     return found if isinstance(found, Stamp) else Stamp(found.st_size, found.st_mtime_ns)
 
 
 def read_bytes(path) -> bytes:
     """The encoded image, from a file or a member of a shard. ``BadImage`` where it cannot be read."""
+    if (size := stamp(path).bytes) > BYTES_LIMIT:
+        raise BadImage(path, f"{size:,} bytes, the limit is {BYTES_LIMIT:,}")
     with _named(path):
         return Path(path).read_bytes() if isinstance(path, (str, Path)) else path.read()
 
@@ -53,7 +62,12 @@ def _named(path):
 
 def _open(path, max_pixels):
     try:
-        source = path if isinstance(path, (str, Path)) else io.BytesIO(read_bytes(path))
+        if isinstance(path, (str, Path)):
+            source = path
+            if (size := stamp(path).bytes) > BYTES_LIMIT:
+                raise BadImage(path, f"{size:,} bytes, the limit is {BYTES_LIMIT:,}")
+        else:
+            source = io.BytesIO(read_bytes(path))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower and an error
             image = Image.open(source, formats=FORMATS)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ JSON_LIMIT = 2 * 2**30
 """Bytes of the largest JSON file that is read; Visual Genome's largest has 0.8 GB, COCO's 0.5 GB."""
 LINE_LIMIT = 4 * 2**20
 """Characters of the longest line of a text table."""
+TABLE_LIMIT = 4 * 2**30
+"""Bytes of the largest text table; the largest of GLUE has 0.08 GB."""
 
 # The float parser of json turns 1e999 into infinity without a word. Only a number with such an exponent, or with
 # hundreds of digits, can do that: look for one first, since a Python call per number would double the reading time.
@@ -33,10 +36,15 @@ def describe(error: BaseException) -> str:
 def open_file(path: str | Path, limit: int | None = None):
     """Binary file object of a regular file. ``UserError`` when it is absent, not a file, or larger than ``limit``."""
     try:
-        file = open(path, "rb")  # noqa: SIM115 - the caller closes it
-        size = os.fstat(file.fileno()).st_size
+        # without O_NONBLOCK opening a FIFO that nobody writes to would wait for ever
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+        found = os.fstat(file.fileno())
     except (OSError, ValueError) as error:
         raise UserError(f"{printable(path, 400)}: cannot be read ({describe(error)})") from None
+    if not stat.S_ISREG(found.st_mode):
+        file.close()
+        raise UserError(f"{printable(path, 400)}: not a plain file; give one")
+    size = found.st_size
     if limit is not None and size > limit:
         file.close()
         raise UserError(
@@ -132,7 +140,7 @@ def _refuse_surrogates(value, refuse):
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     r"""(1-based number, text without line end) of each line. Only ``\n`` and ``\r\n`` end a line: sentences may hold
     other Unicode line separators."""
-    with open_file(path) as file:
+    with open_file(path, TABLE_LIMIT) as file:
         number = 0
         while raw := file.readline(LINE_LIMIT + 1):
             number += 1

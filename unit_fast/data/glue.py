@@ -171,6 +171,7 @@ def _record_batches(path: Path):
         raise UserError(
             f"{printable(path, 400)}: reading parquet and arrow files needs pyarrow; pip install unit_fast[hf]"
         ) from None
+    files.open_file(path, files.TABLE_LIMIT).close()  # the libraries would wait for a FIFO
     try:
         if path.suffix == ".parquet":
             with pyarrow.parquet.ParquetFile(path) as file:
