@@ -9,8 +9,10 @@ import pytest
 from tests.small_runs import log_of, make_world, small_config
 from tests.test_resume import _accept
 from unit_fast import checkpoint
+from unit_fast.data import open_dataset
 from unit_fast.data.cache import Content
 from unit_fast.errors import UserError
+from unit_fast.labels import check_labels
 from unit_fast.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -137,3 +139,31 @@ def test_digests_see_names_types_and_order():
     assert len({digest(a=a), *others}) == 6
     assert digest(x=a[::2]) == digest(x=a[::2].copy())
     assert digest(x=np.zeros((0, 4))) != digest(x=np.zeros((0, 5)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lines("bert/vocab.txt", swapped), "vqa2: the vocabulary is not that of the run"),
+        (content("vqa2/trainval_label2ans.json", lambda a: [a[0], *a[:0:-1]]), "vqa2: the answers are not those of"),
+        (content(COCO, rename), None),
+        (lambda world: None, ""),
+    ],
+    ids=["vocabulary", "answers", "classes", "nothing"],
+)
+def test_names_are_compared_with_those_of_a_run(begun, tmp_path, change, message):
+    world, run = begun
+    shutil.copytree(world, tmp_path / "world", symlinks=True)
+    change(tmp_path / "world")
+    config = small_config(tmp_path / "world", "coco", "vqa2")
+    opened = [
+        open_dataset(name, "train", config.data, task, augment=False) for name, task in config.model.tasks.items()
+    ]
+    if message:
+        with pytest.raises(UserError, match=message):
+            check_labels(run, opened)
+    elif message is None:
+        (line,) = check_labels(run, opened)
+        assert line.startswith("coco: 2 classes have other names than in the run (first: ")
+    else:
+        assert check_labels(run, opened) == []

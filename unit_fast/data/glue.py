@@ -186,5 +186,5 @@ def _record_batches(path: Path):
                 yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
                 return
             yield from reader
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # names that are not UTF-8 among them
         raise UserError(f"{printable(path, 400)}: cannot be read ({files.describe(error)})") from None
