@@ -2,7 +2,7 @@
 
 A row finds its object by comparing its number with ``query`` [L,B,N], 32 objects at a time, so that nothing is
 scattered and nothing outside the tensors is read whatever ``query`` holds. Each row's cross-entropy has one factor,
-which depends on the matching alone; forward and backward compute it alike. Classes come in blocks of BLOCK columns,
+which depends on matching and labels; forward and backward compute it alike. Classes come in blocks of BLOCK columns,
 with the log-sum-exp carried from one to the next. Everything is float32.
 
 A program of the forward adds the rows of one block, one more an image the boxes of its pairs, an object a thread. The
@@ -21,46 +21,61 @@ SUM_IMAGES, SUM_BLOCKS = 8, 32
 
 @jit
 def _object_of_rows(query_ptr, row, objects, R: tl.constexpr, NB: tl.constexpr):
-    """(object [R] of each row of an image or -1, float32 [R] how many objects of the image have a query).
+    """Object [R] of each row of an image, or -1.
 
     ``query_ptr`` points at the image's [N]. Loaded once a row (from L1), which saves a change of layout.
     """
     found = tl.full([R], -1, tl.int32)
-    matched = tl.zeros([R], tl.float32)
     for start in range(0, objects, NB):
         number = tl.broadcast_to(start + tl.arange(0, NB)[None, :], [R, NB])
         of_object = tl.load(query_ptr + number, mask=number < objects, other=-1)
         found = tl.maximum(found, tl.max(tl.where(of_object == row[:, None], number, -1), 1))
-        matched += tl.sum(tl.where(of_object >= 0, 1.0, 0.0), 1)
-    return found, matched
+    return found
 
 
 @jit
-def _matched_in_layer(query_ptr, count, R: tl.constexpr, NB: tl.constexpr):
-    """float32 [R], all equal: how many of the ``count`` objects of a layer have a query."""
-    matched = tl.zeros([R], tl.float32)
+def _positives(query_ptr, labels_ptr, count, no_object, NB: tl.constexpr):
+    """float32: how many of ``count`` objects have a query and another class than no-object."""
+    found = tl.zeros([NB], tl.float32)
     for start in range(0, count, NB):
-        number = tl.broadcast_to(start + tl.arange(0, NB)[None, :], [R, NB])
+        number = start + tl.arange(0, NB)
         of_object = tl.load(query_ptr + number, mask=number < count, other=-1)
-        matched += tl.sum(tl.where(of_object >= 0, 1.0, 0.0), 1)
-    return matched
+        label = tl.load(labels_ptr + number, mask=number < count, other=no_object)
+        found += tl.where((of_object >= 0) & (label != no_object), 1.0, 0.0)
+    return tl.sum(found, 0)
+
+
+@jit
+def _positives_beside(
+    query_ptr, labels_ptr, layer, image, images, objects, no_object,
+    PER_PROCESS: tl.constexpr, BALANCED: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """float32: the positives that the class loss of an image is divided by: of the image, of the layer, or none."""
+    if BALANCED:
+        return 0.0
+    elif PER_PROCESS:
+        return _positives(query_ptr + layer * images * objects, labels_ptr, images * objects, no_object, NB)
+    else:
+        of_image = layer * images + image
+        return _positives(query_ptr + of_image * objects, labels_ptr + image * objects, objects, no_object, NB)
 
 
 @jit
 def _factors(
-    matched, of_image, of_layer, number, images, queries, weight,
+    positive, positives, number, images, queries, weight,
     PER_PROCESS: tl.constexpr, BALANCED: tl.constexpr, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
-    """float32 [R]: what the cross-entropy of each row is multiplied with. matched bool [R]."""
+    """float32 [R]: what the cross-entropy of each row is multiplied with. positive bool [R]: its class is not
+    no-object; positives: see ``_positives_beside``."""
     if BALANCED:
         others = tl.maximum(images * queries - number, 1.0)
-        return tl.where(matched, POSITIVE / number, NEGATIVE / others)
+        return tl.where(positive, POSITIVE / number, NEGATIVE / others)
     else:
-        own = tl.where(matched, 1.0, weight)
+        own = tl.where(positive, 1.0, weight)
         if PER_PROCESS:
-            return own / (of_layer + weight * (images * queries - of_layer))
+            return own / (positives + weight * (images * queries - positives))
         else:
-            return own / ((of_image + weight * (queries - of_image)) * images)
+            return own / ((positives + weight * (queries - positives)) * images)
 
 
 @jit
@@ -215,10 +230,7 @@ def _set_loss_fwd_kernel(
     if block * R < queries:
         row = block * R + tl.arange(0, R)
         inside = row < queries
-        object_, matched_in_image = _object_of_rows(query_ptr + of_image * objects, row, objects, R, NB)
-        of_layer = tl.zeros([R], tl.float32)
-        if PER_PROCESS:
-            of_layer = _matched_in_layer(query_ptr + layer * images * objects, images * objects, R, NB)
+        object_ = _object_of_rows(query_ptr + of_image * objects, row, objects, R, NB)
         matched = inside & (object_ >= 0)
         target = tl.load(labels_ptr + image * objects + object_, mask=matched, other=0)
         target = tl.where(matched, target, no_object)
@@ -245,8 +257,11 @@ def _set_loss_fwd_kernel(
             top = above
         lse = top + tl.log(tl.where(inside, total, 1.0))
         tl.store(lse_ptr + at, lse, mask=inside)
+        positives = _positives_beside(
+            query_ptr, labels_ptr, layer, image, images, objects, no_object, PER_PROCESS, BALANCED, NB
+        )
         factor = _factors(
-            matched, matched_in_image, of_layer, number, images, queries, no_object_weight,
+            matched & (target != no_object), positives, number, images, queries, no_object_weight,
             PER_PROCESS, BALANCED, POSITIVE, NEGATIVE,
         )  # fmt: skip
         ce = tl.where(inside, factor * (lse - of_target), 0.0)
@@ -316,17 +331,17 @@ def _set_loss_bwd_kernel(
     if first_row < queries:
         row = first_row + tl.arange(0, R)
         inside = row < queries
-        object_, matched_in_image = _object_of_rows(query_ptr + of_image * objects, row, objects, R, NB)
+        object_ = _object_of_rows(query_ptr + of_image * objects, row, objects, R, NB)
         matched = inside & (object_ >= 0)
         at = of_image * queries + row
         if by_ce_ptr is not None:
-            of_layer = tl.zeros([R], tl.float32)
-            if PER_PROCESS:
-                of_layer = _matched_in_layer(query_ptr + layer * images * objects, images * objects, R, NB)
+            positives = _positives_beside(
+                query_ptr, labels_ptr, layer, image, images, objects, no_object, PER_PROCESS, BALANCED, NB
+            )
             target = tl.load(labels_ptr + image * objects + object_, mask=matched, other=0)
             target = tl.where(matched, target, no_object)
             factor = _factors(
-                matched, matched_in_image, of_layer, number, images, queries, no_object_weight,
+                matched & (target != no_object), positives, number, images, queries, no_object_weight,
                 PER_PROCESS, BALANCED, POSITIVE, NEGATIVE,
             )  # fmt: skip
             factor *= tl.load(by_ce_ptr + layer) * weight_ce

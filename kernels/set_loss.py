@@ -2,9 +2,10 @@
 
 Per layer, with t(q) the object of query q, from ``query``:
 
-    ce = sum_q w_q nll_q / sum_q w_q, nll_q = -log_softmax(logits_q)[label of t(q), else no-object], w_q = 1 or
-         ``no_object_weight``; over the process, or per image and then the mean of the images; or, balanced,
-         0.9 sum_matched nll / num_boxes + 0.1 sum_others nll / max(1, B Q - num_boxes)
+    ce = sum_q w_q nll_q / sum_q w_q, nll_q = -log_softmax(logits_q)[c(q)], c(q) the label of t(q), else no-object,
+         w_q = ``no_object_weight`` where c(q) is no-object, else 1; over the process, or per image and then the mean
+         of the images; or, balanced, 0.9 sum_positive nll / num_boxes + 0.1 sum_others nll / max(1, B Q - num_boxes),
+         positive where c(q) is a class of objects
     bbox = sum_matched |b_q - b_t|_1 / num_boxes        giou = sum_matched (1 - GIoU(b_q, b_t)) / num_boxes
     cardinality = mean over images of |queries that predict an object - objects|, without gradient
 

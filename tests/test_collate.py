@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.models import small_config
+from unit_fast.batch import Output
 from unit_fast.data.collate import collate
 from unit_fast.errors import UserError
+from unit_fast.model import UniT
 
 
 def image(height, width, value=1.0, dtype=torch.float32):
@@ -152,6 +155,58 @@ def test_contradictions_name_sample_and_field(task, samples, message):
     with pytest.raises(UserError) as info:
         collate(task, samples)
     assert message in str(info.value)
+
+
+MODEL = small_config("coco", "vg", "vqa2", "sst2")
+
+
+@pytest.mark.parametrize(
+    ("task", "samples", "message"),
+    [
+        ("coco", [detection(1), detection(2, labels=[90, 91])], "sample 1: labels has 91, .* 0 to 90 .*outputs is 92"),
+        ("coco", [detection(1, labels=[500])], "sample 0: labels has 500"),
+        ("vg", [detection(1, labels=[1600]), detection(1, labels=[1601])], "sample 1: labels has 1601"),
+        ("vg", [detection(1, attributes=[[400]]), detection(1, attributes=[[401]])], "sample 1: attributes has 401"),
+        ("sst2", [TEXT, {"input_ids": [1, 200]}], "sample 1: input_ids has 200, .*model.text.vocab_size is 200"),
+        ("sst2", [TEXT | {"label": 1}, TEXT | {"label": 2}], "sample 1: label has 2"),
+        ("vqa2", [TEXT | {"image": image(2, 2), "answer_scores": torch.zeros(7)}], "has 7 entries, the model has 3129"),
+        ("qnli", [TEXT], "the model has no such task; it has detection_coco"),
+    ],
+)
+def test_what_the_model_has_no_place_for(task, samples, message):
+    with pytest.raises(UserError, match=message):
+        collate(task, samples, model=MODEL)
+    if task not in ("qnli", "vqa2"):
+        assert len(collate(task, samples[:1])) == 1
+
+
+def test_answer_scores_are_shares():
+    for value in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UserError, match="sample 0: answer_scores must be numbers from 0 to 1"):
+            collate("vqa2", [TEXT | {"image": image(2, 2), "answer_scores": torch.tensor([0.0, value])}])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("task", "field", "sample", "message"),
+    [
+        ("coco", "labels", detection(2, labels=[1, 91]), "labels has 91, the model has places for 0 to 90"),
+        ("vg", "attributes", detection(1, attributes=[[401]]), "attributes has 401"),
+        ("sst2", "label", TEXT | {"label": 2}, "label has 2, the model has places for 0 to 1"),
+    ],
+)
+def test_the_model_refuses_it_on_every_device(task, field, sample, message, device):
+    """Without a look at the device: what ``collate`` noted is on the host."""
+    model = UniT(MODEL)
+    batch = collate(task, [sample]).to(device)
+    assert batch.largest[field] == int(message.split(" has ")[1].split(",")[0])
+    with pytest.raises(UserError, match=f"losses of {batch.task}: {message}"):
+        model.losses(Output(hidden_states=None), batch)
+
+
+def test_the_model_refuses_word_pieces_it_has_no_row_for():
+    with pytest.raises(UserError, match="glue_sst2: input_ids has 200, the model has places for 0 to 199"):
+        UniT(MODEL)(collate("sst2", [{"input_ids": [1, 200]}]))
 
 
 def test_text_longer_than_the_padding():

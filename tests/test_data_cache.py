@@ -335,7 +335,12 @@ def test_a_folder_that_cannot_be_written_is_one_line(world, tmp_path, caplog):
     blocked = write(tmp_path / "file", "x") / "cache"
     for task in ALL:
         assert seen(small(world, task, keep=blocked)) == seen(small(world, task))
-    assert [r.getMessage().count("give a writable data.cache_dir") for r in caplog.records] == [1]
+    assert [r.getMessage().count("give a writable data.cache_dir") for r in about_the_cache(caplog)] == [1]
+
+
+def about_the_cache(caplog):
+    """What was logged, but for what the readers found in the files."""
+    return [record for record in caplog.records if record.name != "unit_fast.data.readers"]
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(world, tmp_path, monkeypatch, caplog):
@@ -347,7 +352,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(world, tmp_path, monkeypatch
     for task in ("coco", "qqp"):
         assert seen(small(world, task, keep=keep)) == seen(small(world, task))
     assert entries(keep) == []
-    assert [r.getMessage().count("No space left on device") for r in caplog.records] == [1]
+    assert [r.getMessage().count("No space left on device") for r in about_the_cache(caplog)] == [1]
 
 
 def test_where_the_folder_is(world, tmp_path, monkeypatch, caplog):
@@ -399,4 +404,4 @@ def test_log_lines_go_through_logging(world, tmp_path, caplog):
     caplog.set_level(logging.DEBUG, logger="unit_fast")
     small(world, "coco", keep=tmp_path / "cache")
     small(world, "coco", keep=tmp_path / "cache")
-    assert not caplog.records  # nothing to tell about a cache that works
+    assert not about_the_cache(caplog)  # nothing to tell about a cache that works

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.data_roots import write
-from unit_fast.data import files, pickles
+from tests.data_roots import data, task_config, whole_root, write
+from unit_fast.data import BadImage, files, open_dataset, pickles
+from unit_fast.data.decode import image_size, load_image, read_bytes, stamp
 from unit_fast.errors import UserError
 
 
@@ -293,3 +294,56 @@ def test_damaged_files_give_a_value_or_our_error(tmp_path, data):
         assert isinstance(pickles.read_records(path), list)
     except UserError as error:
         assert "fuzz.npy" in str(error)  # noqa: PT017 - either outcome is right
+
+
+# ------------------------------------------------------------------------------------------------ what is no plain file
+
+
+def made(kind, path):
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"{")
+        os.truncate(path, 10 * 2**30)  # sparse
+    return path
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "sparse"])
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("coco", "coco/annotations/instances_train2017.json"),
+        ("snli_ve", "snli_ve/snli_ve_train.jsonl"),
+        ("sst2", "glue/SST-2/train.tsv"),
+        ("sst2", "bert/vocab.txt"),
+        ("vqa2", "vqa2/trainval_label2ans.json"),
+        ("vqa2", "vqa2/imdb_train2017.npy"),
+        ("sst2", "glue/sst2/train.parquet"),
+    ],
+)
+def test_only_plain_files_of_a_fitting_size_are_read(tmp_path, kind, task, name):
+    root = whole_root(tmp_path)
+    if name.endswith("parquet"):
+        (root / "glue/SST-2/train.tsv").unlink()
+    made(kind, root / name)
+    config = task_config(task, **({"outputs": 4} if task == "vqa2" else {}))
+    with pytest.raises(UserError, match="not a plain file|Is a directory|more than the limit of"):
+        open_dataset(task, "train", data(root), config, augment=False)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "sparse"])
+def test_only_plain_image_files_are_read(tmp_path, kind):
+    path = made(kind, tmp_path / "a.jpg")
+    for read in (stamp, read_bytes):
+        if (kind, read) != ("sparse", stamp):
+            with pytest.raises(BadImage, match="not a plain file|the limit is"):
+                read(path)
+    for read in (image_size, load_image):
+        with pytest.raises(BadImage, match="not a plain file|the limit is"):
+            read(path, 10**6)

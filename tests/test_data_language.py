@@ -9,7 +9,7 @@ import torch
 from tests.data_roots import REAL, data, needs_real, picture, task_config, whole_root, write
 from unit_fast.config import DataConfig
 from unit_fast.data import BadImage, MissingSplit, collate, open_dataset
-from unit_fast.data.vqa2 import normalise_answer, read_answers, soft_scores
+from unit_fast.data.vqa2 import indices, normalise_answer, read_answers, soft_scores
 from unit_fast.errors import UserError
 
 VQA = task_config("vqa2", outputs=4)
@@ -59,6 +59,24 @@ def test_few_answers_are_repeated_to_ten():
 def test_answers_are_normalised():
     assert normalise_answer(" Yes, it's the dog's? ") == "yes it 's the dog 's"
     assert soft_scores(["YES", "yes?", "Yes ", "y,es"] + ["no"] * 6, {"yes": 1})[1] == pytest.approx(1.0)
+
+
+def test_the_list_is_normalised_as_the_answers_are():
+    index_of = indices(["<unk>", "men's", "1,000", "What?", "?", "yes", "man 's", "man's"])
+    for said, index in (("men's", 1), ("MEN's?", 1), ("1000", 2), ("1,000", 2), ("what", 3), ("yes", 5)):
+        assert soft_scores([said] * 10, index_of) == {index: pytest.approx(1.0)}, said
+    # two entries of one normal form: each spelling is its own
+    assert soft_scores(["man's"] * 5 + ["man 's"] * 5, index_of) == {7: pytest.approx(1.0), 6: pytest.approx(1.0)}
+    assert soft_scores([""] * 10, index_of) == {}
+
+
+@needs_real
+def test_every_published_answer_can_be_given():
+    answers = read_answers(REAL / "vqa2/trainval_label2ans.json", 3129)
+    index_of = indices(answers)
+    assert sum("'s" in answer for answer in answers) == 12
+    for index, answer in enumerate(answers[1:], 1):
+        assert soft_scores([answer] * 10, index_of) == {index: pytest.approx(1.0)}
 
 
 @pytest.mark.parametrize("first", ["", "<unk>"])

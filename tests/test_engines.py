@@ -634,8 +634,10 @@ def test_training_goes_through_one_percent_of_faults_at_the_default_settings(tmp
 def test_engines_that_cannot_be_are_refused(monkeypatch, tmp_path):
     assert engine_of(DataConfig()) == "dali"
     assert engine_of(DataConfig(cache_mib=5)) == "torchvision"
-    with pytest.raises(UserError, match="--data.cache-mib 5"):
-        engine_of(DataConfig(engine="dali", cache_mib=5))
+    assert engine_of(DataConfig(engine="dali", cache_mib=5)) == "dali"
+    for unfit in ({"dali_graph": "whole"}, {"decoder": "mixed"}):
+        with pytest.raises(UserError, match="--data.cache-mib 5: .* take 0 or --data"):
+            engine_of(DataConfig(engine="dali", cache_mib=5, **unfit))
     config = config_for(coco_root(tmp_path / "root", {"a.jpg": encoded(photograph(60, 80, 0))}), "coco")
     with pytest.raises(UserError, match="--data.decoder mixed: decodes on a GPU"):
         steps_of(with_data(config, engine="dali", decoder="mixed"))

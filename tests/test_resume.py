@@ -174,7 +174,7 @@ def test_every_part_of_the_state_is_needed(root, tmp_path):
     path = tmp_path / "run" / "checkpoints" / "last" / checkpoint.STATE_JSON
     whole = json.loads(path.read_text())
     for name in whole:
-        if name in ("processes",):
+        if name in ("processes", "data"):  # older checkpoints have no digests of the data
             continue
         path.write_text(json.dumps({k: v for k, v in whole.items() if k != name}))
         _accept(path.parent)

@@ -48,6 +48,9 @@ class Batch:
     """Host only: one id a sample, for messages and prediction files."""
     sizes: list | None = None
     """Host only: per sample (height, width) of the un-padded image, or (tokens,) of the text for text-only tasks."""
+    largest: dict | None = None
+    """Host only: field -> largest number in it, of the fields that point into the model's tables
+    (``tasks.index_limits``); so the model refuses what it has no place for without reading the device."""
 
     def __len__(self) -> int:
         for value in (self.image, self.input_ids):

@@ -57,6 +57,7 @@ def run_evaluate(arguments: list[str], prog: str) -> int:
 
     from unit_fast import checkpoint
     from unit_fast.evaluate import evaluate
+    from unit_fast.labels import check_labels, find_labels
     from unit_fast.run_folder import write
     from unit_fast.setup_model import device_of
 
@@ -78,10 +79,14 @@ def run_evaluate(arguments: list[str], prog: str) -> int:
     out = Path(command.out) if command.out else None if command.limit else run_of(str(folder))
     tasks = None if command.tasks is None else [t.strip() for t in command.tasks.split(",") if t.strip()]
     logging.getLogger("unit_fast").setLevel(logging.ERROR if command.json else logging.WARNING)
+    opened = {}
     metrics = evaluate(
         model, config, tasks=tasks, split=command.split, device=device, out=out, limit=command.limit,
-        coco_scorer=command.scorer, attributes=command.attributes, progress=not command.json,
+        coco_scorer=command.scorer, attributes=command.attributes, progress=not command.json, datasets=opened,
     )  # fmt: skip
+    if (names := find_labels(folder)) is not None:
+        for line in check_labels(names, opened.values()):
+            print(f"unit-fast: {line}", file=sys.stderr)
     result = {
         "checkpoint": str(folder.resolve()), "ema": command.ema, "split": command.split, "limit": command.limit,
         "metrics": metrics,

@@ -247,7 +247,7 @@ class DataConfig:
     """Pad text to the full length, as the authors do, instead of to the longest of the batch."""
     engine: Literal["auto", "dali", "torchvision"] = "auto"
     """What reads images: DALI, or torchvision's way (the reference; on a GPU torchvision decodes and the GPU does the
-    rest); auto takes DALI where it is installed."""
+    rest); auto takes DALI where it is installed and ``cache_mib`` is 0."""
     dali_graph: Literal["decode", "whole"] = "decode"
     """How much DALI does: decode, and resize, flip, normalise and pad are ours; or all of it."""
     decoder: Literal["cpu", "mixed"] = "cpu"
@@ -261,8 +261,8 @@ class DataConfig:
     """Batches whose samples are sorted by size together, so that they pad less; 1 leaves the order as drawn. Every
     sample is still read once a pass."""
     cache_mib: int = 0
-    """Decoded images that each data set keeps in the memory of each loading process, MiB; a file that changes meanwhile
-    is not read again."""
+    """Decoded images kept in memory, MiB: with DALI or on a GPU of the whole run, else of each data set in each loading
+    process, where a file that changes meanwhile is not read again. Not with dali_graph whole or decoder mixed."""
     cache_dir: str | None = None
     """Folder where parsed annotations and tokenised texts of large data sets are kept, outside the data root; default
     $XDG_CACHE_HOME/unit_fast or ~/.cache/unit_fast. An empty text keeps nothing."""

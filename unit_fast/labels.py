@@ -11,7 +11,8 @@ from pathlib import Path
 
 from unit_fast.config import RunConfig
 from unit_fast.data.layout import Layout
-from unit_fast.errors import UserError
+from unit_fast.data.text import load_vocabulary
+from unit_fast.errors import UserError, printable
 from unit_fast.task_results import write_aside
 from unit_fast.tasks import get_task
 from unit_fast.weights_file import read_json
@@ -65,6 +66,31 @@ def find_labels(path: str | Path) -> Path | None:
     """The folder with ``labels.json`` that belongs to a run, one of its checkpoints or a weights file; None without."""
     path = Path(path).resolve()
     return next((folder for folder in [path, *list(path.parents)[:4]] if (folder / LABELS).is_file()), None)
+
+
+def check_labels(folder: str | Path, datasets) -> list[str]:
+    """Compare open data sets with the names kept in a run's ``folder``; lines about class names that differ.
+
+    ``UserError`` where the answers or the word pieces are others: what the model was trained on has no meaning then.
+    """
+    folder, kept, lines = Path(folder), read_labels(folder), []
+    for dataset in datasets:
+        labels, short = kept.get(dataset.task.name, TaskLabels()), dataset.task.short
+        answers = [str(answer) for answer in getattr(dataset, "answers", [])]
+        if labels.answers and answers and labels.answers != answers:
+            raise UserError(f"{short}: the answers are not those of the run ({folder / LABELS}); give the run's list")
+        vocabulary = folder / VOCABULARY if dataset.words is not None else None
+        if vocabulary and vocabulary.is_file() and list(load_vocabulary(vocabulary)) != list(dataset.words.vocabulary):
+            raise UserError(f"{short}: the vocabulary is not that of the run ({vocabulary}); give the run's own")
+        names = dataset.class_names if dataset.task.is_detection else {}
+        others = [i for i, name in names.items() if labels.classes.get(i, str(name)) != str(name)]
+        if others:
+            now, was = printable(names[others[0]]), printable(labels.classes[others[0]])
+            lines.append(
+                f"{short}: {len(others)} classes have other names than in the run (first: {others[0]} is {now}, was "
+                f"{was}): if they mean something else, so do the figures"
+            )
+    return lines
 
 
 def read_labels(folder: str | Path) -> dict[str, TaskLabels]:

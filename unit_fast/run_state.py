@@ -16,6 +16,7 @@ import torch
 from unit_fast import checkpoint, numerics
 from unit_fast.config import RunConfig
 from unit_fast.data import MissingSplit, open_dataset
+from unit_fast.data.digests import check_same_data
 from unit_fast.data.images import engine_of
 from unit_fast.data.loader import BadImages
 from unit_fast.data.sampler import normalised, seed_of
@@ -110,6 +111,7 @@ class RunState:
             for name, task in config.model.tasks.items()
             if self.ratios[name] > 0
         }  # fmt: skip
+        self.data_digests = {name: dataset.digest() for name, dataset in self.datasets.items()}
         self.model, self.optimizer, self.config = build(config, self.device, pretrained=source is None)
         self.engine = engine_of(config.data)
         self.masks = used_masks(self.model, self.optimizer, self.datasets)
@@ -300,6 +302,7 @@ class RunState:
             "torch": str(torch.__version__),
             "engine": self.engine,
             "processes": 1,
+            "data": self.data_digests,
         }
 
     def _restore(self, source: Path, allow_changed: Sequence[str]) -> None:
@@ -317,6 +320,8 @@ class RunState:
             )
         self.config = dataclasses.replace(self.config, started_from=saved.started_from)
         state = checkpoint.load_state(source)
+        for line in check_same_data(state.get("data"), self.data_digests):
+            _log.warning("%s", line)
         own = self.model.state_dict()
         checkpoint.fill(self.model, checkpoint.load_weights(source / checkpoint.WEIGHTS, expected=own))
         if self.ema:

@@ -90,6 +90,36 @@ TASKS: dict[str, Task] = {t.name: t for t in (COCO, VISUAL_GENOME, VQA2, SNLI_VE
 _SHORT = {t.short: t for t in TASKS.values()}
 
 
+def index_limits(task: Task, model) -> dict[str, tuple[int, str]]:
+    """Field of a batch -> (numbers below this have a place in a model with this ``ModelConfig``, what sets it).
+
+    The last output of detection is the no-object class, which no object can have.
+    """
+    outputs, name = model.tasks[task.name].outputs, f"model.tasks.{task.name}.outputs"
+    limits = {}
+    if task.has_text:
+        limits["input_ids"] = (model.text.vocab_size, f"model.text.vocab_size is {model.text.vocab_size}")
+    if task.is_detection:
+        limits["labels"] = (outputs - 1, f"{name} is {outputs}, the last of them no-object")
+    if task.attributes:
+        count = model.loss.attribute_outputs
+        limits["attributes"] = (count, f"model.loss.attribute_outputs is {count}")
+    if task.loss == "ce":
+        limits["label"] = (outputs, f"{name} is {outputs}")
+    return limits
+
+
+def check_indices(where: str, largest: dict[str, int], limits: dict[str, tuple[int, str]]) -> None:
+    """``UserError`` beginning with ``where`` on a number in ``largest`` (field -> largest) beyond ``limits``."""
+    for field_name, (limit, set_by) in limits.items():
+        found = largest.get(field_name, -1)
+        if found >= limit:
+            raise UserError(
+                f"{where}: {field_name} has {found}, the model has places for 0 to {limit - 1} ({set_by}); correct the "
+                "samples, or give the model more"
+            )
+
+
 def get_task(name: str) -> Task:
     """The task called ``name`` (data set key or short name). ``UserError`` with the nearest names otherwise."""
     found = TASKS.get(name) or _SHORT.get(name)

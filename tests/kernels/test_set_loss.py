@@ -31,13 +31,14 @@ def by_loops(logits, boxes, query, labels, target_boxes, counts, num_boxes, no_o
                 t = object_of.get(q)
                 label = no_object if t is None else int(labels[b, t])
                 nll = -F.log_softmax(logits[l, b, q], 0)[label]
-                weight = no_object_weight if t is None else 1.0
+                weight = no_object_weight if label == no_object else 1.0
                 above, below = above + weight * nll, below + weight
                 predicted += int(logits[l, b, q].argmax()) != no_object
-                if t is None:
+                if label == no_object:
                     negative = negative + nll
                 else:
                     positive = positive + nll
+                if t is not None:
                     bbox = bbox + (boxes[l, b, q] - target_boxes[b, t]).abs().sum()
                     giou = giou + 1 - pairwise_giou(boxes[l, b, q], target_boxes[b, t])
             of_images.append((above, below))
@@ -110,7 +111,7 @@ def test_cpu_gradients_of_one_input(which):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", ["odd", "crowd", "no_targets", "empty", "all_padded"])
+@pytest.mark.parametrize("name", ["odd", "crowd", "no_targets", "empty", "all_padded", "no_object_label"])
 def test_gradient_by_hand_is_autograds(name, setting):
     """The registered backward, which CPU tensors get, in float32."""
     (logits, boxes), others, upstream = problem(name)

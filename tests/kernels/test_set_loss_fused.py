@@ -34,6 +34,7 @@ SIZES = {  # (L, B, Q, K, N), objects of the images
     "no_targets": ((2, 3, 6, 4, 5), (0, 0, 0)),
     "all_padded": ((2, 2, 6, 4, 5), (0, 3)),
     "crowd": ((2, 2, 6, 5, 14), (14, 9)),
+    "no_object_label": ((2, 3, 7, 5, 40), (40, 0, 3)),  # objects whose class is no-object: weighed as that class is
 }
 SETTINGS = {
     "per_image": {},
@@ -69,6 +70,8 @@ def problem(name, seed=5):
     labels = torch.full((images, objects), -1)
     for b, count in enumerate(counts):
         labels[b, :count] = torch.randint(0, classes - 1, (count,), generator=rng)
+        if name == "no_object_label":
+            labels[b, :count:2] = classes - 1
         target_boxes[b, count:] = float("nan")  # padding is never looked at
         for l in range(layers):
             matched = min(count, queries)
@@ -120,7 +123,7 @@ def test_is_as_good_as_eager(name, dtype):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", ["odd", "crowd", "no_targets"])
+@pytest.mark.parametrize("name", ["odd", "crowd", "no_targets", "no_object_label"])
 def test_every_setting(blocks, name, setting):
     check(name, torch.float32, **SETTINGS[setting])
 

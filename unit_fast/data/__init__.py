@@ -4,10 +4,14 @@
 root over.
 """
 
+import logging
+
 from unit_fast.config import DataConfig, TaskConfig
 from unit_fast.data.collate import collate
 from unit_fast.data.errors import BadImage, Findings, MissingSplit
 from unit_fast.tasks import get_task
+
+_log = logging.getLogger("unit_fast.data.readers")
 
 __all__ = ["BadImage", "MissingSplit", "collate", "open_dataset"]
 
@@ -35,7 +39,8 @@ def open_dataset(
         augment: use the training transform for visits with a key (detection; the other data sets have none).
         vocab_size: rows of the model's word table, compared with the vocabulary file.
         attribute_outputs: attribute logits of the model (Visual Genome).
-        findings: collects what is odd instead of raising at the first error; for ``check``.
+        findings: collects what is odd instead of raising at the first error; for ``check``. Without it what the reader
+            leaves out or tolerates is logged, a line a kind with its count.
 
     Returns:
         A ``dataset.Dataset``: ``len``, ``get(index, key)``, ``sample_id(index)``; detection also has
@@ -53,7 +58,11 @@ def open_dataset(
 
     found = get_task(task_name)
     reader = {"coco": Coco, "vg": VisualGenome, "vqa2": Vqa2, "snli_ve": SnliVe}.get(found.short, Glue)
-    return reader(
+    dataset = reader(
         found, split, data, task, augment=augment, vocab_size=vocab_size, attribute_outputs=attribute_outputs,
         findings=findings,
     )  # fmt: skip
+    if findings is None:  # nobody else tells what the reader left out
+        for line in dataset.remarks():
+            _log.warning("%s", line)
+    return dataset

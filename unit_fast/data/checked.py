@@ -5,6 +5,7 @@ has decoded it; what came of that is kept in memory and, by path, size and time 
 cache folder, for later runs and other processes.
 """
 
+import contextlib
 import logging
 import sqlite3
 import threading
@@ -110,6 +111,7 @@ class CheckedImages:
     # ---------------------------------------------------------------------------------------------------- the file
 
     def _open(self, folder: Path):
+        store = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             store = sqlite3.connect(folder / FILE, timeout=10, check_same_thread=False, isolation_level=None)
@@ -119,6 +121,8 @@ class CheckedImages:
             store.execute("select path, bytes, time_ns, height, width, plain, reason from images limit 1").fetchall()
             return store
         except (sqlite3.Error, OSError) as error:
+            if store is not None:
+                store.close()
             _log.warning(
                 "%s: not usable (%s): images are checked anew in every run; delete the file or set data.cache_dir",
                 printable(folder / FILE, 400), describe(error),
@@ -133,6 +137,8 @@ class CheckedImages:
             return self._store.execute(command, values).fetchall()
         except sqlite3.Error as error:
             _log.warning("%s: %s; what is found out about images is not kept any more", FILE, describe(error))
+            with contextlib.suppress(sqlite3.Error):
+                self._store.close()
             self._store = None
             return []
 
@@ -153,7 +159,11 @@ class CheckedImages:
         self._run("commit")
 
     def close(self) -> None:
-        """Write what was found out; the file may be used again by ``facts`` afterwards."""
+        """Write what was found out and close the file; what is found out afterwards is kept in memory alone."""
         with self._lock:
             if self._new:
                 self._write()
+            if self._store is not None:
+                with contextlib.suppress(sqlite3.Error):
+                    self._store.close()
+                self._store = None

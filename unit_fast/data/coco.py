@@ -1,5 +1,6 @@
 """Detection data in COCO's JSON format (SPEC 4.1, 4.2): COCO itself, and what Visual Genome shares with it."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 
 from unit_fast.data import files
-from unit_fast.data.cache import Content
+from unit_fast.data.cache import Content, hash_of
 from unit_fast.data.dataset import Dataset
 from unit_fast.data.errors import BadImage
 from unit_fast.data.images import TrainTransform
@@ -42,6 +43,14 @@ class Objects:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def targets(self) -> int:
+        """Number of boxes that a model can be trained on: no crowd regions, with area inside their images."""
+        height, width = np.repeat(self.sizes, np.diff(self.starts), axis=0).T
+        x, y, w, h = self.xywh.T
+        with np.errstate(over="ignore"):  # a box may reach as far as numbers go
+            inside = (np.minimum(x + w, width) > np.maximum(x, 0)) & (np.minimum(y + h, height) > np.maximum(y, 0))
+        return int((inside & ~self.crowd).sum())
 
     def rows(self, index: int) -> slice:
         """The objects of image ``index``."""
@@ -79,7 +88,8 @@ def pack(images: list[tuple[int, str, int, int]], rows: dict[int, list[tuple]], 
 
 def corners(xywh: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """[n,4] x1 y1 x2 y2 clamped to the image, and [n] bool: which have any area left (SPEC 4.2)."""
-    boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    with np.errstate(over="ignore"):
+        boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
     boxes = np.clip(boxes, 0, [width, height, width, height])
     return boxes, (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
 
@@ -96,6 +106,9 @@ class Detection(Dataset):
 
     def sample_id(self, index: int) -> int:
         return int(self.objects.ids[index])
+
+    def meaning(self) -> dict[str, str]:
+        return super().meaning() | {"categories": hash_of(sorted(self.class_names.items()))}
 
     @property
     def class_names(self) -> dict[int, str]:
@@ -164,12 +177,38 @@ class Detection(Dataset):
     def _set_up(self, objects: Objects) -> None:
         """Keep ``objects``; choose the transform; count what the training targets leave out."""
         self.objects = objects
+        # not ``rows`` of ``columns``: nothing here is tokenised
+        self.rows = objects.content
         if self.augment:
             self.transform = TrainTransform(self.data)
         self.facts.update(images=len(objects), boxes=len(objects.labels), crowd=int(objects.crowd.sum()))
         self.facts["images without objects"] = int((np.diff(objects.starts) == 0).sum())
+        if len(objects) and self.has_targets and not objects.targets():
+            file = printable(self.facts.get("file", self.task.title), 400)
+            why = f"{len(objects.labels):,} boxes, {int(objects.crowd.sum()):,} of them crowd regions"
+            why += "".join(f", {f.count:,} x {f.kind}" for f in self.findings.found.values())
+            if self.split == "train":
+                self.findings.error(
+                    "no box to train on",
+                    f"{file}: no box is left to train on in {len(objects):,} images ({why}); a model would learn to "
+                    "find nothing: correct the annotations",
+                )
+            else:
+                self.findings.note("no box to score", f"{file}: {len(objects):,} images ({why})")
         if objects.attributes.size and self.task.attributes:
             self.facts["attributes"] = int((objects.attributes >= 0).sum())
+
+    def _packed(self, images: list[tuple], rows: dict[int, list[tuple]], names: dict[int, str], where: str) -> Content:
+        """``pack``, and a look at all boxes together."""
+        content = pack(images, rows, names)
+        boxes = content.arrays["xywh"]
+        if len(boxes) and boxes.min() >= 0 and boxes.max() <= 1:
+            self.findings.error(
+                "boxes relative to the image",
+                f"{where}: all {len(boxes):,} boxes lie within 0..1 (first: bbox {boxes[0].tolist()}), as if relative "
+                "to the image; COCO's are in pixels: multiply them with its width and height",
+            )
+        return content
 
     def _class_limit(self) -> int:
         """Largest class id: the last output is the no-object class."""
@@ -221,9 +260,7 @@ def read_instances(dataset: Detection, path: Path, wanted=None) -> Content:
         try:
             image_id = files.integer(record, "id", where)
             file_name = files.string(record, "file_name", where)
-            height, width = files.integer(record, "height", where), files.integer(record, "width", where)
-            if height < 1 or width < 1:
-                raise UserError(f"{where}: size {width} x {height} must be positive")
+            height, width = files.side(record, "height", where), files.side(record, "width", where)
         except UserError as problem:
             error("malformed image record", str(problem))
             continue
@@ -256,7 +293,7 @@ def read_instances(dataset: Detection, path: Path, wanted=None) -> Content:
             if len(box) != 4:
                 raise UserError(f"{where}: bbox must have 4 numbers (x, y, w, h), found {len(box)}")
             box = tuple(files.number({"bbox": value}, "bbox", where) for value in box)
-            area = files.number(record, "area", where) if "area" in record else box[2] * box[3]
+            area = files.number(record, "area", where) if record.get("area") is not None else 0.0
             crowd = files.integer(record, "iscrowd", where) if "iscrowd" in record else 0
             attributes = _attributes(dataset, record, where) if dataset.task.attributes else ()
         except UserError as problem:
@@ -272,10 +309,17 @@ def read_instances(dataset: Detection, path: Path, wanted=None) -> Content:
             continue
         if names and label not in names:
             note("category without a name", f"{where}: category_id {label} is not in categories")
+        if area <= 0 and box[2] > 0 and box[3] > 0:
+            # exporters that know boxes alone write no area, or 0; AP by size goes by it
+            note("no area given, that of the box is taken", f"{where}: area {area:g}, bbox {list(box)}")
+            area = min(box[2] * box[3], sys.float_info.max)
         _, _, height, width = images[image_id]
         if dataset._check_class(label, where) and dataset._check_box(box, height, width, where):
             rows.setdefault(image_id, []).append((label, *box, area, crowd != 0, attributes))
-    return pack(list(images.values()), rows, names)
+    if rows and not names:
+        note("no categories", f"{name}: has no categories; its classes are called by their numbers")
+        names = {label: str(label) for label in sorted({row[0] for of_image in rows.values() for row in of_image})}
+    return dataset._packed(list(images.values()), rows, names, name)
 
 
 def _attributes(dataset, record, where) -> tuple[int, ...]:

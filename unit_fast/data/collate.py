@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from unit_fast.batch import Batch
+from unit_fast.config import ModelConfig
 from unit_fast.errors import UserError, printable
-from unit_fast.tasks import get_task
+from unit_fast.tasks import check_indices, get_task, index_limits
 
 ATTRIBUTES = 16
 """Attribute slots of an object."""
@@ -15,7 +16,7 @@ _TEXT = ("input_ids", "attention_mask", "token_type_ids")
 _SET = ("labels", "boxes", "attributes")
 
 
-def collate(task: str, samples: list[dict], pad_text_to: int = 0) -> Batch:
+def collate(task: str, samples: list[dict], pad_text_to: int = 0, *, model: ModelConfig | None = None) -> Batch:
     """A batch of samples of one task.
 
     Images are padded with zeros at the bottom and right, texts with id 0, targets with label -1.
@@ -30,13 +31,16 @@ def collate(task: str, samples: list[dict], pad_text_to: int = 0) -> Batch:
             (height, width) of the stored image (missing: that of ``image``); ``sample_id`` or ``image_id``.
             Tensors, arrays or lists. Targets may be missing, in all samples at once. Other keys are ignored.
         pad_text_to: pad texts to this length instead of to the longest of the batch.
+        model: what the batch is for: a class (that of no-object included), attribute, word piece or number of answers
+            that it has no place for is refused here, with the sample. Without it the model refuses, whatever device
+            the batch is on by then, from ``Batch.largest``.
 
     Returns:
         ``Batch`` with float tensors in the samples' dtype, int64 ids and labels.
 
     Raises:
         UserError: naming the sample's index and the field: missing, wrong shape or type, contradicting another one,
-            a negative label, a box that is not relative.
+            a negative label, one beyond the model's, a box that is not relative.
     """
     found = get_task(task)
     if not samples:
@@ -47,23 +51,37 @@ def collate(task: str, samples: list[dict], pad_text_to: int = 0) -> Batch:
         unfit = [f for f, fits in _fields_of(found).items() if not fits and sample.get(f) is not None]
         if unfit:
             raise UserError(f"sample {i}: field {unfit[0]!r} is no field of task {found.short}; remove it")
-    batch = Batch(task=found.name)
+    limits = {}
+    if model is not None:
+        if found.name not in model.tasks:
+            raise UserError(f"collate({found.short}): the model has no such task; it has {', '.join(model.tasks)}")
+        limits = index_limits(found, model)
+    batch = Batch(task=found.name, largest={})
     if found.has_image:
         _images(batch, samples)
     if found.has_text:
-        _texts(batch, samples, pad_text_to)
+        _texts(batch, samples, pad_text_to, limits)
     if found.is_detection:
-        _targets(batch, samples, found.attributes)
+        _targets(batch, samples, found.attributes, limits)
     elif found.loss == "bce":
         if _all_or_none(samples, "answer_scores"):
             scores = [_tensor(s, i, "answer_scores", 1, float) for i, s in enumerate(samples)]
             _same(scores, "answer_scores", lambda t: len(t), "entries")
+            for i, score in enumerate(scores):
+                if not (torch.isfinite(score) & (score >= 0) & (score <= 1)).all():
+                    raise UserError(f"sample {i}: answer_scores must be numbers from 0 to 1")
+            if model is not None and len(scores[0]) != model.tasks[found.name].outputs:
+                raise UserError(
+                    f"sample 0: answer_scores has {len(scores[0])} entries, the model has "
+                    f"{model.tasks[found.name].outputs} (model.tasks.{found.name}.outputs)"
+                )
             batch.answer_scores = torch.stack(scores)
     elif _all_or_none(samples, "label"):
         labels = [_tensor(s, i, "label", 0, int) for i, s in enumerate(samples)]
         for i, label in enumerate(labels):
             if label < 0:
                 raise UserError(f"sample {i}: label is {int(label)}; classes are numbered from 0")
+        _point(batch, "label", labels, limits)
         batch.label = torch.stack(labels)
     batch.sample_ids = [s.get("sample_id", s.get("image_id", i)) for i, s in enumerate(samples)]
     return batch
@@ -118,7 +136,7 @@ def _pixels(batch, samples):
         row[:, :h, :w] = image
 
 
-def _texts(batch, samples, pad_text_to):
+def _texts(batch, samples, pad_text_to, limits):
     ids = [_tensor(s, i, "input_ids", 1, int) for i, s in enumerate(samples)]
     for i, sample in enumerate(ids):
         if len(sample) == 0:
@@ -127,6 +145,7 @@ def _texts(batch, samples, pad_text_to):
             raise UserError(f"sample {i}: input_ids has {int(sample.min())}; word pieces are numbered from 0")
         if pad_text_to and len(sample) > pad_text_to:
             raise UserError(f"sample {i}: input_ids has {len(sample)} entries, more than pad_text_to {pad_text_to}")
+    _point(batch, "input_ids", ids, limits)
     length = max(pad_text_to, *map(len, ids))
     for name, missing in (("input_ids", 0), ("attention_mask", 1), ("token_type_ids", 0)):
         out = torch.zeros(len(ids), length, dtype=torch.int64)
@@ -145,7 +164,7 @@ def _texts(batch, samples, pad_text_to):
         batch.sizes = [(len(sample),) for sample in ids]
 
 
-def _targets(batch, samples, with_attributes):
+def _targets(batch, samples, with_attributes, limits):
     if not _all_or_none(samples, "labels"):
         for name in ("boxes", "attributes"):
             i = next((i for i, s in enumerate(samples) if s.get(name) is not None), None)
@@ -168,6 +187,7 @@ def _targets(batch, samples, with_attributes):
                 f"sample {i}: boxes has {float(box.abs().max()):g}; cx, cy, w, h are relative to the image (0 to 1), "
                 f"not pixels"
             )
+    _point(batch, "labels", labels, limits)
     _same(boxes, "boxes", lambda t: t.dtype, "dtype")
     count = max(map(len, labels))
     batch.labels = torch.full((len(labels), count), -1, dtype=torch.int64)
@@ -189,6 +209,7 @@ def _targets(batch, samples, with_attributes):
             if (value < -1).any():
                 raise UserError(f"sample {i}: attributes has {int(value.min())}; -1 is an empty slot")
             batch.attributes[i, : len(value), : value.shape[1]] = value
+        _point(batch, "attributes", batch.attributes, limits)
 
 
 # ------------------------------------------------------------------------------------------------------- helpers
@@ -219,6 +240,14 @@ def _tensor(sample, index, name, dimensions, kind) -> Tensor:
     if tensor.numel() and not fits:
         raise UserError(f"sample {index}: {name} is {tensor.dtype}, expected integers")
     return tensor.to(torch.int64)
+
+
+def _point(batch, name, values, limits) -> None:
+    """Note the largest number in the samples' ``values`` of a field that points into a table of the model."""
+    largest = [int(value.max()) if value.numel() else -1 for value in values]
+    for i, number in enumerate(largest):
+        check_indices(f"sample {i}", {name: number}, {k: v for k, v in limits.items() if k == name})
+    batch.largest[name] = max(largest)
 
 
 def _all_or_none(samples, name) -> bool:

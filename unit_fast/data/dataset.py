@@ -38,7 +38,7 @@ class Dataset:
     columns: tuple[Strings, ...] = ()
     """The first sentence of every row, and the second ones of pairs."""
     rows: Content | None = None
-    """What ``columns`` are part of."""
+    """What was read from the annotation files; ``columns`` are part of it."""
 
     def __init__(
         self,
@@ -99,6 +99,23 @@ class Dataset:
         """The id used in messages and prediction files."""
         raise NotImplementedError
 
+    def meaning(self) -> dict[str, str]:
+        """Digests of what gives the numbers in the samples their meaning, by name: with another one a model trained on
+        them is no use."""
+        return {"vocabulary": self.words.fingerprint} if self.words is not None else {}
+
+    def digest(self) -> dict:
+        """What tells this data set from a changed one, as JSON: ``meaning``, a digest of the ``rows`` in their order,
+        and the number of ``samples``. The images' pixels are not looked at."""
+        return {"meaning": self.meaning(), "rows": self.rows.digest(), "samples": len(self)}
+
+    def remarks(self) -> list[str]:
+        """What the reader found odd and left out or tolerated, one line a kind with its count and an example."""
+        return [
+            f"{self.task.short} {self.split}: {f.count:,} x {f.kind} (first: {printable(f.examples[0], 400)})"
+            for f in self.findings.found.values()
+        ]
+
     def get(self, index: int, key: int | None = None) -> dict:
         """The sample at ``index`` as a dict for ``collate``, its image read by the reference engine.
 
@@ -116,7 +133,7 @@ class Dataset:
         def picture(path, stated, key):
             facts = checked.facts(path)
             geometry = self._geometry(path, (facts.height, facts.width), stated, key)
-            return {"picture": Picture(path, geometry)}, geometry
+            return {"picture": Picture(path, geometry, facts.stamp)}, geometry
 
         return self._sample(index, key, picture)
 

@@ -3,18 +3,24 @@
 import contextlib
 import io
 import os
+import stat
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from unit_fast.data.errors import BadImage
 from unit_fast.data.files import describe
 
 FORMATS = ("JPEG", "PNG")
 """The only decoders used; the others of the library have had bombs of their own and no data set needs them."""
+
+
+BYTES_LIMIT = 512 * 2**20
+"""Bytes of the largest image file; 50 million pixels of 16-bit RGB without compression are 300 MB."""
 
 
 class Stamp(NamedTuple):
@@ -28,11 +34,15 @@ def stamp(path) -> Stamp:
     """The stamp of an image file or of a member of a shard. ``BadImage`` where there is none."""
     with _named(path):
         found = os.stat(path) if isinstance(path, (str, Path)) else path.stamp()
+    if not isinstance(found, Stamp) and not stat.S_ISREG(found.st_mode):
+        raise BadImage(path, "not a plain file")  # reading a FIFO or a device may never end
     return found if isinstance(found, Stamp) else Stamp(found.st_size, found.st_mtime_ns)
 
 
 def read_bytes(path) -> bytes:
     """The encoded image, from a file or a member of a shard. ``BadImage`` where it cannot be read."""
+    if (size := stamp(path).bytes) > BYTES_LIMIT:
+        raise BadImage(path, f"{size:,} bytes, the limit is {BYTES_LIMIT:,}")
     with _named(path):
         return Path(path).read_bytes() if isinstance(path, (str, Path)) else path.read()
 
@@ -52,7 +62,12 @@ def _named(path):
 
 def _open(path, max_pixels):
     try:
-        source = path if isinstance(path, (str, Path)) else io.BytesIO(read_bytes(path))
+        if isinstance(path, (str, Path)):
+            source = path
+            if (size := stamp(path).bytes) > BYTES_LIMIT:
+                raise BadImage(path, f"{size:,} bytes, the limit is {BYTES_LIMIT:,}")
+        else:
+            source = io.BytesIO(read_bytes(path))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower and an error
             image = Image.open(source, formats=FORMATS)
@@ -112,6 +127,31 @@ def load_image(path, max_pixels: int) -> Image.Image:
             return image.convert("RGB")
         except Exception as error:  # see _open
             raise BadImage(path, describe(error)) from None
+
+
+class PixelCache:
+    """Decoded pixels of the images read first, up to ``limit`` bytes; see ``ImageCache`` for what is dropped: nothing.
+
+    A file that changed is another image. Not thread-safe.
+    """
+
+    def __init__(self, limit: int):
+        self.left, self._kept = limit, {}
+
+    def get(self, path, now: Stamp) -> Tensor | None:
+        """The [H,W,3] uint8 pixels of the file with this stamp, which belong to the cache; None where it has none."""
+        known, pixels = self._kept.get(str(path), (None, None))
+        return pixels if known == now else None
+
+    def put(self, path, now: Stamp, pixels: Tensor) -> None:
+        """Keep a copy of ``pixels`` on the host, if there is room."""
+        name = str(path)
+        _, old = self._kept.get(name, (None, None))
+        room = self.left + (old.numel() if old is not None else 0)
+        if pixels.numel() <= room:
+            # a decoder's own tensor may be part of a whole batch's memory
+            self._kept[name] = (now, pixels.to("cpu", copy=True))
+            self.left = room - pixels.numel()
 
 
 class ImageCache:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ JSON_LIMIT = 2 * 2**30
 """Bytes of the largest JSON file that is read; Visual Genome's largest has 0.8 GB, COCO's 0.5 GB."""
 LINE_LIMIT = 4 * 2**20
 """Characters of the longest line of a text table."""
+TABLE_LIMIT = 4 * 2**30
+"""Bytes of the largest text table; the largest of GLUE has 0.08 GB."""
 
 # The float parser of json turns 1e999 into infinity without a word. Only a number with such an exponent, or with
 # hundreds of digits, can do that: look for one first, since a Python call per number would double the reading time.
@@ -33,10 +36,15 @@ def describe(error: BaseException) -> str:
 def open_file(path: str | Path, limit: int | None = None):
     """Binary file object of a regular file. ``UserError`` when it is absent, not a file, or larger than ``limit``."""
     try:
-        file = open(path, "rb")  # noqa: SIM115 - the caller closes it
-        size = os.fstat(file.fileno()).st_size
+        # without O_NONBLOCK opening a FIFO that nobody writes to would wait for ever
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+        found = os.fstat(file.fileno())
     except (OSError, ValueError) as error:
         raise UserError(f"{printable(path, 400)}: cannot be read ({describe(error)})") from None
+    if not stat.S_ISREG(found.st_mode):
+        file.close()
+        raise UserError(f"{printable(path, 400)}: not a plain file; give one")
+    size = found.st_size
     if limit is not None and size > limit:
         file.close()
         raise UserError(
@@ -132,7 +140,7 @@ def _refuse_surrogates(value, refuse):
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     r"""(1-based number, text without line end) of each line. Only ``\n`` and ``\r\n`` end a line: sentences may hold
     other Unicode line separators."""
-    with open_file(path) as file:
+    with open_file(path, TABLE_LIMIT) as file:
         number = 0
         while raw := file.readline(LINE_LIMIT + 1):
             number += 1
@@ -192,16 +200,26 @@ def integer(record, key: str, where: str) -> int:
     if type(value) is float and value.is_integer():
         value = int(value)
     if type(value) is not int or not -(2**63) <= value < 2**63:
-        raise UserError(f"{where}: {key} must be an integer, found {printable(repr(value), 60)}")
+        raise UserError(f"{where}: {key} must be an integer, found {_shown(value)}")
     return value
 
 
 def number(record, key: str, where: str) -> float:
     """``record[key]`` as a finite float."""
     value = _field(record, key, where)
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise UserError(f"{where}: {key} must be a finite number, found {printable(repr(value), 60)}")
-    return float(value)
+    if type(value) is int and abs(value) < 2**1000:  # beyond a float's range there is nothing that is finite
+        value = float(value)
+    if type(value) is not float or not math.isfinite(value):
+        raise UserError(f"{where}: {key} must be a finite number, found {_shown(value)}")
+    return value
+
+
+def side(record, key: str, where: str) -> int:
+    """``record[key]`` as a side of an image, pixels: an integer from 1 to 2^31 - 1."""
+    value = integer(record, key, where)
+    if not 1 <= value < 2**31:
+        raise UserError(f"{where}: {key} is {value}; a side of an image must be from 1 to {2**31 - 1:,} pixels")
+    return value
 
 
 def string(record, key: str, where: str) -> str:
@@ -218,6 +236,13 @@ def sequence(record, key: str, where: str) -> list:
     if not isinstance(value, list):
         raise UserError(f"{where}: {key} must be a list, found {type(value).__name__}")
     return value
+
+
+def _shown(value) -> str:
+    """``value`` for a message; writing a number of thousands of digits would be an error of its own."""
+    if type(value) is int and abs(value) >= 2**1000:
+        return f"a number of {value.bit_length():,} bits"
+    return printable(repr(value), 60)
 
 
 def _field(record, key, where):

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from unit_fast.config import DataConfig
+from unit_fast.errors import UserError
 
 
 def resized(height: int, width: int, short_side: int, max_side: int | None, floor: bool = False) -> tuple[int, int]:
@@ -21,8 +22,13 @@ def resized(height: int, width: int, short_side: int, max_side: int | None, floo
 
     An image so thin that its short side would vanish gets a short side of 1 pixel and a long side of at most
     ``max_side``.
+
+    Raises:
+        UserError: a side below 1.
     """
     small, large = min(height, width), max(height, width)
+    if small < 1 or short_side < 1:
+        raise UserError(f"an image of {width} x {height} pixels cannot be brought to a short side of {short_side}")
     short = short_side
     if max_side is not None and large / small * short > max_side:
         limit = max_side * float(small) / float(large)

@@ -147,7 +147,10 @@ class Glue(Dataset):
             missing = [column for column in wanted if column not in batch.schema.names]
             if missing:
                 raise UserError(f"{name}: column {missing[0]!r} is missing; found {', '.join(batch.schema.names)}")
-            columns = [batch.column(column).to_pylist() for column in wanted]
+            try:
+                columns = [batch.column(column).to_pylist() for column in wanted]
+            except (ValueError, OverflowError) as error:  # texts that are not UTF-8, times beyond Python's
+                raise UserError(f"{name}: a row after row {row} cannot be read ({files.describe(error)})") from None
             for values in zip(*columns):
                 row += 1
                 where = f"{name}: row {row}"
@@ -168,6 +171,7 @@ def _record_batches(path: Path):
         raise UserError(
             f"{printable(path, 400)}: reading parquet and arrow files needs pyarrow; pip install unit_fast[hf]"
         ) from None
+    files.open_file(path, files.TABLE_LIMIT).close()  # the libraries would wait for a FIFO
     try:
         if path.suffix == ".parquet":
             with pyarrow.parquet.ParquetFile(path) as file:
@@ -182,5 +186,5 @@ def _record_batches(path: Path):
                 yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
                 return
             yield from reader
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # names that are not UTF-8 among them
         raise UserError(f"{printable(path, 400)}: cannot be read ({files.describe(error)})") from None

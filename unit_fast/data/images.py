@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from unit_fast.config import DataConfig
-from unit_fast.data.decode import ImageCache, image_size, load_image
+from unit_fast.data.decode import ImageCache, Stamp, image_size, load_image
 from unit_fast.data.geometry import EvalTransform, Geometry, TrainTransform, resized
 from unit_fast.errors import UserError
 
@@ -45,6 +45,8 @@ class Picture:
     path: object
     """A ``Path`` or a member of a shard (``shards.Member``)."""
     geometry: Geometry
+    stamp: Stamp | None = None
+    """The file as it was when it was described."""
 
 
 def engine_of(data: DataConfig) -> str:
@@ -54,10 +56,15 @@ def engine_of(data: DataConfig) -> str:
             "--data.engine dali: DALI is not installed; run `pip install nvidia-dali-cuda130`, or take "
             "--data.engine torchvision"
         )
-    if data.engine == "dali" and data.cache_mib:
+    if data.engine == "dali" and data.cache_mib and data.dali_graph == "whole":
         raise UserError(
-            f"--data.cache-mib {data.cache_mib}: decoded images are kept by --data.engine torchvision only; take 0 or "
-            "that engine"
+            f"--data.cache-mib {data.cache_mib}: with --data.dali-graph whole decoded images never leave DALI; take 0 "
+            "or --data.dali-graph decode"
+        )
+    if data.engine == "dali" and data.cache_mib and data.decoder == "mixed":
+        raise UserError(
+            f"--data.cache-mib {data.cache_mib}: images are kept in the memory of the host, and --data.decoder mixed "
+            "decodes on the GPU; take 0 or --data.decoder cpu"
         )
     if data.engine != "auto":
         return data.engine
@@ -67,7 +74,10 @@ def engine_of(data: DataConfig) -> str:
 def why_not_dali(data: DataConfig) -> str | None:
     """Why ``auto`` does not take DALI, or None where it does."""
     if data.cache_mib:
-        return "data.cache_mib keeps decoded images, which DALI would not use"
+        return (
+            f"data.cache_mib {data.cache_mib} keeps images as torchvision's way decodes them; --data.engine dali keeps "
+            "DALI's"
+        )
     return None if has_dali() else "DALI is not installed (pip install nvidia-dali-cuda130)"
 
 

@@ -64,8 +64,8 @@ class Step:
 class Fetcher(torch.utils.data.Dataset):
     """Reads a request's samples and collates them. Runs in the worker processes of torchvision's engine."""
 
-    def __init__(self, datasets: dict, seed: int, pad_text: dict[str, int]):
-        self.datasets, self.seed, self.pad_text = datasets, seed, pad_text
+    def __init__(self, datasets: dict, seed: int, pad_text: dict[str, int], model=None):
+        self.datasets, self.seed, self.pad_text, self.model = datasets, seed, pad_text, model
 
     def __getitem__(self, request: Request) -> Step:
         """The step with its pixels, read by the reference engine."""
@@ -97,7 +97,7 @@ class Fetcher(torch.utils.data.Dataset):
         try:
             for micro in request.micro:
                 samples = [self._sample(dataset, get, visit, step) for visit in micro]
-                step.batches.append(collate(request.task, samples, pad_text_to=pad_text))
+                step.batches.append(collate(request.task, samples, pad_text_to=pad_text, model=self.model))
                 pictures.append([sample["picture"] for sample in samples if "picture" in sample])
         except UserError as error:
             step.error = str(error)
@@ -186,7 +186,7 @@ class Loader:
         pad_text = {}
         if data.pad_text:
             pad_text = {name: config.model.tasks[name].text_length for name in datasets}
-        self.fetcher = Fetcher(datasets, config.seed, pad_text)
+        self.fetcher = Fetcher(datasets, config.seed, pad_text, config.model)
         self.device = device if device is not None and device.type == "cuda" else torch.device("cpu")
         on_gpu = self.device.type == "cuda"
         self.waiting: collections.deque[Request] = collections.deque()
@@ -241,6 +241,7 @@ class Loader:
             how = f"{data.dali_graph}, {data.decoder} decoder, " if self.engine == "dali" else ""
             place = ", placed on the GPU" if self.device.type == "cuda" else ""
             text = f"images are decoded by {self.engine} ({how}{threads} threads){place}, {data.prefetch} steps ahead"
+            text += f", up to {data.cache_mib} MiB of them kept decoded" if data.cache_mib else ""
         else:
             who = f"{self.readers} processes" if self.reader is not None else "the training process"
             text = f"samples are read by {who}, images torchvision's way"

@@ -22,7 +22,7 @@ from unit_fast.config import DataConfig
 from unit_fast.data.background import OneCore
 from unit_fast.data.checked import CheckedImages
 from unit_fast.data.dali import DecodeFailed, Pipeline, check
-from unit_fast.data.decode import load_image, read_bytes
+from unit_fast.data.decode import PixelCache, load_image, read_bytes
 from unit_fast.data.errors import BadImage
 from unit_fast.data.images import Buffers, Picture, place
 from unit_fast.errors import printable
@@ -46,6 +46,8 @@ class _Underway:
     step: object
     pictures: list[list[Picture]]
     """One list a forward pass; empty for tasks without images."""
+    kept: list[list[Tensor | None]] = field(default_factory=list)
+    """The pixels of each picture that are in memory already, which the decoder is spared."""
     placing: list[concurrent.futures.Future] = field(default_factory=list)
     """What is left to do once the images are decoded."""
 
@@ -115,6 +117,7 @@ class DecodedSteps:
         self.fetcher, self.requested, self.data, self.checked = fetcher, requested, data, checked
         self.most, self.threads, self.device, self.engine = most, threads, device, engine
         self.buffers, self.decoder, self.repairs = Buffers(), None, 0
+        self.kept = PixelCache(data.cache_mib * 2**20)
         self.pool = _threads(threads)
         self.underway: collections.deque[_Underway] = collections.deque()
 
@@ -145,17 +148,22 @@ class DecodedSteps:
         list(self.pool.map(self._check, self.fetcher.image_paths(request)))
         for _ in range(MOST_REPAIRS):
             step, pictures = self.fetcher.describe(request, self.checked)
+            kept = [[self.kept.get(p.path, p.stamp) for p in group] for group in pictures]
             try:
-                encoded = [[self._encoded(p.path) for p in group] for group in pictures]
+                encoded = [
+                    [self._encoded(p.path) for p, pixels in zip(group, known) if pixels is None]
+                    for group, known in zip(pictures, kept)
+                ]
             except BadImage as error:  # gone or changed since a moment ago: the description will find that out
                 changing = error
                 self.checked.forget(error.path)
                 continue
-            for group, contents, batch in zip(pictures, encoded, step.batches):
-                if group:
+            for group, known, contents, batch in zip(pictures, kept, encoded, step.batches):
+                if contents:
                     self.decoder = self.decoder or self._new_decoder(self.most, self.threads, self.data.dali_graph)
-                    self.decoder.feed(contents, [p.geometry for p in group], batch.pixel_mask.shape[1:])
-            return _Underway(request, step, pictures)
+                    geometries = [p.geometry for p, pixels in zip(group, known) if pixels is None]
+                    self.decoder.feed(contents, geometries, batch.pixel_mask.shape[1:])
+            return _Underway(request, step, pictures, kept)
         raise BadImage(changing.path, f"changes while it is read ({changing.reason})")
 
     def _check(self, path) -> None:
@@ -181,14 +189,30 @@ class DecodedSteps:
         while True:
             head = self.underway[0]
             try:
-                for group, batch in zip(head.pictures, head.step.batches):
+                for group, known, batch in zip(head.pictures, head.kept, head.step.batches):
                     if group:
-                        batch.image = self._place(self.decoder.take(), group, batch.pixel_mask.shape, head.placing)
+                        decoded = self._completed(group, known)
+                        batch.image = self._place(decoded, group, batch.pixel_mask.shape, head.placing)
             except DecodeFailed as error:
                 self._repair(error)
                 continue
             self.repairs = 0
             return self.underway.popleft()
+
+    def _completed(self, group: list[Picture], known: list[Tensor | None]) -> list[Tensor] | Tensor:
+        """What the decoder made of a batch, the images that were in memory in their places; new ones are kept."""
+        if all(pixels is not None for pixels in known):
+            return known
+        taken = self.decoder.take()
+        if isinstance(taken, Tensor):
+            return taken
+        taken = iter(taken)
+        decoded = [next(taken) if pixels is None else pixels for pixels in known]
+        if self.data.cache_mib:
+            for picture, pixels, before in zip(group, decoded, known):
+                if before is None and tuple(pixels.shape[:2]) == picture.geometry.stored:
+                    self.kept.put(picture.path, picture.stamp, pixels)
+        return decoded
 
     def _place(self, decoded: list[Tensor] | Tensor, group: list[Picture], shape, placing: list) -> Tensor:
         """[B,3,H,W] of a batch whose images are decoded, complete when ``placing`` is done."""

@@ -15,8 +15,8 @@ training image is an image of COCO's val, as far as the ids are known.
 from pathlib import Path
 
 from unit_fast.data import files
-from unit_fast.data.cache import Content
-from unit_fast.data.coco import ATTRIBUTES, Detection, pack, read_instances
+from unit_fast.data.cache import Content, hash_of
+from unit_fast.data.coco import ATTRIBUTES, Detection, read_instances
 from unit_fast.data.sources import existing
 from unit_fast.errors import UserError, printable
 
@@ -63,6 +63,11 @@ class VisualGenome(Detection):
             objects = self._read_objects(sources, lambda: self._from_scene_graphs(split))
         self.folder = self._folder("vg.images")
         self._set_up(objects)
+
+    def meaning(self) -> dict[str, str]:
+        path = self.layout.find("vg.attribute_vocab")
+        names = {} if path is None else {"attributes": hash_of(sorted(read_vocabulary(path)[1].items()))}
+        return super().meaning() | names
 
     def image_path(self, index: int) -> Path:
         """The images lie in one folder or in the two of the download; ``file_name`` may name one of the two."""
@@ -117,8 +122,8 @@ class VisualGenome(Detection):
                     coco_id = files.integer(record, "coco_id", where)
                 entry = (
                     "/".join(url.split("/")[-2:]),
-                    files.integer(record, "height", where),
-                    files.integer(record, "width", where),
+                    files.side(record, "height", where),
+                    files.side(record, "width", where),
                     coco_id,
                 )
             except (UserError, TypeError) as problem:
@@ -184,7 +189,7 @@ class VisualGenome(Detection):
                 f"{printable(path, 400)}: none of {self._attributes} attributes is in "
                 f"{printable(vocabularies[1], 400)}; give the vocabulary of these scene graphs",
             )
-        return pack(images, rows, names)
+        return self._packed(images, rows, names, printable(path, 400))
 
     def _graphs(self, path):
         content = files.read_json(path, drop=("relationships", "synsets", "merged_object_ids"))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from unit_fast.data import files
-from unit_fast.data.cache import Content
+from unit_fast.data.cache import Content, hash_of
 from unit_fast.data.dataset import Dataset
 from unit_fast.data.pickles import read_records
 from unit_fast.data.sources import existing, read_through
@@ -36,17 +36,30 @@ def normalise_answer(answer: str) -> str:
     return answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
 
 
+def indices(answers: list[str]) -> dict[str, int]:
+    """Spelling of an answer -> its index in the list: as it stands there, and normalised as the annotators' are.
+
+    The authors' reader normalises the annotators' answers alone, so that the 12 entries with ``'s`` of the published
+    list are never matched. Of two entries with one normal form the first gets what is spelt like neither.
+    """
+    found: dict[str, int] = {}
+    for index, answer in enumerate(answers):
+        if index and (form := normalise_answer(answer)):
+            found.setdefault(form, index)
+    return found | {answer: index for index, answer in enumerate(answers) if index}
+
+
 def soft_scores(answers: list[str], index_of: dict[str, int]) -> dict[int, float]:
     """Answer index -> score of one question (SPEC 4.5).
 
     Args:
         answers: what the annotators said; fewer than ten are repeated from the start until there are ten.
-        index_of: normalised answer -> index. Answers outside it, and index 0 (``<unk>``), get no score.
+        index_of: from ``indices``. Answers outside it, and index 0 (``<unk>``), get no score.
     """
     if not answers:
         return {}
-    ten = [normalise_answer(answers[i % len(answers)]) for i in range(max(ANNOTATORS, len(answers)))]
-    counts = Counter(index_of.get(answer, 0) for answer in ten)
+    ten = [answers[i % len(answers)] for i in range(max(ANNOTATORS, len(answers)))]
+    counts = Counter(index_of.get(answer, index_of.get(normalise_answer(answer), 0)) for answer in ten)
     # the mean over annotators i of min(1, matches among the others / 3): an annotator who gave the answer has one
     # match less among the others. Indices are compared, so two spellings of one index agree.
     total = len(ten)
@@ -123,8 +136,7 @@ class Vqa2(Dataset):
         self._folders = {key: path and self._opened(path) for key, path in found.items()}
 
     def _content(self) -> Content:
-        # as in the authors' reader the list's entries are taken as they stand, and answers are normalised
-        index_of = {answer: index for index, answer in enumerate(self.answers) if index}
+        index_of = indices(self.answers)
         ids, images, scores, questions = [], [], [], []
         seen = set()
         out_of_list = 0
@@ -164,6 +176,9 @@ class Vqa2(Dataset):
 
     def __len__(self) -> int:
         return len(self.question_ids)
+
+    def meaning(self) -> dict[str, str]:
+        return super().meaning() | {"answers": hash_of(self.answers)}
 
     def sample_id(self, index: int) -> int:
         return int(self.question_ids[index])

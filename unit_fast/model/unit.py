@@ -18,7 +18,7 @@ from unit_fast.model.heads import AttributeHead, BoxHead, Classifier
 from unit_fast.model.positions import feature_mask, sine_positions
 from unit_fast.model.text import TextEncoder
 from unit_fast.model.transformer import Decoder, DropoutSeeds, ImageEncoder
-from unit_fast.tasks import Task, get_task
+from unit_fast.tasks import Task, check_indices, get_task, index_limits
 
 TASK_ROWS = 256
 """Rows of the task-embedding tables; only the rows of ``Task.index`` are ever read."""
@@ -207,6 +207,7 @@ class UniT(nn.Module):
         its samples by those of all.
         """
         name, loss = batch.task, self.config.loss
+        check_indices(f"losses of {name}", batch.largest or {}, index_limits(self.tasks[name], self.config))
         if self.tasks[name].is_detection:
             layers = slice(None) if loss.auxiliary else slice(-1, None)
             matching = self.match(out, batch) if matching is None else matching
@@ -275,6 +276,8 @@ class UniT(nn.Module):
             raise UserError(f"{batch.task}: the batch has no image; give every sample an `image` [3,H,W]")
         if task.has_text and batch.input_ids is None:
             raise UserError(f"{batch.task}: the batch has no text; give every sample `input_ids` [T]")
+        pieces = {k: v for k, v in (batch.largest or {}).items() if k == "input_ids"}
+        check_indices(batch.task, pieces, index_limits(task, self.config))
         return task
 
 
