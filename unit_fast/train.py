@@ -24,7 +24,7 @@ from unit_fast import step_graph
 from unit_fast.batch import Batch, Output
 from unit_fast.config import RunConfig
 from unit_fast.data.loader import Loader
-from unit_fast.errors import UserError, printable
+from unit_fast.errors import OutOfMemory, UserError, printable
 from unit_fast.logging import Record
 from unit_fast.optim import MaskedAdamW
 from unit_fast.run_folder import EXIT, RunFolder, write
@@ -43,13 +43,6 @@ class NonFinite(UserError):
     """Several updates in a row were not finite."""
 
     status = "nonfinite"
-    exit_code = EXIT[status]
-
-
-class OutOfMemory(UserError):
-    """The device's memory did not suffice."""
-
-    status = "out_of_memory"
     exit_code = EXIT[status]
 
 

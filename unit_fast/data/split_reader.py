@@ -183,9 +183,7 @@ class SplitReader:
             parts = (fetcher.read([group]) for group in wanted)
         if on_gpu or (engine is not None and task.has_image):
             move = Move(device) if on_gpu else None
-            self.background = Background(
-                parts, data.prefetch, move, move.on_stream if move else contextlib.nullcontext
-            )
+            self.background = Background(parts, data.prefetch, move, move.on_stream if move else contextlib.nullcontext)
         self._inner, self.parts = parts, self.background or parts
 
     def __iter__(self):
