@@ -1,6 +1,7 @@
 """Prediction with a trained model: ``load(run).predict(task, image=..., text=...)``."""
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from unit_fast.errors import UserError, nearest, printable
 from unit_fast.evaluate import autocast
 from unit_fast.labels import VOCABULARY, TaskLabels, find_labels, read_labels
 from unit_fast.report.predictions import TRUTH, draw_answers, draw_boxes, scaled
-from unit_fast.task_results import detections, full_precision
+from unit_fast.task_results import detections, finite_rows, full_precision, nonfinite_weights, why_nonfinite
 from unit_fast.tasks import Task, get_task
 
 PAIRS = ("qnli", "mnli", "qqp")
@@ -27,6 +28,8 @@ TEXT_OF = {
     "mnli": "a premise and a hypothesis", "qqp": "two questions", "sst2": "a sentence",
 }  # fmt: skip
 """What the text of a task is."""
+
+_log = logging.getLogger("unit_fast.predict")
 
 _DRAWN_SIDE = 800
 """Smaller images are enlarged to this longer side before boxes are drawn."""
@@ -40,6 +43,8 @@ def load(path: str | Path, *, device=None, ema: bool = False) -> "Predictor":
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, config = checkpoint.load_model(path, ema=ema, device=device)
+    if weights := nonfinite_weights(model):
+        _log.warning("%s: %s: what such a model says means little", printable(path, 400), weights)
     folder = find_labels(path)
     if folder is None:
         raise UserError(
@@ -74,7 +79,8 @@ class Predictor:
 
         task: data set key or short name. image: path of a JPEG or PNG file, or a PIL image. text: a sentence, or two
         for QNLI, MNLI and QQP. threshold: least score of a reported box. top: answers or classes reported. Returns a
-        ``Prediction``. ``UserError`` on an unknown task, a missing, superfluous or unreadable input.
+        ``Prediction``. ``UserError`` on an unknown task, a missing, superfluous or unreadable input, or an output that
+        is not finite.
         """
         known = self._task(task)
         if not 0 <= threshold <= 1:
@@ -95,6 +101,8 @@ class Predictor:
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         with torch.no_grad(), autocast(self.device, self.config.precision):
             output = self.model(batch.to(self.device, dtype))
+        if not finite_rows(output).all():
+            raise UserError(f"{known.short}: the model's output is not finite; {why_nonfinite(self.model)}")
         names = self.labels.get(known.name, TaskLabels())
         items = (
             self._boxes(known, output, batch, names, threshold)
