@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from unit_fast import checkpoint
 from unit_fast.config import RunConfig
@@ -77,7 +77,8 @@ class Predictor:
     def predict(self, task: str, image=None, text=None, *, threshold: float = 0.5, top: int = 5) -> "Prediction":
         """What the model says about an image and/or a text.
 
-        task: data set key or short name. image: path of a JPEG or PNG file, or a PIL image. text: a sentence, or two
+        task: data set key or short name. image: path of a JPEG or PNG file, or a PIL image; one with an EXIF
+        orientation is turned as viewers show it, and boxes are in that picture. text: a sentence, or two
         for QNLI, MNLI and QQP. threshold: least score of a reported box. top: answers or classes reported. Returns a
         ``Prediction``. ``UserError`` on an unknown task, a missing, superfluous or unreadable input, or an output that
         is not finite.
@@ -161,11 +162,11 @@ class Predictor:
             if image.width * image.height > self.config.data.max_pixels:
                 limit = self.config.data.max_pixels
                 raise UserError(f"image: {image.width} x {image.height} pixels, the limit is {limit:,}; scale it down")
-            return image.convert("RGB")
+            return _upright(image).convert("RGB")
         if not isinstance(image, (str, Path)):
             raise UserError(f"image: expected a path or a PIL image, found {type(image).__name__}")
         try:
-            return load_image(image, self.config.data.max_pixels)
+            return _upright(load_image(image, self.config.data.max_pixels))
         except BadImage as error:
             raise UserError(f"image {printable(error.path, 400)}: {error.reason}; give a JPEG or PNG file") from None
 
@@ -187,6 +188,15 @@ class Predictor:
                 f"{task.short}: the run folder has no {VOCABULARY}; copy it from the data root's bert folder"
             )
         return tuple(parts) if wanted == 2 else parts[0]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A photograph as its camera held it upright. A damaged EXIF record tells no orientation."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # foreign bytes fail in many ways
+        _log.warning("image: its EXIF record cannot be read (%s); taken as stored", printable(error))
+        return image
 
 
 @dataclass(kw_only=True)
