@@ -39,7 +39,7 @@ def detections(output: Output, orig_size: Tensor) -> tuple[Tensor, Tensor, Tenso
     probabilities = full_precision(output.logits[-1]).softmax(-1)[..., :-1]
     scores, classes = probabilities.max(-1)
     boxes = full_precision(output.boxes[-1])
-    size = orig_size.to(boxes)[:, None, [1, 0, 1, 0]]
+    size = orig_size.to(boxes).flip(-1).repeat(1, 2)[:, None]  # width, height, width, height
     return scores, classes, cxcywh_to_xywh(boxes) * size
 
 
