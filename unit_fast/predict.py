@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from unit_fast import checkpoint
 from unit_fast.config import RunConfig
 from unit_fast.data import BadImage, collate
+from unit_fast.data.decode import to_rgb
 from unit_fast.data.images import EvalTransform, load_image, to_tensor
 from unit_fast.data.text import WordPieces
 from unit_fast.errors import UserError, nearest, printable
@@ -159,10 +160,15 @@ class Predictor:
         if image is None:
             raise UserError(f"{task.short} needs an image; give image= (--image) the path of a JPEG or PNG file")
         if isinstance(image, Image.Image):
-            if image.width * image.height > self.config.data.max_pixels:
+            if not 0 < image.width * image.height <= self.config.data.max_pixels:
                 limit = self.config.data.max_pixels
-                raise UserError(f"image: {image.width} x {image.height} pixels, the limit is {limit:,}; scale it down")
-            return _upright(image).convert("RGB")
+                raise UserError(f"image: {image.width} x {image.height} pixels, the limit is {limit:,}; scale it")
+            try:
+                return _upright(to_rgb(image))
+            except Exception as error:  # a file that Pillow reads only now
+                raise UserError(
+                    f"image: cannot be decoded ({printable(error)}); give a whole JPEG or PNG file"
+                ) from error
         if not isinstance(image, (str, Path)):
             raise UserError(f"image: expected a path or a PIL image, found {type(image).__name__}")
         try:
