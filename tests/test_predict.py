@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from unit_fast.labels import LABELS, read_labels, write_labels
 from unit_fast.labels import VOCABULARY as VOCABULARY_FILE
 from unit_fast.model import UniT
 from unit_fast.predict import Prediction, load
+from unit_fast.report.predictions import chosen
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +185,78 @@ def test_bad_input_is_named_with_its_remedy(predictor, image, tmp_path, argument
     arguments = {k: places.get(v, v) if isinstance(v, str) else v for k, v in arguments.items()}
     with pytest.raises(UserError, match=message):
         predictor.predict(**arguments)
+
+
+def turned(image, tag: int):
+    """The pixels as a camera stores them that notes orientation ``tag``, and the note."""
+    how = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[tag]
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    return image.transpose(how), exif
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+@pytest.mark.parametrize("tag", [3, 6, 8])
+def test_a_photograph_is_seen_as_its_viewers_show_it(predictor, tmp_path, tag, mode):
+    grey = (np.random.default_rng(0).random((40, 60)) * 65535).astype(np.uint16)
+    upright = Image.fromarray(grey) if mode == "I;16" else Image.fromarray((grey >> 8).astype(np.uint8)).convert(mode)
+    upright.save(tmp_path / "upright.png")
+    wanted = predictor.predict("coco", image=tmp_path / "upright.png", threshold=0.0)
+    stored, exif = turned(upright, tag)
+    stored.save(tmp_path / "stored.png", exif=exif)
+    for image in (tmp_path / "stored.png", str(tmp_path / "stored.png"), Image.open(tmp_path / "stored.png")):
+        found = predictor.predict("coco", image=image, threshold=0.0)
+        assert found.items == wanted.items
+        assert found.image.size == (60, 40)
+        assert found.image.tobytes() == wanted.image.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_damaged_note_of_the_orientation_is_no_orientation(predictor, tmp_path, monkeypatch, caplog):
+    path = tmp_path / "x.jpg"
+    Image.new("RGB", (60, 40), "red").save(path, exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
+    assert predictor.predict("coco", image=path, threshold=0.0).image.size == (60, 40)
+
+    def fail(image):
+        raise SyntaxError("not a TIFF file")
+
+    monkeypatch.setattr("unit_fast.predict.ImageOps.exif_transpose", fail)
+    assert predictor.predict("coco", image=path, threshold=0.0).image.size == (60, 40)
+    assert "its EXIF record cannot be read (not a TIFF file); taken as stored" in caplog.text
+
+
+def test_a_pillow_image_that_cannot_be_used_is_named(predictor, image):
+    with pytest.raises(UserError, match="image: 0 x 4 pixels"):
+        predictor.predict("coco", image=Image.new("RGB", (0, 4)))
+    image.write_bytes(image.read_bytes()[:-400])
+    with pytest.raises(UserError, match="image: cannot be decoded"):
+        predictor.predict("coco", image=Image.open(image))
+
+
+def test_what_is_not_finite_is_an_error_and_is_not_drawn(made, image, tmp_path, caplog):
+    predictor = load(made[0])
+    with torch.no_grad():
+        predictor.model.class_embeds["detection_coco"].weight.fill_(float("nan"))
+    name = "class_embeds.detection_coco.weight"
+    with pytest.raises(UserError, match=rf"coco: the model's output is not finite; 1 of \d+ weight tensors .*{name}"):
+        predictor.predict("coco", image=image)
+    nan = float("nan")
+    boxes = [{"label": "a", "score": nan, "box": [1.0] * 4}, {"label": "b", "score": 0.5, "box": [nan, 1.0, 9.0, 9.0]}]
+    drawn = Prediction(task="coco", items=boxes, image=Image.new("RGB", (80, 80), "white")).draw()
+    assert drawn.getcolors() == [(800 * 800, (255, 255, 255))]
+    Prediction(task="sst2", items=[{"label": "a", "score": nan}], text="x").save(tmp_path / "x.png")
+    assert chosen([{"score": nan, "label": "a"}, {"score": 0.2, "label": "b"}]) == [{"score": 0.2, "label": "b"}]
+
+
+def test_loading_weights_that_are_not_finite_says_so(made, tmp_path, caplog):
+    folder, config, model = made
+    weights = {n: x.clone() for n, x in model.state_dict().items()}
+    weights["query_embeds.glue_sst2.weight"][0] = float("inf")
+    checkpoint.save(tmp_path / "checkpoints", "step_000001", weights, config)
+    checkpoint.point(tmp_path / "checkpoints", "last", "step_000001")
+    shutil.copy(folder / LABELS, tmp_path)
+    load(tmp_path)
+    assert "weight tensors are not finite (first: query_embeds.glue_sst2.weight)" in caplog.text
 
 
 def test_saving_needs_a_known_ending_and_a_folder(predictor, tmp_path):

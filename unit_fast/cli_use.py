@@ -1,5 +1,6 @@
 """The commands about trained models (evaluate, predict, convert) and about files of others' data (data shard)."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -48,11 +49,27 @@ class Evaluate:
     workers: int | None = None
     """Threads that read images; default the run's data.workers."""
     json: bool = False
-    """Print JSON."""
+    """Print JSON, also of an error."""
+
+
+@contextlib.contextmanager
+def _json_errors(wanted: bool):
+    """Where JSON is to be printed, print a user's mistake as JSON too; it is raised all the same."""
+    try:
+        yield
+    except UserError as error:
+        if wanted:
+            print(json.dumps({"error": str(error)}))
+        raise
 
 
 def run_evaluate(arguments: list[str], prog: str) -> int:
     command = parse(Evaluate, arguments, prog=prog)
+    with _json_errors(command.json):
+        return _evaluate(command)
+
+
+def _evaluate(command: Evaluate) -> int:
     import torch
 
     from unit_fast import checkpoint
@@ -78,12 +95,14 @@ def run_evaluate(arguments: list[str], prog: str) -> int:
         raise UserError(f"{data.root or 'no data root'}: not a folder; give --data-root ROOT")
     out = Path(command.out) if command.out else None if command.limit else run_of(str(folder))
     tasks = None if command.tasks is None else [t.strip() for t in command.tasks.split(",") if t.strip()]
-    logging.getLogger("unit_fast").setLevel(logging.ERROR if command.json else logging.WARNING)
+    logging.getLogger("unit_fast").setLevel(logging.WARNING)
     opened = {}
     metrics = evaluate(
         model, config, tasks=tasks, split=command.split, device=device, out=out, limit=command.limit,
         coco_scorer=command.scorer, attributes=command.attributes, progress=not command.json, datasets=opened,
     )  # fmt: skip
+    if not metrics:
+        raise UserError(f"no task has data for split {command.split!r} under {data.root}; try --split train")
     if (names := find_labels(folder)) is not None:
         for line in check_labels(names, opened.values()):
             print(f"unit-fast: {line}", file=sys.stderr)
@@ -92,11 +111,9 @@ def run_evaluate(arguments: list[str], prog: str) -> int:
         "metrics": metrics,
     }  # fmt: skip
     if out is not None:
-        write(out / "evaluation.json", json.dumps(result, indent=2) + "\n")
+        write(out / "evaluation.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     if command.json:
-        print(json.dumps(result, indent=2))
-    elif not metrics:
-        raise UserError(f"no task has data for split {command.split!r} under {data.root}; try --split train")
+        print(json.dumps(result, indent=2, allow_nan=False))
     else:
         show_metrics(metrics)
         if out is not None:
@@ -129,11 +146,16 @@ class Predict:
     device: str = "auto"
     """auto takes CUDA where there is one."""
     json: bool = False
-    """Print JSON."""
+    """Print JSON, also of an error."""
 
 
 def run_predict(arguments: list[str], prog: str) -> int:
     command = parse(Predict, arguments, prog=prog)
+    with _json_errors(command.json):
+        return _predict(command)
+
+
+def _predict(command: Predict) -> int:
     from unit_fast.predict import load
     from unit_fast.setup_model import device_of
 
@@ -143,7 +165,7 @@ def run_predict(arguments: list[str], prog: str) -> int:
         command.task, command.image, (texts[0] if len(texts) == 1 else texts) or None,
         threshold=command.threshold, top=command.top,
     )  # fmt: skip
-    print(json.dumps(found.to_dict(), indent=2) if command.json else found)
+    print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if command.json else found)
     if command.save:
         print(f"written: {found.save(command.save)}", file=sys.stderr)
     return 0

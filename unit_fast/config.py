@@ -247,7 +247,8 @@ class DataConfig:
     """Pad text to the full length, as the authors do, instead of to the longest of the batch."""
     engine: Literal["auto", "dali", "torchvision"] = "auto"
     """What reads images: DALI, or torchvision's way (the reference; on a GPU torchvision decodes and the GPU does the
-    rest); auto takes DALI where it is installed and ``cache_mib`` is 0."""
+    rest); auto takes DALI where it is installed and ``cache_mib`` is 0. An evaluation on a CPU always has the
+    reference's pixels."""
     dali_graph: Literal["decode", "whole"] = "decode"
     """How much DALI does: decode, and resize, flip, normalise and pad are ours; or all of it."""
     decoder: Literal["cpu", "mixed"] = "cpu"

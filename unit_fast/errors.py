@@ -11,6 +11,23 @@ class UserError(ValueError):
     """Bad input: a file, key or argument. The message names it and the remedy."""
 
 
+class OutOfMemory(UserError):
+    """The device's memory, or the machine's, did not suffice."""
+
+    status = "out_of_memory"
+    """Key of ``run_folder.EXIT``."""
+    exit_code = 5
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that the device's memory or the machine's did not suffice."""
+    if any(kind.__name__ in ("OutOfMemoryError", "MemoryError") for kind in type(error).__mro__):
+        return True
+    # torch has no class for what its CPU allocator raises
+    texts = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+    return isinstance(error, (RuntimeError, OSError)) and any(text in str(error) for text in texts)
+
+
 def nearest(name: str, known) -> str:
     """``"; nearest: a, b"`` for the error message about an unknown ``name``, or all of ``known`` if nothing is near."""
     known = [str(k) for k in known]

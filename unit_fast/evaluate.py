@@ -3,11 +3,10 @@
 The loop is the same for the eight tasks; what differs stands in ``task_results.py``.
 """
 
-import concurrent.futures
 import contextlib
-import itertools
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -17,18 +16,32 @@ from torch import Tensor
 
 from unit_fast.batch import Batch, Output
 from unit_fast.config import RunConfig
-from unit_fast.data import BadImage, MissingSplit, collate, open_dataset
+from unit_fast.data import BadImage, MissingSplit, open_dataset
+from unit_fast.data.images import engine_of
 from unit_fast.data.loader import BadImages
-from unit_fast.errors import UserError, nearest, printable
+from unit_fast.data.split_reader import SplitReader, groups
+from unit_fast.errors import OutOfMemory, UserError, is_out_of_memory, nearest, printable
 from unit_fast.metrics import find_scorer
-from unit_fast.task_results import KINDS, full_precision, write_aside
+from unit_fast.task_results import (
+    KINDS,
+    Readback,
+    finite_rows,
+    in_full_precision,
+    nonfinite_weights,
+    pick,
+    why_nonfinite,
+    write_aside,
+)
 from unit_fast.tasks import Task, get_task
 
 EXAMPLES = 8
 """Samples of each task kept for the report: evenly spread over the split, the same at every evaluation."""
 
-_WINDOW = 8
-"""Batches that are read ahead to be grouped by size; bounds the memory."""
+WINDOW, WINDOW_ON_GPU = 8, 4096
+"""Batches, and samples on a GPU, that are grouped by size together."""
+
+READ_EVERY = 32
+"""Batches whose values are fetched from the device in one copy."""
 
 _log = logging.getLogger("unit_fast.evaluate")
 
@@ -62,22 +75,26 @@ def evaluate(
     there were any; ``seconds``. Samples without labels are predicted but not counted: a split without any has ``count``
     0 and no metric. A task whose split is missing is left out with one log line.
 
-    An unreadable image counts as an image without detections, elsewhere its sample is left out; more of them than
-    training would bear (``config.data.max_bad_share``) are a ``UserError``. An error names the task. The model's
-    training mode and all random number generators are as before on return.
+    On a CPU the reference engine reads; on a GPU ``config.data.engine`` does, as in training. Batches of
+    ``config.eval_batch`` samples are grouped by size; the device is read once in ``READ_EVERY`` of them.
+
+    An unreadable image counts as an image without detections, elsewhere its samples are left out; more of them than
+    training would bear (``data.loader.BadImages``), or no readable sample at all, are a ``UserError``. So is an output
+    that is not finite; ``OutOfMemory`` where memory did not suffice. An error names the task. The model's training mode
+    and all random number generators are as before on return.
     """
     find_scorer(coco_scorer)
-    chosen = [get_task(name) for name in (tasks or model.config.tasks)]
-    for task in chosen:
-        if task.name not in model.config.tasks:
-            known = [get_task(name).short for name in model.config.tasks]
-            raise UserError(f"task {task.short!r}: this model does not have it; {nearest(task.short, known)}")
+    chosen = _chosen(model, tasks)
     split = split or config.eval_split
     limit = config.eval_limit if limit is None else limit
+    if limit < 0 or config.eval_batch < 1:
+        raise UserError(f"limit is {limit} and eval_batch {config.eval_batch}; give at least 0 and 1")
     out = None if out is None else Path(out)
     datasets = {} if datasets is None else datasets
     results, examples = {}, {}
     with _evaluation_mode(model, device) as device:
+        if weights := nonfinite_weights(model):
+            _log.warning("%s: figures of such a model say little", weights)
         for task in chosen:
             try:
                 dataset = _opened(datasets, task, split, config)
@@ -93,6 +110,8 @@ def evaluate(
             except UserError as error:
                 raise UserError(f"evaluation of {task.short} on {split}: {error}") from error
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise OutOfMemory(_memory_message(task, split, config, device, error)) from error
                 raise RuntimeError(
                     f"evaluation of {task.short} on {split} failed: {type(error).__name__}: {error}"
                 ) from error
@@ -102,10 +121,32 @@ def evaluate(
     return results
 
 
+def _chosen(model, names) -> list[Task]:
+    """The tasks to evaluate, each once; ``UserError`` on one that the model does not have, or on none."""
+    chosen = list(dict.fromkeys(get_task(name) for name in (model.config.tasks if names is None else names)))
+    known = [get_task(name).short for name in model.config.tasks]
+    if not chosen:
+        raise UserError(f"tasks: none given to evaluate; known: {', '.join(known)}")
+    for task in chosen:
+        if task.name not in model.config.tasks:
+            raise UserError(f"task {task.short!r}: this model does not have it; {nearest(task.short, known)}")
+    return chosen
+
+
+def _memory_message(task: Task, split: str, config: RunConfig, device: torch.device, error: Exception) -> str:
+    peak = f", peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"evaluation of {task.short} on {split}: out of memory, batch {config.eval_batch}{peak} ({printable(first)}). "
+        "In this order: a smaller --batch (in training --eval-batch); --precision bf16; a lower --data.max-side"
+    )
+
+
 def describe(task: Task, metrics: dict) -> str:
     """One line of text for a task's figures, e.g. ``accuracy 0.812 (chance 0.343) | loss 0.52 | 160 samples``."""
     value = metrics.get(task.metric)
-    parts = [f"{task.metric} {value:.4f} (chance {metrics['chance']:.4f})" if value is not None else "no labels"]
+    none = f"no {task.metric}: nothing to find" if metrics["count"] else "no labels"
+    parts = [f"{task.metric} {value:.4f} (chance {metrics['chance']:.4f})" if value is not None else none]
     if "AP50" in metrics:
         parts.append(f"AP50 {metrics['AP50']:.4f}")
     if "loss" in metrics:
@@ -160,7 +201,11 @@ class _TaskRun:
         self.model, self.config, self.task, self.dataset, self.split = model, config, task, dataset, split
         self.device = device
         self.kind = KINDS[task.loss](dataset, task, attributes)
-        self.loss, self.loss_count, self.unreadable = 0.0, 0, []
+        self.loss, self.loss_count = 0.0, 0
+        self.images: set[str] = set()
+        """Images that were read; a data set may have several samples of one."""
+        self.bad_images: dict[str, str] = {}
+        """Path and message of those that could not be."""
         total = len(dataset)
         self.limited = 0 < limit < total
         self.indices = spread(total, limit if self.limited else total)
@@ -171,84 +216,124 @@ class _TaskRun:
         self.seconds = time.perf_counter() - started
 
     def _run(self, progress: bool) -> None:
+        """All batches. The device is read once in ``READ_EVERY`` of them, while the next ones are computed."""
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-        pad_text_to = self.config.model.tasks[self.task.name].text_length if self.config.data.pad_text else 0
-        with _progress_bar(f"evaluate {self.task.short}", len(self.indices), progress) as advance:
-            for group, labelled in self._groups():
-                samples = [sample for _, sample in group]
-                batch = collate(self.task.name, samples, pad_text_to).to(self.device, dtype)
+        waiting, flying, done = [], None, 0
+        with (
+            _progress_bar(f"evaluate {self.task.short}", len(self.indices), progress) as advance,
+            contextlib.closing(self._groups()) as groups,
+        ):
+            for batch, members, labelled in groups:
+                batch = batch.to(self.device, dtype)
                 with autocast(self.device, self.config.precision):
                     output = self.model(batch)
-                if labelled:
-                    self.loss += self._loss(in_full_precision(output), batch)
-                    self.loss_count += len(samples)
-                predictions = self.kind.add(output, batch, samples, labelled)
-                for (index, sample), prediction in zip(group, predictions):
-                    if index in self.shown:
-                        self.examples[index] = self._example(sample, prediction)
-                advance(len(samples))
-        share = self.config.data.max_bad_share
-        if len(self.unreadable) > share * max(len(self.indices), BadImages.JUDGED_FROM):
-            raise UserError(
-                f"{len(self.unreadable)} of {len(self.indices)} images could not be read, more than the share of "
-                f"{share:g} allowed (first: {self.unreadable[0]}). Repair them or raise --data.max-bad-share"
-            )
+                waiting.append((members, labelled, self._values(output, batch, labelled)))
+                if len(waiting) == READ_EVERY:
+                    flying = self._read_back(waiting, flying)
+                    waiting = []
+                advance(len(members))
+                done += len(members)
+            if waiting:
+                flying = self._read_back(waiting, flying)
+            if flying:
+                self._take(*flying)
+        self._judge(len(self.images) + len(self.bad_images))
+        if not done:
+            raise UserError(f"none of {len(self.indices)} samples could be read (first: {self._first_bad()})")
 
-    def _loss(self, output: Output, batch: Batch) -> float:
-        """Sum over the samples of the loss a batch of this sample alone has.
+    def _values(self, output: Output, batch: Batch, labelled: bool) -> dict[str, Tensor]:
+        """What is wanted of a batch, still on the device."""
+        values = {**self.kind.compute(output, batch), "finite": finite_rows(output)}
+        if labelled:
+            values["loss"] = self._loss(in_full_precision(output), batch)
+        return values
+
+    def _loss(self, output: Output, batch: Batch) -> Tensor:
+        """The loss of each sample [B] as a batch of it alone has it; where that does not depend on the batch, [1] the
+        mean.
 
         Detection losses are divided by the number of objects of the batch: image by image they do not depend on how
         images were batched, and equal the published runs' one image a process.
         """
         if not self.task.is_detection:
-            return float(sum(self.model.losses(output, batch, split=self.split).values())) * len(batch)
+            return sum(self.model.losses(output, batch, split=self.split).values()).reshape(1)
         query = self.model.match(output, batch)
-        return sum(
-            float(sum(self.model.losses(*pick(output, batch, row), query[:, row : row + 1], self.split).values()))
+        rows = (
+            sum(self.model.losses(*pick(output, batch, row), query[:, row : row + 1], self.split).values())
             for row in range(len(batch))
+        )
+        return torch.stack(list(rows))
+
+    def _read_back(self, waiting: list, flying: tuple | None) -> tuple:
+        """Send for the values of ``waiting`` batches, and take those sent for before, which by now have come."""
+        sent = [(members, labelled) for members, labelled, _ in waiting], Readback([values for *_, values in waiting])
+        if flying:
+            self._take(*flying)
+        return sent
+
+    def _take(self, batches: list[tuple[list, bool]], sent: Readback) -> None:
+        """Count values that have come."""
+        for (members, labelled), values in zip(batches, sent.take()):
+            finite = values.pop("finite").tolist()
+            if not all(finite):
+                self._not_finite([sample for (_, sample), fine in zip(members, finite) if not fine], "output")
+            if labelled:
+                losses = values.pop("loss").tolist()
+                if not all(map(math.isfinite, losses)):
+                    self._not_finite([sample for _, sample in members], "loss")
+                self.loss += sum(losses) if self.task.is_detection else losses[0] * len(members)
+                self.loss_count += len(members)
+            predictions = self.kind.add(values, members, labelled)
+            for (index, sample), prediction in zip(members, predictions):
+                if index in self.shown:
+                    self.examples[index] = self._example(sample, prediction)
+
+    def _not_finite(self, samples: list[dict], what: str) -> None:
+        """Predictions made of NaN are some class or box or other, and a metric of them says nothing."""
+        raise UserError(
+            f"the model's {what} is not finite for sample {printable(samples[0]['sample_id'])}"
+            f"{f' and {len(samples) - 1} more of its batch' if len(samples) > 1 else ''}; {why_nonfinite(self.model)}"
         )
 
     def _groups(self):
-        """(list of (index, sample), whether they have labels): batches from a window that is read ahead.
+        """(batch, (index, sample without pixels) of its rows, whether they have labels) of all readable samples."""
+        config, on_gpu = self.config, self.device.type == "cuda"
+        size = config.eval_batch
+        # On a CPU figures stay what they are to the last digit: the reference engine reads, and what is grouped is
+        # what always was. On a GPU batches are fuller, and decoded as for training.
+        window = WINDOW_ON_GPU if on_gpu else size * WINDOW
+        reader = SplitReader(
+            self.dataset, self.task, groups(self.dataset, self.task, self.indices, size, window), size,
+            labelled=self.kind.labelled, data=config.data, device=self.device,
+            pad_text=config.model.tasks[self.task.name].text_length if config.data.pad_text else 0,
+            engine=engine_of(config.data) if on_gpu and self.task.has_image else None,
+        )  # fmt: skip
+        with reader:
+            for part in reader:
+                for index, error in part.unreadable:
+                    self._unreadable(index, error)
+                for batch, members, labelled in zip(part.batches, part.members, part.labelled):
+                    self.images.update(str(s["image_path"]) for _, s in members if s.get("image_path"))
+                    yield batch, members, labelled
 
-        Images of a batch have one size. Padding is not neutral: convolutions carry its border inwards and group norm
-        counts it, so that with it a figure would depend on the batch. Texts are sorted by length; their padding is
-        masked.
-        """
-        size = max(1, self.config.eval_batch)
-        samples = self._samples()
-        while window := list(itertools.islice(samples, size * (_WINDOW if size > 1 else 1))):
-            kinds: dict[tuple, list] = {}
-            for item in sorted(window, key=lambda item: _length(item[1])) if size > 1 else window:
-                image = item[1].get("image")
-                key = (self.kind.labelled(item[1]), None if image is None else tuple(image.shape))
-                kinds.setdefault(key, []).append(item)
-            for (labelled, _), items in kinds.items():
-                for start in range(0, len(items), size):
-                    group = items[start : start + size]
-                    yield (group if labelled else [(i, _without_labels(s)) for i, s in group]), labelled
+    def _unreadable(self, index: int, error: BadImage) -> None:
+        self.kind.add_unreadable(index)
+        if error.path not in self.bad_images:
+            self.bad_images[error.path] = printable(error, 400)
+            _log.warning("%s: %s", self.task.short, self.bad_images[error.path])
+        self._judge(len(self.indices))
 
-    def _samples(self):
-        """(index, sample) in order, unreadable images left out; read by ``data.workers`` threads."""
+    def _judge(self, images: int) -> None:
+        """``UserError`` when more of so many images are bad than training would bear."""
+        share, bad = self.config.data.max_bad_share, len(self.bad_images)
+        if bad > BadImages(share, read=images).tolerated():
+            raise UserError(
+                f"{bad} of {images} images could not be read, more than the share of {share:g} allowed (first: "
+                f"{self._first_bad()}). Repair them or raise --data.max-bad-share"
+            )
 
-        def read(index):
-            try:
-                return index, self.dataset.get(index, None)
-            except BadImage as error:
-                return index, error
-
-        workers = self.config.data.workers
-        if workers:
-            read_all = _ahead(read, self.indices, workers, workers * max(1, self.config.data.prefetch))
-        else:
-            read_all = map(read, self.indices)
-        for index, sample in read_all:
-            if isinstance(sample, BadImage):
-                self.unreadable.append(printable(sample, 400))
-                self.kind.add_unreadable(index)
-                _log.warning("%s: %s", self.task.short, self.unreadable[-1])
-            else:
-                yield index, sample
+    def _first_bad(self) -> str:
+        return next(iter(self.bad_images.values()))
 
     def _example(self, sample: dict, prediction) -> dict:
         text = sample.get("text")
@@ -263,8 +348,8 @@ class _TaskRun:
         figures = self.kind.result(self.limited, scorer)
         if self.loss_count:
             figures["loss"] = self.loss / self.loss_count
-        if self.unreadable:
-            figures["unreadable"] = len(self.unreadable)
+        if self.bad_images:
+            figures["unreadable"] = len(self.bad_images)
         figures["seconds"] = round(self.seconds, 3)
         return figures
 
@@ -278,24 +363,13 @@ class _TaskRun:
             row = self.examples[index]
             if row["image_path"]:
                 row["image"] = f"examples/{self.task.short}_{self.split}_{number}.jpg"
-                _write_thumbnail(self.dataset.image_path(index), out / row["image"], self.config.data.max_pixels)
+                try:
+                    _write_thumbnail(self.dataset.image_path(index), out / row["image"], self.config.data.max_pixels)
+                except BadImage as error:  # it was there when it was evaluated
+                    _log.warning("%s: example without its picture: %s", self.task.short, error)
+                    del row["image"]
             rows.append(row)
         return {"split": self.split, "samples": rows}
-
-
-def in_full_precision(output: Output) -> Output:
-    """``output`` with tensors of at least single precision, as losses want them after autocast."""
-    return Output(**{k: full_precision(v) for k, v in vars(output).items() if isinstance(v, Tensor)})
-
-
-def pick(output: Output, batch: Batch, row: int) -> tuple[Output, Batch]:
-    """Output and batch of the one sample ``row``."""
-    one = slice(row, row + 1)
-    layered = {"hidden_states", "logits", "boxes", "layer_scores"}
-    values = {k: v for k, v in vars(output).items() if isinstance(v, Tensor)}
-    output = Output(**{k: v[:, one] if k in layered else v[one] for k, v in values.items()})
-    lists = {k: v[one] for k in ("sample_ids", "sizes") if (v := getattr(batch, k)) is not None}
-    return output, Batch(task=batch.task, **{k: v[one] for k, v in batch.tensors().items()}, **lists)
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -305,27 +379,6 @@ def spread(total: int, count: int) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------- small helpers
-
-
-def _length(sample: dict) -> int:
-    text = sample.get("input_ids")
-    return 0 if text is None else len(text)
-
-
-def _without_labels(sample: dict) -> dict:
-    return {k: v for k, v in sample.items() if k not in ("label", "answer_scores", "labels", "boxes", "attributes")}
-
-
-def _ahead(function, items, workers: int, depth: int):
-    """``map(function, items)`` in order, ``depth`` items ahead in ``workers`` threads."""
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        items, waiting = iter(items), []
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > depth:
-                yield waiting.pop(0).result()
-        while waiting:
-            yield waiting.pop(0).result()
 
 
 @contextlib.contextmanager
@@ -356,5 +409,10 @@ def _write_thumbnail(source, target: Path, max_pixels: int) -> None:
 
     image = load_image(source, max_pixels)
     image.thumbnail((512, 512))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    image.save(target, "JPEG", quality=85)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image.save(target, "JPEG", quality=85)
+    except OSError as error:
+        raise UserError(
+            f"{printable(target, 400)}: cannot be written ({error.strerror or error}); make room or take another folder"
+        ) from error

@@ -8,11 +8,12 @@ import functools
 import importlib.util
 import io
 import logging
+import math
 
 import torch
 from torch import Tensor
 
-from unit_fast.errors import UserError, nearest
+from unit_fast.errors import UserError, nearest, printable
 
 SCORERS = ("auto", "pycocotools", "faster-coco-eval")
 """Implementations of COCO's average precision; they give the same numbers, the second faster."""
@@ -31,8 +32,12 @@ class VqaAccuracy:
 
     def add(self, scores: Tensor, targets: Tensor) -> None:
         """``scores`` [B,A] logits, ``targets`` [B,A] soft scores in 0..1 of questions that have answers."""
-        targets = targets.detach().double().cpu()
-        self.total += targets.gather(1, best_answer(scores).cpu()[:, None]).sum().item()
+        self.count_answers(best_answer(scores).cpu(), targets.cpu())
+
+    def count_answers(self, answers: Tensor, targets: Tensor) -> None:
+        """``answers`` [B] int64 given (``best_answer``), ``targets`` as for ``add``; both on the host."""
+        targets = targets.detach().double()
+        self.total += targets.gather(1, answers[:, None]).sum().item()
         self.count += len(targets)
         self.per_answer = targets.sum(0) + (0.0 if self.per_answer is None else self.per_answer)
 
@@ -52,10 +57,13 @@ class Accuracy:
 
     def add(self, scores: Tensor, label: Tensor) -> None:
         """``scores`` [B,K] logits, ``label`` [B] int64."""
-        label = label.cpu()
-        self.right += int((scores.detach().argmax(-1).cpu() == label).sum())
+        self.count_classes(scores.detach().argmax(-1).cpu(), label.cpu(), scores.shape[-1])
+
+    def count_classes(self, given: Tensor, label: Tensor, classes: int) -> None:
+        """``given`` and ``label`` [B] int64, both on the host; ``classes`` there are."""
+        self.right += int((given == label).sum())
         self.count += len(label)
-        counts = torch.bincount(label, minlength=scores.shape[-1])
+        counts = torch.bincount(label, minlength=classes)
         self.per_class = counts + (0 if self.per_class is None else self.per_class)
 
     def result(self) -> dict:
@@ -95,16 +103,22 @@ def coco_average_precision(ground_truth: dict, results: list[dict], image_ids=No
     list (``image_id``, ``category_id``, ``bbox`` xywh in pixels, ``score``). ``image_ids`` limits the evaluation to
     these images; None takes all of the ground truth, also those without results. A figure is undefined where the ground
     truth has no object of that size.
+
+    Ids may be any numbers or texts. An annotation whose ``area`` is missing or not positive has its box's. One whose
+    category is not in ``categories``, or whose image is not in ``images``, is not scored, as by the official tool;
+    where there are no categories at all, those of the annotations are taken. All this is said in the log.
+
+    Raises:
+        UserError: results or ``image_ids`` for an image that is not in the ground truth; a score or box that is not
+            finite.
     """
     scorer = find_scorer(scorer)
     _say_once(scorer)
-    truth = _plain(ground_truth)
-    known = {image["id"] for image in truth["images"]}
-    unknown = [r["image_id"] for r in results if r["image_id"] not in known]
-    if unknown:
-        raise UserError(
-            f"results are for image {unknown[0]!r}, which the ground truth does not have: they belong to another split"
-        )
+    truth, images, categories = _numbered(ground_truth)
+    found = [_result(result, number, images, categories) for number, result in enumerate(results)]
+    wanted = None
+    if image_ids is not None:
+        wanted = sorted({_number_of(i, images, "image_ids has image {}") for i in image_ids})
     if scorer == "faster-coco-eval":
         from faster_coco_eval import COCO
         from faster_coco_eval import COCOeval_faster as COCOeval
@@ -113,12 +127,11 @@ def coco_average_precision(ground_truth: dict, results: list[dict], image_ids=No
         from pycocotools.cocoeval import COCOeval
     with contextlib.redirect_stdout(io.StringIO()):
         coco_truth = _coco(COCO, truth)
-        # copies, since loadRes writes into its list; and it fails on an empty one
-        copies = [{k: r[k] for k in ("image_id", "category_id", "bbox", "score")} for r in results]
-        found = coco_truth.loadRes(copies) if copies else _coco(COCO, {**truth, "annotations": []})
-        evaluation = COCOeval(coco_truth, found, "bbox")
-        if image_ids is not None:
-            evaluation.params.imgIds = sorted(set(image_ids))
+        # loadRes fails on an empty list
+        coco_found = coco_truth.loadRes(found) if found else _coco(COCO, {**truth, "annotations": []})
+        evaluation = COCOeval(coco_truth, coco_found, "bbox")
+        if wanted is not None:
+            evaluation.params.imgIds = wanted
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -133,23 +146,83 @@ def _coco(kind, dataset: dict):
     return coco
 
 
-def _plain(ground_truth: dict) -> dict:
-    """The parts of a ground truth that boxes need.
+def _numbered(ground_truth: dict) -> tuple[dict, dict, dict]:
+    """(the parts of a ground truth that boxes need, image id -> number, category id -> number).
 
-    Annotations are numbered from 1: COCOeval writes the id of the matched object and takes 0 for "unmatched", so that
-    an object with id 0 would count as missed.
+    The scorers keep ids in arrays of doubles, or of fixed width: ids from 2^53 on would collide. So images and
+    categories are numbered from 1, in the order of their ids, on which the order of equal scores depends. Annotations
+    are numbered from 1 too: COCOeval writes the id of the matched object and takes 0 for "unmatched", so that an object
+    with id 0 would count as missed.
     """
-    annotations = [
-        {
-            "id": number,
-            "image_id": a["image_id"],
-            "category_id": a["category_id"],
-            "bbox": [float(x) for x in a["bbox"]],
-            "area": float(a["area"]) if a.get("area") is not None else float(a["bbox"][2]) * float(a["bbox"][3]),
-            "iscrowd": int(a.get("iscrowd", 0)),
-        }
-        for number, a in enumerate(ground_truth["annotations"], start=1)
-    ]
-    images = [{k: image[k] for k in ("id", "width", "height") if k in image} for image in ground_truth["images"]]
-    categories = [{"id": c["id"], "name": str(c.get("name", c["id"]))} for c in ground_truth["categories"]]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    images = _numbers(image["id"] for image in ground_truth["images"])
+    known = {c["id"]: str(c.get("name", c["id"])) for c in ground_truth.get("categories") or ()}
+    used = {a["category_id"] for a in ground_truth["annotations"]}
+    if used and not known:
+        _log.warning("the ground truth has no categories: scored by the %d category ids of its annotations", len(used))
+        known = {i: str(i) for i in used}
+    if unnamed := used - known.keys():
+        count = sum(a["category_id"] in unnamed for a in ground_truth["annotations"])
+        _log.warning(
+            "%d annotations are left out of the average precision, as by pycocotools: their categories (%s) are not "
+            "among the ground truth's", count, printable(", ".join(map(str, _sorted(unnamed)))),
+        )  # fmt: skip
+    categories = _numbers(known)
+    if strangers := sum(a["image_id"] not in images for a in ground_truth["annotations"]):
+        _log.warning("%d annotations are of images that the ground truth does not list, and not scored", strangers)
+    annotations = []
+    for a in ground_truth["annotations"]:
+        if a["category_id"] in unnamed or a["image_id"] not in images:
+            continue
+        box = [float(x) for x in a["bbox"]]
+        area = float(a["area"]) if a.get("area") is not None else 0.0
+        annotations.append(
+            {
+                "id": len(annotations) + 1,
+                "image_id": images[a["image_id"]],
+                "category_id": categories[a["category_id"]],
+                "bbox": box,
+                "area": area if area > 0 else box[2] * box[3],
+                "iscrowd": int(a.get("iscrowd") or 0),
+            }
+        )
+    sizes = {images[image["id"]]: image for image in ground_truth["images"]}
+    truth = {
+        "images": [{"id": n, **{k: i[k] for k in ("width", "height") if k in i}} for n, i in sorted(sizes.items())],
+        "annotations": annotations,
+        "categories": [{"id": number, "name": known[i]} for i, number in categories.items()],
+    }
+    return truth, images, categories
+
+
+def _result(result: dict, number: int, images: dict, categories: dict) -> dict:
+    """A result as ``loadRes`` takes it; a category that the ground truth does not have is number 0, never scored."""
+    values = [float(x) for x in (*result["bbox"], result["score"])]
+    if not all(map(math.isfinite, values)):
+        raise UserError(
+            f"results[{number}]: box {values[:4]} with score {values[4]} is not finite; look at the model's weights"
+        )
+    return {
+        "image_id": _number_of(result["image_id"], images, "results are for image {}"),
+        "category_id": categories.get(result["category_id"], 0),
+        "bbox": values[:4],
+        "score": values[4],
+    }
+
+
+def _number_of(image_id, images: dict, what: str) -> int:
+    if image_id not in images:
+        raise UserError(
+            f"{what.format(printable(repr(image_id)))}, which the ground truth does not have: they belong to another "
+            "split"
+        )
+    return images[image_id]
+
+
+def _sorted(ids) -> list:
+    """Numbers first, then texts."""
+    return sorted(set(ids), key=lambda i: (isinstance(i, str), i))
+
+
+def _numbers(ids) -> dict:
+    """Id -> its number from 1 on, in order."""
+    return {i: number for number, i in enumerate(_sorted(ids), 1)}

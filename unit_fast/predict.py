@@ -1,22 +1,24 @@
 """Prediction with a trained model: ``load(run).predict(task, image=..., text=...)``."""
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from unit_fast import checkpoint
 from unit_fast.config import RunConfig
 from unit_fast.data import BadImage, collate
+from unit_fast.data.decode import to_rgb
 from unit_fast.data.images import EvalTransform, load_image, to_tensor
 from unit_fast.data.text import WordPieces
 from unit_fast.errors import UserError, nearest, printable
 from unit_fast.evaluate import autocast
 from unit_fast.labels import VOCABULARY, TaskLabels, find_labels, read_labels
 from unit_fast.report.predictions import TRUTH, draw_answers, draw_boxes, scaled
-from unit_fast.task_results import detections, full_precision
+from unit_fast.task_results import detections, finite_rows, full_precision, nonfinite_weights, why_nonfinite
 from unit_fast.tasks import Task, get_task
 
 PAIRS = ("qnli", "mnli", "qqp")
@@ -27,6 +29,8 @@ TEXT_OF = {
     "mnli": "a premise and a hypothesis", "qqp": "two questions", "sst2": "a sentence",
 }  # fmt: skip
 """What the text of a task is."""
+
+_log = logging.getLogger("unit_fast.predict")
 
 _DRAWN_SIDE = 800
 """Smaller images are enlarged to this longer side before boxes are drawn."""
@@ -40,6 +44,8 @@ def load(path: str | Path, *, device=None, ema: bool = False) -> "Predictor":
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, config = checkpoint.load_model(path, ema=ema, device=device)
+    if weights := nonfinite_weights(model):
+        _log.warning("%s: %s: what such a model says means little", printable(path, 400), weights)
     folder = find_labels(path)
     if folder is None:
         raise UserError(
@@ -72,9 +78,11 @@ class Predictor:
     def predict(self, task: str, image=None, text=None, *, threshold: float = 0.5, top: int = 5) -> "Prediction":
         """What the model says about an image and/or a text.
 
-        task: data set key or short name. image: path of a JPEG or PNG file, or a PIL image. text: a sentence, or two
+        task: data set key or short name. image: path of a JPEG or PNG file, or a PIL image; one with an EXIF
+        orientation is turned as viewers show it, and boxes are in that picture. text: a sentence, or two
         for QNLI, MNLI and QQP. threshold: least score of a reported box. top: answers or classes reported. Returns a
-        ``Prediction``. ``UserError`` on an unknown task, a missing, superfluous or unreadable input.
+        ``Prediction``. ``UserError`` on an unknown task, a missing, superfluous or unreadable input, or an output that
+        is not finite.
         """
         known = self._task(task)
         if not 0 <= threshold <= 1:
@@ -95,6 +103,8 @@ class Predictor:
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         with torch.no_grad(), autocast(self.device, self.config.precision):
             output = self.model(batch.to(self.device, dtype))
+        if not finite_rows(output).all():
+            raise UserError(f"{known.short}: the model's output is not finite; {why_nonfinite(self.model)}")
         names = self.labels.get(known.name, TaskLabels())
         items = (
             self._boxes(known, output, batch, names, threshold)
@@ -150,14 +160,19 @@ class Predictor:
         if image is None:
             raise UserError(f"{task.short} needs an image; give image= (--image) the path of a JPEG or PNG file")
         if isinstance(image, Image.Image):
-            if image.width * image.height > self.config.data.max_pixels:
+            if not 0 < image.width * image.height <= self.config.data.max_pixels:
                 limit = self.config.data.max_pixels
-                raise UserError(f"image: {image.width} x {image.height} pixels, the limit is {limit:,}; scale it down")
-            return image.convert("RGB")
+                raise UserError(f"image: {image.width} x {image.height} pixels, the limit is {limit:,}; scale it")
+            try:
+                return _upright(to_rgb(image))
+            except Exception as error:  # a file that Pillow reads only now
+                raise UserError(
+                    f"image: cannot be decoded ({printable(error)}); give a whole JPEG or PNG file"
+                ) from error
         if not isinstance(image, (str, Path)):
             raise UserError(f"image: expected a path or a PIL image, found {type(image).__name__}")
         try:
-            return load_image(image, self.config.data.max_pixels)
+            return _upright(load_image(image, self.config.data.max_pixels))
         except BadImage as error:
             raise UserError(f"image {printable(error.path, 400)}: {error.reason}; give a JPEG or PNG file") from None
 
@@ -179,6 +194,15 @@ class Predictor:
                 f"{task.short}: the run folder has no {VOCABULARY}; copy it from the data root's bert folder"
             )
         return tuple(parts) if wanted == 2 else parts[0]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A photograph as its camera held it upright. A damaged EXIF record tells no orientation."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # foreign bytes fail in many ways
+        _log.warning("image: its EXIF record cannot be read (%s); taken as stored", printable(error))
+        return image
 
 
 @dataclass(kw_only=True)

@@ -24,7 +24,7 @@ from unit_fast import step_graph
 from unit_fast.batch import Batch, Output
 from unit_fast.config import RunConfig
 from unit_fast.data.loader import Loader
-from unit_fast.errors import UserError, printable
+from unit_fast.errors import OutOfMemory, UserError, printable
 from unit_fast.logging import Record
 from unit_fast.numerics import arithmetic
 from unit_fast.optim import MaskedAdamW
@@ -36,13 +36,6 @@ from unit_fast.setup_model import buckets_of
 from unit_fast.step_graph import StepGraphs
 
 _log = logging.getLogger("unit_fast.train")
-
-
-class OutOfMemory(UserError):
-    """The device's memory did not suffice."""
-
-    status = "out_of_memory"
-    exit_code = EXIT[status]
 
 
 @dataclass

@@ -27,6 +27,9 @@ class Objects:
         starts: int64 [n + 1].
         labels, xywh, area, crowd, attributes: int32 [m], float64 [m,4] and [m] pixels, bool [m], int16 [m,16] with
             -1 in empty places.
+        left: what is no target but counts when boxes are scored, objects without area inside the image: ``at`` int64,
+            the row of ``labels`` before which one stands in the file, and ``images`` int64 ids, ``labels``, ``xywh``,
+            ``area`` and ``crowd`` as above.
         names: class -> name.
     """
 
@@ -38,6 +41,7 @@ class Objects:
         self.area, self.crowd = arrays["area"], arrays["crowd"]
         none = np.broadcast_to(np.int16(-1), (len(self.labels), ATTRIBUTES))
         self.attributes = arrays.get("attributes", none)
+        self.left = {name: arrays[f"left.{name}"] for name in ("at", "images", "labels", "xywh", "area", "crowd")}
         self.names = {int(label): name for label, name in content.values["names"]}
         self.content = content
 
@@ -57,26 +61,34 @@ class Objects:
         return slice(int(self.starts[index]), int(self.starts[index + 1]))
 
 
-def pack(images: list[tuple[int, str, int, int]], rows: dict[int, list[tuple]], names: dict[int, str]) -> Content:
+def pack(
+    images: list[tuple[int, str, int, int]],
+    rows: dict[int, list[tuple]],
+    names: dict[int, str],
+    left: dict[int, list[tuple[int, tuple]]] | None = None,
+) -> Content:
     """The arrays of ``Objects``; ``attributes`` only where an object has one.
 
     Args:
         images: (id, file name, height, width) of each image.
         rows: image id -> (class, x, y, w, h, area, iscrowd, attributes) of its objects.
         names: class -> name.
+        left: image id -> (how many of its ``rows`` stand before it in the file, a row as above) of ``Objects.left``.
     """
     ids = [i for i, *_ in images]
     flat = [row for i in ids for row in rows.get(i, ())]
+    starts = np.concatenate([[0], np.cumsum([len(rows.get(i, ())) for i in ids])]).astype(np.int64)
+    aside = [(int(start) + n, i, row) for start, i in zip(starts, ids) for n, row in (left or {}).get(i, ())]
     content = Content(values={"names": list(names.items())})
     content.put_strings("files", [name for _, name, *_ in images])
     content.arrays |= {
         "ids": np.array(ids, dtype=np.int64),
         "sizes": np.array([(h, w) for *_, h, w in images], dtype=np.int32).reshape(-1, 2),
-        "starts": np.concatenate([[0], np.cumsum([len(rows.get(i, ())) for i in ids])]).astype(np.int64),
-        "labels": np.array([row[0] for row in flat], dtype=np.int32),
-        "xywh": np.array([row[1:5] for row in flat], dtype=np.float64).reshape(-1, 4),
-        "area": np.array([row[5] for row in flat], dtype=np.float64),
-        "crowd": np.array([row[6] for row in flat], dtype=bool),
+        "starts": starts,
+        **_columns(flat),
+        "left.at": np.array([at for at, *_ in aside], dtype=np.int64),
+        "left.images": np.array([i for _, i, _ in aside], dtype=np.int64),
+        **{f"left.{name}": array for name, array in _columns([row for *_, row in aside]).items()},
     }
     if any(row[7] for row in flat):
         attributes = np.full((len(flat), ATTRIBUTES), -1, dtype=np.int16)
@@ -84,6 +96,15 @@ def pack(images: list[tuple[int, str, int, int]], rows: dict[int, list[tuple]], 
             attributes[i, : len(row[7])] = row[7]
         content.arrays["attributes"] = attributes
     return content
+
+
+def _columns(rows: list[tuple]) -> dict[str, np.ndarray]:
+    return {
+        "labels": np.array([row[0] for row in rows], dtype=np.int32),
+        "xywh": np.array([row[1:5] for row in rows], dtype=np.float64).reshape(-1, 4),
+        "area": np.array([row[5] for row in rows], dtype=np.float64),
+        "crowd": np.array([row[6] for row in rows], dtype=bool),
+    }
 
 
 def corners(xywh: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -145,15 +166,21 @@ class Detection(Dataset):
         return sample
 
     def coco_ground_truth(self) -> dict:
-        """The split in COCO's JSON format for ``pycocotools.coco.COCO``: all images, crowd regions included.
+        """The split in COCO's JSON format for ``pycocotools.coco.COCO``: all images and all annotations as they are.
 
-        Annotation ids are numbered anew from 1: COCOeval takes an id of 0 for "not matched", and ids must be unique.
+        Crowd regions are included, and objects without area inside their image: no targets, but the official tool
+        counts them as missed. Annotation ids are numbered anew from 1: COCOeval takes an id of 0 for "not matched", and
+        ids must be unique.
         """
         o = self.objects
         if not self.has_targets:
             raise UserError(f"{self.task.short} {self.split}: has no annotations to evaluate against")
-        image_of = np.repeat(o.ids, np.diff(o.starts)).tolist()
-        rows = zip(image_of, o.labels.tolist(), o.xywh.tolist(), o.area.tolist(), o.crowd.tolist())
+        targets = {
+            "images": np.repeat(o.ids, np.diff(o.starts)), "labels": o.labels, "xywh": o.xywh, "area": o.area,
+            "crowd": o.crowd,
+        }  # fmt: skip
+        merged = [np.insert(array, o.left["at"], o.left[name], axis=0) for name, array in targets.items()]
+        rows = zip(*(array.tolist() for array in merged))
         return {
             "info": {"description": f"{self.task.title} {self.split}"},
             "images": [
@@ -198,9 +225,11 @@ class Detection(Dataset):
         if objects.attributes.size and self.task.attributes:
             self.facts["attributes"] = int((objects.attributes >= 0).sum())
 
-    def _packed(self, images: list[tuple], rows: dict[int, list[tuple]], names: dict[int, str], where: str) -> Content:
+    def _packed(
+        self, images: list[tuple], rows: dict[int, list[tuple]], names: dict[int, str], where: str, left=None
+    ) -> Content:
         """``pack``, and a look at all boxes together."""
-        content = pack(images, rows, names)
+        content = pack(images, rows, names, left)
         boxes = content.arrays["xywh"]
         if len(boxes) and boxes.min() >= 0 and boxes.max() <= 1:
             self.findings.error(
@@ -282,6 +311,7 @@ def read_instances(dataset: Detection, path: Path, wanted=None) -> Content:
         dataset._check_class(record["id"], where)
 
     rows: dict[int, list[tuple]] = {}
+    left: dict[int, list[tuple[int, tuple]]] = {}
     seen = set()
     for n, record in enumerate(files.sequence(content, "annotations", name) if "annotations" in content else []):
         where = f"{name}: annotations[{n}]"
@@ -314,12 +344,17 @@ def read_instances(dataset: Detection, path: Path, wanted=None) -> Content:
             note("no area given, that of the box is taken", f"{where}: area {area:g}, bbox {list(box)}")
             area = min(box[2] * box[3], sys.float_info.max)
         _, _, height, width = images[image_id]
-        if dataset._check_class(label, where) and dataset._check_box(box, height, width, where):
-            rows.setdefault(image_id, []).append((label, *box, area, crowd != 0, attributes))
+        if not dataset._check_class(label, where):
+            continue
+        row = (label, *box, area, crowd != 0, attributes)
+        if dataset._check_box(box, height, width, where):
+            rows.setdefault(image_id, []).append(row)
+        elif min(box[2:]) >= 0:  # no target, but an object to be found for whoever scores
+            left.setdefault(image_id, []).append((len(rows.get(image_id, ())), row))
     if rows and not names:
         note("no categories", f"{name}: has no categories; its classes are called by their numbers")
         names = {label: str(label) for label in sorted({row[0] for of_image in rows.values() for row in of_image})}
-    return dataset._packed(list(images.values()), rows, names, name)
+    return dataset._packed(list(images.values()), rows, names, name, left)
 
 
 def _attributes(dataset, record, where) -> tuple[int, ...]:

@@ -116,15 +116,7 @@ def load_image(path, max_pixels: int) -> Image.Image:
     """
     with _open(path, max_pixels) as image:
         try:
-            image.load()
-            if image.mode == "RGB":
-                return image.copy()
-            if image.mode.startswith("I"):
-                grey = np.asarray(image).astype(np.int64)
-                image = Image.fromarray(((grey.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8))
-            elif image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")
-            return image.convert("RGB")
+            return to_rgb(image)
         except Exception as error:  # see _open
             raise BadImage(path, describe(error)) from None
 
@@ -152,6 +144,21 @@ class PixelCache:
             # a decoder's own tensor may be part of a whole batch's memory
             self._kept[name] = (now, pixels.to("cpu", copy=True))
             self.left = room - pixels.numel()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A copy as RGB, 8 bits, converted as ``load_image`` says; what Pillow knows besides the pixels is kept."""
+    image.load()
+    if image.mode == "RGB":
+        return image.copy()
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64)
+        scaled = Image.fromarray(((grey.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8))
+        scaled.info = dict(image.info)
+        image = scaled
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 class ImageCache:

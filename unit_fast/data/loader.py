@@ -206,7 +206,7 @@ class Loader:
         self.real: collections.Counter[str] = collections.Counter()
         self.steps_read: collections.Counter[str] = collections.Counter()
         if with_images and (self.engine == "dali" or on_gpu):
-            threads = data.workers or min(MOST_THREADS, len(os.sched_getaffinity(0)))
+            threads = decoding_threads(data)
             checked = CheckedImages(open_cache(data).folder, data.max_pixels)
             most = max(config.batch_of(name) for name in datasets)
             self.reader = DecodedSteps(self.fetcher, requested, data, checked, most, threads, self.device, self.engine)
@@ -304,6 +304,11 @@ class Loader:
         for worker in workers:  # those that hang in a read; SIGTERM they ignore
             if worker.is_alive():
                 worker.kill()
+
+
+def decoding_threads(data) -> int:
+    """Threads that decode images: ``data.workers``, or one a core and at most ``MOST_THREADS``."""
+    return data.workers or min(MOST_THREADS, len(os.sched_getaffinity(0)))
 
 
 def _shapes(datasets: dict, config) -> dict:

@@ -118,7 +118,7 @@ class DecodedSteps:
         self.most, self.threads, self.device, self.engine = most, threads, device, engine
         self.buffers, self.decoder, self.repairs = Buffers(), None, 0
         self.kept = PixelCache(data.cache_mib * 2**20)
-        self.pool = _threads(threads)
+        self.pool = one_core_threads(threads, "place")
         self.underway: collections.deque[_Underway] = collections.deque()
 
     def __iter__(self) -> Iterator:
@@ -270,14 +270,14 @@ class DecodedSteps:
         return tuple(pixels.shape[:2]) == (facts.height, facts.width)
 
 
-def _threads(count: int) -> concurrent.futures.ThreadPoolExecutor:
+def one_core_threads(count: int, name: str) -> concurrent.futures.ThreadPoolExecutor:
     """``count`` threads, all begun; the images are what is spread over the cores."""
     cores = OneCore(count)
-    pool = concurrent.futures.ThreadPoolExecutor(count, "place", initializer=cores.begin)
+    pool = concurrent.futures.ThreadPoolExecutor(count, name, initializer=cores.begin)
     for _ in range(count):
         pool.submit(int)
     cores.end()
     return pool
 
 
-__all__ = ["DecodedSteps", "TorchvisionDecoder"]
+__all__ = ["DecodedSteps", "TorchvisionDecoder", "one_core_threads"]

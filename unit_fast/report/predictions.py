@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -28,9 +29,18 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
+def drawable(item: dict) -> bool:
+    """Whether score and box are numbers; a run that had NaN in its weights may have kept others."""
+    values = [item.get("score", 1.0), *item.get("bbox", ())]
+    return all(isinstance(v, (int, float)) and math.isfinite(v) for v in values if v is not None)
+
+
 def chosen(predictions: list[dict], threshold: float = THRESHOLD) -> list[dict]:
-    """The predictions to draw, most likely first: those of at least ``threshold``, else the ``FALLBACK`` likeliest."""
-    ranked = sorted(predictions, key=lambda p: -p.get("score", 1.0))
+    """The predictions to draw, most likely first: those of at least ``threshold``, else the ``FALLBACK`` likeliest.
+
+    What is no number is left out.
+    """
+    ranked = sorted(filter(drawable, predictions), key=lambda p: -p.get("score", 1.0))
     return [p for p in ranked if p.get("score", 1.0) >= threshold] or ranked[:FALLBACK]
 
 
@@ -72,8 +82,8 @@ def scaled(image: Image.Image, side: int) -> Image.Image:
 def draw_boxes(image: Image.Image, objects: list[dict], size, colours=TRUTH) -> Image.Image:
     """A copy of ``image`` with boxes and their names.
 
-    objects: {"label", "bbox" xywh in pixels of an image of ``size`` (height, width), optional "score"}. colours: one
-    for all or one an object.
+    objects: {"label", "bbox" xywh in pixels of an image of ``size`` (height, width), optional "score"}; one whose
+    numbers are not finite is left out. colours: one for all or one an object.
     """
     image = image.convert("RGB").copy()
     draw = ImageDraw.Draw(image)
@@ -82,6 +92,8 @@ def draw_boxes(image: Image.Image, objects: list[dict], size, colours=TRUTH) -> 
     line = max(3, round(max(image.size) / 200))
     letters = font(max(11, round(max(image.size) / 36)))
     for item, colour in reversed(list(zip(objects, colours))):
+        if not drawable(item):
+            continue
         x, y, width, height = (float(v) for v in item["bbox"])
         box = [x * across, y * down, (x + width) * across, (y + height) * down]
         # a predicted box may leave the image
@@ -133,7 +145,7 @@ def draw_answers(image: Image.Image | None, text, answers: list[dict], width: in
         y += 26
     y += 6
     for rank, answer in enumerate(answers):
-        bar = round((width - 290) * min(max(answer["score"], 0.0), 1.0))
+        bar = round((width - 290) * min(max(answer["score"], 0.0), 1.0)) if drawable(answer) else 0
         draw.text((16, y + 3), printable(answer["label"], 22), fill=_INK, font=small)
         draw.rectangle([210, y + 4, 210 + max(1, bar), y + 20], fill=TRUTH if rank == 0 else "#b9c3d3")
         draw.text((width - 64, y + 3), f"{answer['score']:.3f}", fill=_INK, font=small)
