@@ -25,7 +25,8 @@ def relative_error(value: Tensor | None, expected: Tensor, norm: str = "max") ->
         return float("inf")
     if expected.numel() == 0:
         return 0.0
-    value, expected = value.detach().double().cpu(), expected.detach().double().cpu()
+    expected = expected.detach().double()
+    value = value.detach().double().to(expected.device)
     if not bool(value.isfinite().all()):
         return float("inf")
     degree = {"max": float("inf"), "l2": 2}[norm]

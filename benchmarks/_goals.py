@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks._machine import PEAKS, card_of
+from benchmarks._machine import card_of, peak_of
 
 
 class NotMeasured(LookupError):
@@ -62,7 +62,7 @@ class Results:
 
     def bandwidth(self) -> float:
         """Bytes a second of the card. ``NotMeasured`` where its peaks are not known."""
-        peak = next((p for card, p in PEAKS.items() if self.gpu and card in self.gpu), None)
+        peak = peak_of(self.gpu)
         if peak is None:
             raise NotMeasured(f"the peaks of {self.gpu} are not known")
         return peak["bytes"]

@@ -87,13 +87,13 @@ def figures(
 
 
 def row_of(
-    name: str, case: tuple, provider: str, stamp: Mapping, work: Work, device: torch.device, *,
+    name: str, case: tuple, provider: str, stamp: Mapping, work: Work | None, device: torch.device, *,
     times: Sequence[float] = (), found: Profile | None = None, peak: float | None = None, status: str = "ok",
 ) -> dict:  # fmt: skip
     """The row of a results file. ``status`` is ``ok``, or why there are no figures."""
     median, low, high = _run.quantiles(times) if times else (None, None, None)
     card = found is not None and device.type == "cuda"
-    bound = work.bound_ms(stamp["gpu"])
+    bound = work and work.bound_ms(stamp["gpu"])
     return {
         "benchmark": NAME,
         "case": name,
@@ -110,7 +110,7 @@ def row_of(
         **(found.row() if card else dict.fromkeys(f.name for f in dataclasses.fields(Profile) if f.name != "by_name")),
         "busy_share": round(found.busy_ms / median, 4) if card else None,
         "peak_memory_gib": _rounded(peak),
-        "work": {"flops": work.flops, "bytes": work.bytes},
+        "work": work and {"flops": work.flops, "bytes": work.bytes},
         "bound_ms": _rounded(bound),
         "share_of_bound": round(bound / median, 4) if bound and median else None,
         **stamp,
@@ -121,7 +121,9 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-def measure(name: str, case: tuple, provider: str, args, device: torch.device, stamp: Mapping, work: Work) -> dict:
+def measure(
+    name: str, case: tuple, provider: str, args, device: torch.device, stamp: Mapping, work: Work | None
+) -> dict:
     """One row. A peer that runs out of memory or does not compile gets a row that says so; ours may only be short of
     memory."""
     if device.type == "cuda":
@@ -163,7 +165,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     works = {} if args.quick else count_all(cases, quick=False, bf16=bf16, processes=processes)
     todo = [(name, p) for name in cases for p in chosen if p != "compiled"]
     todo += [(name, p) for name in cases for p in chosen if p == "compiled"]
-    gated, rows, late = set(), [], []
+    gated, counted, rows, late = set(), {}, [], []
     for name, provider in todo:
         if time.monotonic() - begun > 60 * args.minutes:
             late.append(f"{name} {provider}")
@@ -174,7 +176,9 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
                 console.print(f"[bold red]{name}: a provider does not equal the reference: no figures.[/]")
                 return 1
             gated.add(case[0])
-        work = _work(works.get(name), case, args.quick, bf16)
+        if name not in counted:
+            counted[name] = _work(works.get(name), name, case, args.quick, bf16, console)
+        work = counted[name]
         row = measure(name, case, provider, args, device, stamp, work)
         rows.append(row)
         console.print(line(row), highlight=False, soft_wrap=True)
@@ -200,8 +204,16 @@ def passes(name: str, case: tuple, quick: bool, device: torch.device, console: C
     return gate.captured(name, case, quick=quick, device=device, console=console) and fine
 
 
-def _work(found: Future | None, case: tuple, quick: bool, bf16: bool) -> Work:
-    return count(case, quick=quick, bf16=bf16) if found is None else found.result()
+def _work(found: Future | None, name: str, case: tuple, quick: bool, bf16: bool, console: Console) -> Work | None:
+    """What the step computes and moves at least. None where counting failed, which is said: times are worth more than
+    their bound, and the counting is on a CPU, where it can be had later."""
+    try:
+        return count(case, quick=quick, bf16=bf16) if found is None else found.result()
+    except Exception as error:  # whatever a process of its own ends with
+        console.print(
+            f"{name}: no bound, its work was not counted: {type(error).__name__}: {_device.first_line(error)}"
+        )
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------------- printed
@@ -235,11 +247,10 @@ def _cell(row: Mapping, key: str, form: str) -> str:
 def table(rows: Sequence[dict]) -> Table:
     """The rows of one case."""
     first = rows[0]
-    work = [f"{n * 1e-12:.4g} TFLOP in {dtype}" for dtype, n in first["work"]["flops"].items()]
-    title = (
-        f"{first['case']}: {first['shape']}, {first['dtype']}, on {first['gpu'] or first['cpu']}\n"
-        f"at least {' + '.join(work)}, {first['work']['bytes'] * 1e-9:.4g} GB"
-    )
+    title = f"{first['case']}: {first['shape']}, {first['dtype']}, on {first['gpu'] or first['cpu']}"
+    if first["work"]:
+        work = [f"{n * 1e-12:.4g} TFLOP in {dtype}" for dtype, n in first["work"]["flops"].items()]
+        title += f"\nat least {' + '.join(work)}, {first['work']['bytes'] * 1e-9:.4g} GB"
     out = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0, pad_edge=False)
     out.add_column("provider", no_wrap=True)
     for column in ("samples/s", "ms", "p20", "p80", *(name for name, _, _ in _COLUMNS)):

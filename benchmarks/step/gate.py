@@ -7,6 +7,7 @@ runs its path with dropout, with a probability that drops nothing). Gradients ar
 """
 
 import contextlib
+import gc
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -31,7 +32,7 @@ def by_part(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found, parts = {}, defaultdict(list)
     for name, value in sorted(outputs.items()):  # the order of a model's parameters is its own
         if name.startswith("grad/"):
-            parts[".".join(name.split(".")[:_PART])].append(value.detach().flatten().double().cpu())
+            parts[".".join(name.split(".")[:_PART])].append(value.detach().flatten())
         else:
             found[name] = value
     return found | {name: torch.cat(values) for name, values in parts.items()}
@@ -94,6 +95,14 @@ def authors(
     return fine
 
 
+def _kept(provider) -> dict[str, Tensor]:
+    """A provider's outputs on the host; the provider, which may hold itself by a cycle, is gone after it."""
+    found = {name: value.cpu() for name, value in provider.outputs().items()}
+    del provider
+    gc.collect()
+    return found
+
+
 def captured(name: str, case: tuple, *, quick: bool, device: torch.device, console: Console, step=Step) -> bool:
     """Whether updates that are replayed are the eager ones: bit for bit where two eager runs are, with cuDNN's
     deterministic algorithms; else twice as far as those are from each other."""
@@ -101,10 +110,7 @@ def captured(name: str, case: tuple, *, quick: bool, device: torch.device, conso
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
     try:
-        first, second, replayed = (
-            {k: v.cpu() for k, v in step(case, config, device, graph).outputs().items()}
-            for graph in (False, False, True)
-        )
+        first, second, replayed = (_kept(step(case, config, device, graph)) for graph in (False, False, True))
     finally:
         torch.backends.cudnn.deterministic = before
     apart = {key: relative_error(second[key], value) for key, value in first.items()}
