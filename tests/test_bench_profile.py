@@ -1,5 +1,7 @@
 """What is made of a profiler's trace: categories of kernels, launches, waits, copies, busy time; on made-up events."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -218,3 +220,82 @@ def test_replays_are_timed_by_phase_and_waits_are_refused():
     assert found.kernels >= 2
     assert found.waits >= 1
     assert found.copies_to_host == 1
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """What ``Captured`` asks of CUDA, on a CPU: a replay moves the clock on by one for each event in the graph."""
+    clock, inside, made, modes = [0.0], [], [], []
+
+    class StandInEvent:
+        def __init__(self, enable_timing=False, external=False):
+            assert enable_timing
+            assert external == bool(inside)  # an event of a graph is recorded anew by each replay
+            made.append(self)
+
+        def record(self):
+            clock[0] += 1
+            self.at = clock[0]
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    class StandInGraph:
+        def replay(self):
+            for event in made:
+                event.record()
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    @contextlib.contextmanager
+    def graph(graph, stream):
+        inside.append(graph)
+        yield
+        inside.clear()
+
+    @contextlib.contextmanager
+    def on(stream):
+        yield
+
+    changes = {"Event": StandInEvent, "CUDAGraph": StandInGraph, "Stream": Stream, "graph": graph, "stream": on}
+    changes |= {"current_stream": Stream, "synchronize": lambda *device: None, "get_sync_debug_mode": lambda: 0}
+    changes |= {"set_sync_debug_mode": modes.append}
+    for name, value in changes.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return modes
+
+
+def test_captured_steps_take_turns_and_tell_their_phases(stand_in):
+    class Fine:
+        def step(self, marks):
+            marks("first")
+            marks.skip()
+            marks("second")
+
+    class Plain:
+        def step(self, marks):
+            pass
+
+    class Waits:
+        def step(self, marks):
+            if stand_in[-1] == "error":  # as CUDA does in that mode
+                raise RuntimeError("called a synchronizing CUDA operation\nmore")
+
+    flushed = []
+    providers = {"fine": Fine(), "plain": Plain()}
+    device = torch.device("cuda")
+    rounds, why = _device.captured_rounds(providers, device, 2, lambda: flushed.append(None))
+    assert rounds["fine"] == [{"first": 1.0, "second": 1.0, "total": 2.0}] * 2
+    assert rounds["plain"] == [{"total": 1.0}] * 2
+    assert why == {}
+    assert len(flushed) == 4
+    assert stand_in == ["error", 0, "error", 0]  # put back
+    rounds, why = _device.captured_rounds({"waits": Waits()}, device, 2, lambda: None)
+    assert rounds == {}
+    assert why == {"waits": "it waits for the card (called a synchronizing CUDA operation)"}
+    assert stand_in[-1] == 0
