@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 
-from benchmarks import _run
+from benchmarks import _device, _run
 from benchmarks._data_peers import OURS, PEERS, Spec, open_data, settings
 from benchmarks._processes import Child, wait_until_idle
 from unit_fast.config import DataConfig
@@ -63,7 +63,7 @@ def rounds_of(children: Mapping[str, Child], settle: int, batches: int, rounds: 
     """The answers of ``Server.run`` by provider and round. While one reads, the others have read ahead and are idle."""
     found: dict[str, list] = {name: [] for name in children}
     for number in range(-warmup, rounds):
-        for name in _run.order(list(children), number):
+        for name in _device.order(list(children), number):
             wait_until_idle(list(children.values()))
             answer = children[name].ask("run", settle=settle, count=batches)
             if number >= 0:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from benchmarks.bench_step import LR, LR_BACKBONE, MAX_NORM, mmf_config
+from benchmarks.step.problems import LR, LR_BACKBONE, MAX_NORM, mmf_config
 from unit_fast import convert
 from unit_fast.batch import Batch
 from unit_fast.model import UniT

@@ -1,9 +1,12 @@
 """What a figure depends on besides the code: machine, versions, commit, the card's peaks, this process's memory."""
 
 import datetime
+import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -31,11 +34,50 @@ def environment() -> dict:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": _driver() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "versions": versions,
         "commit": _commit(),
+        "sources": sources(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+def card_of(gpu: str) -> str:
+    """A card's short name for files by the name that its driver gives it: ``h200``, or the whole name in lower case."""
+    known = next((card for card in CARDS if card.upper() in gpu), None)
+    return known or re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_")
+
+
+@functools.cache
+def sources(root: Path = ROOT) -> str:
+    """A digest of what computes and measures: the Python files and tables of the package, its kernels and the
+    benchmarks. It says whether two results come from the same code, also where there is no repository."""
+    digest = hashlib.sha256()
+    for folder in ("unit_fast", "kernels", "benchmarks"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".json") and "__pycache__" not in path.parts:
+                data = path.read_bytes()
+                digest.update(f"{path.relative_to(root).as_posix()} {len(data)}\n".encode() + data)
+    return digest.hexdigest()[:12]
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver; None where neither the kernel nor nvidia-smi tells it."""
+    try:
+        if found := re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text()):
+            return found[1]
+    except OSError:
+        pass
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=20,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.split()[0] if done.returncode == 0 and done.stdout.split() else None
 
 
 def _cpu_name() -> str:
@@ -62,12 +104,17 @@ def _commit() -> str | None:
         return None
 
 
+def peak_of(gpu: str | None) -> dict[str, float] | None:
+    """The entry of ``PEAKS`` for a card by the name that its driver gives it; None for a card that has none."""
+    return next((peak for card, peak in PEAKS.items() if gpu and card in gpu), None)
+
+
 def percent_of_peak(case, time_ms: float, gpu: str | None) -> float | None:
     """Share of the card's arithmetic or memory peak, whichever is closer; None where work or peak is unknown.
 
     case: a ``_run.Case`` with ``device``, ``dtype``, ``flops``, ``bytes``.
     """
-    peak = next((p for card, p in PEAKS.items() if gpu and card in gpu), None)
+    peak = peak_of(gpu)
     if peak is None or case.device != "cuda":
         return None
     seconds, shares = time_ms * 1e-3, []

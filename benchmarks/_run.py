@@ -6,7 +6,8 @@ A benchmark describes its cases (a problem, a reference, the providers that solv
 2. gate: every provider's outputs are compared with the reference; one that differs ends the run with exit status 1
    before any figure is printed;
 3. warm-up, then rounds in which the providers take turns, each round starting with the next of them, so that a machine
-   that slows down slows all; on CUDA the L2 cache is overwritten before each run;
+   that slows down slows all; on CUDA the L2 cache is overwritten before each run, and each step that can be is
+   captured in a graph and its replays are timed the same way: from the host, a small kernel's launch is measured;
 4. median with 20 % and 80 % points, a table, and one JSON line a row with everything needed to judge it;
 5. with ``--memory``, the peak memory of a child process that runs three steps of one provider and nothing else.
 
@@ -17,62 +18,24 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
 from torch import Tensor
 
-from benchmarks import _tune
-from benchmarks._machine import ROOT, environment, peak_resident, percent_of_peak
+from benchmarks import _device, _show, _tune
+from benchmarks._device import order
+from benchmarks._gate import gate
+from benchmarks._kernels import Profile
+from benchmarks._machine import ROOT, card_of, environment, peak_resident, percent_of_peak
+from benchmarks._marks import Marks, NoMarks
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MEMORY_STEPS = 3
-
-
-class Marks:
-    """Stop watch handed to a provider's step: ``marks("forward")`` ends the phase that began at the last mark.
-
-    ``marks.skip()`` starts anew without booking the time since the last mark. On CUDA marks are events on the current
-    stream, so that nothing waits for the device inside the step.
-    """
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self._phases: list[tuple[str, object, object]] = []
-        self.skip()
-
-    def _now(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def skip(self) -> None:
-        self._last = self._now()
-
-    def __call__(self, phase: str) -> None:
-        now = self._now()
-        self._phases.append((phase, self._last, now))
-        self._last = now
-
-    def milliseconds(self) -> dict[str, float]:
-        """Milliseconds by phase; phases of the same name add up."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        out: dict[str, float] = {}
-        for phase, start, end in self._phases:
-            taken = start.elapsed_time(end) if self.cuda else (end - start) * 1e3
-            out[phase] = out.get(phase, 0.0) + taken
-        return out
 
 
 class Provider:
@@ -131,70 +94,6 @@ class Benchmark:
     """Prints something of its own after the table, given the rows."""
 
 
-# ------------------------------------------------------------------------------------------------------------ gate
-
-
-@dataclass(frozen=True)
-class Check:
-    key: str
-    error: float
-    allowed: float
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.allowed  # NaN compares false
-
-
-def relative_error(value: Tensor | None, expected: Tensor, norm: str = "max") -> float:
-    """Norm of the difference over the norm of what is expected; infinite on a missing value, another shape or NaN."""
-    if value is None or value.shape != expected.shape:
-        return float("inf")
-    if expected.numel() == 0:
-        return 0.0
-    value, expected = value.detach().double().cpu(), expected.detach().double().cpu()
-    if not bool(value.isfinite().all()):
-        return float("inf")
-    degree = {"max": float("inf"), "l2": 2}[norm]
-    difference, scale = (float(torch.linalg.vector_norm(x, degree)) for x in (value - expected, expected))
-    return difference / scale if scale > 0 else difference
-
-
-def compare(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], tolerances: Mapping[str, float], norm: str = "max"
-) -> list[Check]:
-    """One check an output. A key that only one side has is an infinite error."""
-    checks = []
-    for key in [*expected, *(k for k in found if k not in expected)]:
-        prefix = max((p for p in tolerances if key.startswith(p)), key=len)
-        error = relative_error(found.get(key), expected[key], norm) if key in expected else float("inf")
-        checks.append(Check(key, error, tolerances[prefix]))
-    return checks
-
-
-def gate(case: Case, providers: Mapping[str, Provider], console: Console) -> bool:
-    """Compare every provider with the reference; print one line each. False when one differs."""
-    if case.reference in providers:
-        reference = providers[case.reference]
-    else:
-        reference = case.references[case.reference]()
-    expected, fine = dict(reference.outputs()), True
-    for name, provider in providers.items():
-        if provider is reference:
-            continue
-        checks = compare(expected, dict(provider.outputs()), case.tolerances, case.error)
-        worst = max(checks, key=lambda c: (not c.ok, c.error / c.allowed if c.allowed else c.error))
-        bad = [c for c in checks if not c.ok]
-        fine &= not bad
-        verdict = "equal" if not bad else f"DIFFERS in {len(bad)} outputs"
-        console.print(
-            f"gate {case.name}: {name} {verdict} to {case.reference}: {len(checks)} outputs, worst {worst.error:.1e} "
-            f"(allowed {worst.allowed:.0e}) at {worst.key}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    return fine
-
-
 # --------------------------------------------------------------------------------------------------------- measuring
 
 
@@ -209,22 +108,14 @@ class L2Flush:
             self.buffer.zero_()
 
 
-def order(names: Sequence[str], round_number: int) -> list[str]:
-    """The providers' turn in a round: every round starts with the next one."""
-    start = round_number % len(names)
-    return [*names[start:], *names[:start]]
-
-
 def one_step(provider: Provider, device: torch.device) -> dict[str, float]:
     """Milliseconds by phase of one step, and their sum under ``total``."""
     marks = Marks(device)
     marks.skip()
     provider.step(marks)
-    if not marks._phases:
+    if not marks.used:
         marks("total")
-    phases = marks.milliseconds()
-    phases.setdefault("total", sum(phases.values()))
-    return phases
+    return marks.milliseconds()
 
 
 def measure(
@@ -249,16 +140,37 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     return tuple(float(p) for p in points)
 
 
+@dataclass(frozen=True)
+class OnCard:
+    """What is measured on a card besides the rounds from the host, by provider."""
+
+    captured: Mapping[str, list[dict[str, float]]] = field(default_factory=dict)
+    """Milliseconds by round and phase of replays."""
+    why_not: Mapping[str, str] = field(default_factory=dict)
+    """Why a provider is not captured."""
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+
+
+def on_card(providers: Mapping[str, Provider], device: torch.device, rounds: int) -> OnCard:
+    """Replays and profiles of the providers on CUDA; nothing elsewhere."""
+    if device.type != "cuda":
+        return OnCard()
+    profiles = {name: _device.profile(lambda p=p: p.step(NoMarks()), device) for name, p in providers.items()}
+    captured, why_not = _device.captured_rounds(providers, device, rounds, L2Flush(device))
+    return OnCard(captured, why_not, profiles)
+
+
 def rows_of(
-    case: Case, times: Mapping[str, list[dict[str, float]]], memory: Mapping[str, float], stamp: Mapping, name: str
-) -> list[dict]:
-    """One row a provider: what the JSON line holds."""
+    case: Case, times: Mapping[str, list[dict[str, float]]], memory: Mapping[str, float], stamp: Mapping, name: str,
+    card: OnCard | None = None,
+) -> list[dict]:  # fmt: skip
+    """One row a provider: what the JSON line holds. ``time_ms``: timed from the host; ``captured_ms``: of replays."""
+    card = card or OnCard()
     totals = {provider: quantiles([t["total"] for t in rounds])[0] for provider, rounds in times.items()}
+    replayed = {provider: quantiles([t["total"] for t in rounds])[0] for provider, rounds in card.captured.items()}
     rows = []
     for provider, rounds in times.items():
         median, low, high = quantiles([t["total"] for t in rounds])
-        phases = [phase for phase in rounds[0] if phase != "total"]
-        others = [t for other, t in totals.items() if other != provider]
         row = {
             "benchmark": name,
             "case": case.name,
@@ -270,14 +182,39 @@ def rows_of(
             "p20_ms": round(low, 4),
             "p80_ms": round(high, 4),
             "rounds": len(rounds),
-            "phases_ms": {phase: round(quantiles([t[phase] for t in rounds])[0], 4) for phase in phases},
-            "speedup_vs_best": round(min(others) / median, 4) if others else None,
+            "phases_ms": _phases(rounds),
+            "speedup_vs_best": _speedup(totals, provider),
+            "captured_ms": round(replayed[provider], 4) if provider in replayed else None,
+            "captured_phases_ms": _phases(card.captured[provider]) if provider in replayed else None,
+            "captured_speedup_vs_best": _speedup(replayed, provider),
+            "captured_why_not": card.why_not.get(provider),
+            **_counts(card.profiles.get(provider)),
             "peak_memory_gib": memory.get(provider),
-            "percent_of_peak": percent_of_peak(case, median, stamp["gpu"]),
+            "percent_of_peak": percent_of_peak(case, replayed.get(provider, median), stamp["gpu"]),
             **stamp,
         }
         rows.append(row)
     return rows
+
+
+def _phases(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The median of each phase."""
+    return {phase: round(quantiles([t[phase] for t in rounds])[0], 4) for phase in rounds[0] if phase != "total"}
+
+
+def _speedup(totals: Mapping[str, float], provider: str) -> float | None:
+    """The best of the others over this one; None where there is no other, or this one has no time."""
+    others = [t for other, t in totals.items() if other != provider]
+    return round(min(others) / totals[provider], 4) if others and provider in totals else None
+
+
+def _counts(found: Profile | None) -> dict:
+    """What a step launches and how often it waits, by the profiler; None where nothing was profiled."""
+    keys = ("launches", "kernels", "waits", "copies_to_host", "copies_to_device")
+    if found is None:
+        return dict.fromkeys((*keys, "kernels_by_name"))
+    names = {name[:120]: sums["kernels"] for name, sums in found.by_name.items()}
+    return {**{key: getattr(found, key) for key in keys}, "kernels_by_name": names}
 
 
 # ------------------------------------------------------------------------------------------------------------ memory
@@ -339,6 +276,12 @@ def main(
     args = options.parse_args(arguments)
     if op is not None and args.tune:
         return _tune.main(op, args.tune_minutes)
+    return run(build, args, arguments)
+
+
+def run(build: Callable[[argparse.Namespace], Benchmark], args: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """``main`` for options that are parsed already; ``arguments`` are what they were parsed from, for the child
+    processes of the memory figures."""
     if args.quick:
         args.rounds, args.warmup = min(args.rounds, 2), 1
     if args.rounds < 1 or args.threads < 1:
@@ -360,7 +303,8 @@ def main(
                 return 2
 
     console, stamp = Console(width=max(100, Console().width)), environment()
-    console.print(_box(benchmark, args, stamp))
+    rounds = f"Rounds: {args.rounds} interleaved after {args.warmup} warm-up steps each; median (p20 - p80)."
+    console.print(_show.heading(benchmark.title, [*benchmark.method, rounds], benchmark.excluded, stamp))
     all_rows = []
     passed = [a for a in arguments if a != "--memory"]
     for case in benchmark.cases:
@@ -371,16 +315,20 @@ def main(
         if not gate(case, providers, console):
             console.print(f"[bold red]{case.name}: a provider does not equal the reference: no figures.[/]")
             return 1
-        times = measure(providers, torch.device(case.device), args.rounds, args.warmup)
+        device = torch.device(case.device)
+        times = measure(providers, device, args.rounds, args.warmup)
+        card = on_card(providers, device, args.rounds)
         del providers
         memory = {name: peak_memory(benchmark, case, name, passed) for name in chosen} if args.memory else {}
-        rows = rows_of(case, times, memory, stamp, benchmark.name)
-        console.print(_table(rows))
+        rows = rows_of(case, times, memory, stamp, benchmark.name, card)
+        console.print(_show.table(rows))
+        for line in _show.not_captured(rows):
+            console.print(line, highlight=False, soft_wrap=True)
         all_rows += rows
         if args.json:
             append(rows, args.json)
         elif not (args.quick or args.no_results):
-            replace(rows, RESULTS / f"{benchmark.name}.jsonl")
+            replace(rows, results_path(benchmark.name, stamp["gpu"]))
     if benchmark.summary is not None:
         benchmark.summary(all_rows, console)
     return 0
@@ -399,6 +347,11 @@ def append(rows: Sequence[dict], path: Path) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def results_path(benchmark: str, gpu: str | None) -> Path:
+    """Where the rows of a benchmark are kept: a file for each card, so that no table mixes them, one for CPUs."""
+    return RESULTS / (f"{benchmark}_{card_of(gpu)}.jsonl" if gpu else f"{benchmark}.jsonl")
+
+
 def replace(rows: Sequence[dict], path: Path) -> None:
     """Put the rows into a results file, in place of those of the same problem, provider and machine."""
 
@@ -411,34 +364,3 @@ def replace(rows: Sequence[dict], path: Path) -> None:
     aside.unlink(missing_ok=True)
     append([row for row in kept if key(row) not in new] + list(rows), aside)
     aside.replace(path)
-
-
-def _box(benchmark: Benchmark, args: argparse.Namespace, stamp: Mapping) -> Panel:
-    machine, torch_version = stamp["gpu"] or f"{stamp['cpu']}, {stamp['cores']} cores", stamp["versions"]["torch"]
-    lines = [
-        *benchmark.method,
-        f"Rounds: {args.rounds} interleaved after {args.warmup} warm-up steps each; median (p20 - p80).",
-        f"Left out: {benchmark.excluded}",
-        f"Machine: {machine}; {stamp['threads']} threads; torch {torch_version}; commit {stamp['commit']}.",
-    ]
-    return Panel("\n".join(lines), title=benchmark.title, title_align="left")
-
-
-def _table(rows: Sequence[dict]) -> Table:
-    first = rows[0]
-    phases = list(first["phases_ms"])
-    title = f"{first['case']}: {first['shape']}, {first['dtype']}, ms"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0, pad_edge=False)
-    table.add_column("provider", no_wrap=True)
-    for title in (*phases, "total", "p20", "p80", "vs best", "% peak", "GiB"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row["provider"],
-            *(f"{row['phases_ms'][phase]:.4g}" for phase in phases),
-            *(f"{row[key]:.4g}" for key in ("time_ms", "p20_ms", "p80_ms")),
-            "-" if row["speedup_vs_best"] is None else f"{row['speedup_vs_best']:.2f}x",
-            "-" if row["percent_of_peak"] is None else f"{row['percent_of_peak']:.1f}",
-            "-" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.2f}",
-        )
-    return table

@@ -14,7 +14,7 @@ from rich.table import Table
 from unit_fast_kernels import cross_attention as kernel
 
 from benchmarks import _attention, _run
-from benchmarks._machine import PEAKS
+from benchmarks._machine import peak_of
 from unit_fast import ops
 
 CPU_SHAPES = {
@@ -27,20 +27,21 @@ QUICK_SHAPES = {"detection": (2, 10, 131, 2, 96, True, 0.1), "vqa_eval": (2, 5, 
 
 
 def floors(rows: list[dict], console: Console, shapes: dict) -> None:
-    """Each pass beside the time that its bytes take at the card's peak; nothing where the peak is unknown."""
+    """Each pass, replayed where it was captured, beside the time that its bytes take at the card's peak; nothing where
+    the peak is unknown."""
     table = Table(title="time by the byte floor (1: all of the bandwidth)", title_justify="left", box=box.SIMPLE)
     for title in ("case", "provider"):
         table.add_column(title)
     for title in ("forward floor us", "forward", "share %", "backward floor us", "backward", "share %"):
         table.add_column(title, justify="right")
     for row in rows:
-        peak = next((p["bytes"] for card, p in PEAKS.items() if row["gpu"] and card in row["gpu"]), None)
+        peak, taken = peak_of(row["gpu"]), row.get("captured_phases_ms") or row["phases_ms"]
         if peak is None or row["device"] != "cuda":
             continue
         cells = []
         for phase, count in (("forward", kernel.bytes_moved), ("backward", kernel.bytes_moved_bwd)):
-            floor = count(shapes[row["case"]], getattr(torch, row["dtype"])) / peak * 1e3
-            times = row["phases_ms"][phase] / floor
+            floor = count(shapes[row["case"]], getattr(torch, row["dtype"])) / peak["bytes"] * 1e3
+            times = taken[phase] / floor
             cells += [f"{floor * 1e3:.1f}", f"{times:.2f}x", f"{100 / times:.0f}"]
         table.add_row(row["case"], row["provider"], *cells)
     if table.row_count:

@@ -307,7 +307,7 @@ def _run_all(args: argparse.Namespace, known: list[str], folder: Path) -> int:
         if args.json:
             _run.append(rows, args.json)
         elif not (args.quick or args.no_results):
-            _run.replace(rows, _run.RESULTS / f"{NAME}.jsonl")
+            _run.replace(rows, _run.results_path(NAME, rows[0]["gpu"]))
     return 0
 
 

@@ -3,93 +3,185 @@
     python -m benchmarks.tables            # rewrite the tables between the README's markers
     python -m benchmarks.tables --check    # exit status 1 where they differ from the results
 
-A table stands between ``<!-- results: bench_step -->`` and ``<!-- end of results -->``.
+A table stands between ``<!-- results: bench_step -->`` and ``<!-- end of results -->``; with ``, kernels`` behind the
+name it is that of the kernels of a step by category. Each row names its machine, and one table never mixes cards:
+results of a card are in a file of its own (``bench_step_h200``).
 """
 
 import argparse
 import json
 import re
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks._machine import ROOT
 from benchmarks._run import RESULTS
 
-_BLOCK = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end of results -->)", re.S)
+_BLOCK = re.compile(r"(<!-- results: (\w+)(, kernels)? -->\n)(.*?)(<!-- end of results -->)", re.S)
 OURS = "ours"
 
 
 def load(name: str) -> list[dict]:
-    """The rows of one benchmark. ``FileNotFoundError`` names the command that makes them."""
+    """The rows of one results file. ``FileNotFoundError`` names the command that makes them."""
     path = RESULTS / f"{name}.jsonl"
     if not path.exists():
-        raise FileNotFoundError(f"{path.relative_to(ROOT)} is missing; run: python -m benchmarks.{name}")
+        known = (p.stem for p in (ROOT / "benchmarks").glob("bench_*.py"))
+        module = max((m for m in known if name.startswith(f"{m}_")), key=len, default=name)
+        raise FileNotFoundError(f"{path.relative_to(ROOT)} is missing; run: python -m benchmarks.{module}")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _loader_table(rows: list[dict]) -> str:
-    """As ``table``, of loaders; the ratio is ours over the provider in images a second: above 1 we are faster."""
-    lines = [
-        "| problem | provider | workers | images/s (p20 to p80) | ours / it | CPU ms an image | GiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    stamps = []
-    for key in dict.fromkeys((r["case"], r["shape"], r["device"], r["gpu"] or r["cpu"]) for r in rows):
-        same = [r for r in rows if (r["case"], r["shape"], r["device"], r["gpu"] or r["cpu"]) == key]
-        ours = next((r for r in same if r["provider"] == OURS), None)
-        for row in sorted(same, key=lambda r: r["provider"] == OURS):
-            ratio = "" if ours in (None, row) else f"{ours['images_per_s'] / row['images_per_s']:.2f}"
-            spread = " to ".join(_number(row[f"images_per_s_{point}"]) for point in ("p20", "p80"))
-            lines.append(
-                f"| {row['case']}, {row['shape']} | {row['provider']} | {row['workers']} | "
-                f"{_number(row['images_per_s'])} ({spread}) | {ratio} | {_number(row['cpu_ms_per_image'])} | "
-                f"{_number(row['peak_memory_gib'])} |"
-            )
-        first = same[0]
-        stamps.append(
-            f"{first['gpu'] or first['cpu']}, {first['threads']} threads; torch {first['versions']['torch']}; commit "
-            f"{first['commit']}; {first['date'][:10]}"
-        )
-    return "\n".join([*lines, "", *dict.fromkeys(f"Measured on {stamp}." for stamp in stamps), ""])
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown: a line a case and provider, then what they were measured on.
+def _machine(row: Mapping) -> str:
+    return row["gpu"] or f"{row['cpu']}, {row['threads']} threads"
 
-    The ratio is ours over the provider: below 1 we are faster (or smaller). Rows of a loader get a table of their own.
+
+def _stamp(row: Mapping) -> str:
+    """What a row was measured on and with."""
+    parts = [_machine(row), f"torch {row['versions']['torch']}", f"commit {row['commit']}", row["date"][:10]]
+    if row.get("driver"):
+        parts.insert(1, f"driver {row['driver']}")
+    return "; ".join(parts)
+
+
+def _spread(value: float, low: float | None, high: float | None) -> str:
+    """A figure with its 20 % and 80 % points, where it has them."""
+    return _number(value) + ("" if None in (low, high) else f" ({_number(low)} to {_number(high)})")
+
+
+def _time(row: Mapping) -> str:
+    return _spread(row["time_ms"], row["p20_ms"], row["p80_ms"])
+
+
+def _ratio(ours: Mapping | None, row: Mapping, key: str) -> str:
+    """Ours over the row's figure."""
+    if ours is None or ours is row or not ours.get(key) or not row.get(key):
+        return ""
+    return f"{ours[key] / row[key]:.2f}"
+
+
+# A kind of table: titles, and the cells of a row of it beside ours of the same problem and machine.
+
+
+def _loader_cells(row: Mapping, ours: Mapping | None) -> list[str]:
+    speed = _spread(*(row[f"images_per_s{point}"] for point in ("", "_p20", "_p80")))
+    return [
+        f"{row['case']}, {row['shape']}", row["provider"], str(row["workers"]), speed,
+        _ratio(ours, row, "images_per_s"), _number(row["cpu_ms_per_image"]), _number(row["peak_memory_gib"]),
+    ]  # fmt: skip
+
+
+def _host_cells(row: Mapping, ours: Mapping | None) -> list[str]:
+    return [
+        f"{row['shape']}, {row['dtype']}", row["provider"], _time(row), _ratio(ours, row, "time_ms"),
+        _number(row["peak_memory_gib"]), _ratio(ours, row, "peak_memory_gib"),
+    ]  # fmt: skip
+
+
+def _operator_cells(row: Mapping, ours: Mapping | None) -> list[str]:
+    peak = row["percent_of_peak"]
+    return [
+        f"{row['shape']}, {row['dtype']}", row["provider"], _number(row["captured_ms"]) or "not captured",
+        _ratio(ours, row, "captured_ms"), _time(row), _ratio(ours, row, "time_ms"), _number(peak),
+    ]  # fmt: skip
+
+
+def _step_cells(row: Mapping, ours: Mapping | None) -> list[str]:
+    problem = [f"{row['shape']}, {row['dtype']}", row["provider"]]
+    if row["time_ms"] is None:
+        return [*problem, row["status"], *[""] * 9]
+    share = row["share_of_bound"]
+    return [
+        *problem, _number(row["samples_per_s"]), _time(row), _ratio(ours, row, "time_ms"),
+        *(_count(row[key]) for key in ("launches", "kernels", "waits")),
+        "" if row["copies_to_host"] is None else f"{row['copies_to_host']:.0f} / {row['copies_to_device']:.0f}",
+        "" if row["busy_share"] is None else f"{row['busy_share']:.2f}",
+        _number(row["peak_memory_gib"]), "" if share is None else f"{share:.2f}",
+    ]  # fmt: skip
+
+
+def _kind(rows: Sequence[Mapping]) -> tuple[tuple[str, ...], Callable]:
+    first = rows[0]
+    if "images_per_s" in first:
+        titles = ("problem", "provider", "workers", "images/s (p20 to p80)", "ours / it", "CPU ms an image", "GiB")
+        return titles, _loader_cells
+    if "share_of_bound" in first:
+        titles = ("problem", "provider", "samples/s", "ms (p20 to p80)", "ours / it", "launches", "kernels", "waits")
+        return (*titles, "copies to host / card", "busy", "GiB", "of the bound"), _step_cells
+    if first["device"] == "cuda":
+        titles = ("problem", "provider", "ms, captured", "ours / it", "ms from the host (p20 to p80)", "ours / it")
+        return (*titles, "% of peak"), _operator_cells
+    return ("problem", "provider", "ms (p20 to p80)", "ours / it", "GiB", "ours / it"), _host_cells
+
+
+def _one_card(rows: Sequence[Mapping]) -> None:
+    """``ValueError`` where rows of several cards, or of a card and of CPUs, would stand in one table."""
+    cards = dict.fromkeys(row["gpu"] if row["device"] == "cuda" else "no card" for row in rows)
+    if len(cards) > 1:
+        raise ValueError(f"one table would mix {', '.join(cards)}: keep the results of each card in a file of its own")
+
+
+def _problems(rows: Sequence[dict]) -> list[list[dict]]:
+    """The rows of each problem and machine, ours last."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault((row["case"], row["shape"], row["device"], _machine(row)), []).append(row)
+    return [sorted(same, key=lambda r: r["provider"] == OURS) for same in found.values()]
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Markdown: a line a case and provider with the machine, then what they were measured with.
+
+    The ratio is ours over the provider: of times and sizes below 1 we are faster or smaller, of a loader's images a
+    second above 1 we are faster. ``ValueError`` where cards would be mixed.
     """
-    if "images_per_s" in rows[0]:
-        return _loader_table(rows)
-    lines = ["| problem | provider | ms (p20 to p80) | ours / it | GiB | ours / it |", "|---|---|---|---|---|---|"]
-    stamps = []
-    for key in dict.fromkeys((r["case"], r["device"], r["gpu"] or r["cpu"]) for r in rows):
-        same = [r for r in rows if (r["case"], r["device"], r["gpu"] or r["cpu"]) == key]
-        ours = next((r for r in same if r["provider"] == OURS), None)
-        for row in sorted(same, key=lambda r: r["provider"] == OURS):
-            memory, ratio, memory_ratio = row["peak_memory_gib"], "", ""
-            if ours is not None and row is not ours:
-                ratio = f"{ours['time_ms'] / row['time_ms']:.2f}"
-                if memory and ours["peak_memory_gib"]:
-                    memory_ratio = f"{ours['peak_memory_gib'] / memory:.2f}"
-            spread = f"{_number(row['time_ms'])} ({_number(row['p20_ms'])} to {_number(row['p80_ms'])})"
-            size = "" if memory is None else _number(memory)
-            lines.append(
-                f"| {row['shape']}, {row['dtype']} | {row['provider']} | {spread} | {ratio} | {size} | {memory_ratio} |"
-            )
-        machine = ours["gpu"] or f"{ours['cpu']}, {ours['threads']} threads" if ours else key[2]
-        stamps.append(
-            f"{machine}; torch {same[0]['versions']['torch']}; commit {same[0]['commit']}; {same[0]['date'][:10]}"
-        )
-    return "\n".join([*lines, "", *dict.fromkeys(f"Measured on {stamp}." for stamp in stamps), ""])
+    _one_card(rows)
+    titles, cells = _kind(rows)
+    lines = [_line(("machine", *titles)), "|" + "---|" * (len(titles) + 1)]
+    for same in _problems(rows):
+        ours = next((row for row in same if row["provider"] == OURS), None)
+        lines += [_line((_machine(row), *cells(row, ours))) for row in same]
+    return "\n".join([*lines, "", *_stamps(rows), ""])
+
+
+def kernels_table(rows: Sequence[dict]) -> str:
+    """Markdown: milliseconds and kernels of a step by category, a column a case and provider that was profiled.
+
+    ``ValueError`` where cards would be mixed, or nothing was profiled.
+    """
+    _one_card(rows)
+    rows = [row for row in rows if row.get("categories")]
+    if not rows:
+        raise ValueError("no row has kernels by category; they come from a run of benchmarks.bench_step on a card")
+    titles = [f"{row['case']}, {row['provider']}" for row in rows]
+    lines = [_line((f"ms (kernels) of a step on {_machine(rows[0])}", *titles)), "|---|" + "---|" * len(rows)]
+    for name in dict.fromkeys(name for row in rows for name in row["categories"]):
+        cells = [row["categories"].get(name) for row in rows]
+        lines.append(_line((name, *("" if c is None else f"{c['ms']:.2f} ({c['kernels']:.0f})" for c in cells))))
+    return "\n".join([*lines, "", *_stamps(rows), ""])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _stamps(rows: Sequence[dict]) -> list[str]:
+    return list(dict.fromkeys(f"Measured on {_stamp(same[0])}." for same in _problems(rows)))
 
 
 def fill(text: str) -> str:
     """``text`` with every block between markers made anew."""
-    return _BLOCK.sub(lambda m: m[1] + table(load(m[2])) + m[4], text)
+    return _BLOCK.sub(lambda m: m[1] + (kernels_table if m[3] else table)(load(m[2])) + m[5], text)
 
 
 def main(arguments=None) -> int:
@@ -99,7 +191,11 @@ def main(arguments=None) -> int:
     parser.add_argument("--file", type=Path, default=ROOT / "README.md")
     args = parser.parse_args(arguments)
     before = args.file.read_text(encoding="utf-8")
-    after = fill(before)
+    try:
+        after = fill(before)
+    except (FileNotFoundError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
     if args.check:
         if before != after:
             print(f"{args.file.name} differs from the results; run: python -m benchmarks.tables", file=sys.stderr)

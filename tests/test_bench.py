@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import _machine, _run, bench_step, tables
+from benchmarks import _gate, _kernels, _machine, _run, bench_step, tables
+from benchmarks.step import problems, providers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,8 +87,10 @@ def test_rows(tmp_path, capsys):
     assert [row["provider"] for row in rows] == ["peer", "ours", "third"]
     wanted = {
         "benchmark", "case", "shape", "dtype", "device", "provider", "time_ms", "p20_ms", "p80_ms", "rounds",
-        "phases_ms", "speedup_vs_best", "peak_memory_gib", "percent_of_peak", "machine", "cpu", "cores", "gpu",
-        "threads", "versions", "commit", "date",
+        "phases_ms", "speedup_vs_best", "captured_ms", "captured_phases_ms", "captured_speedup_vs_best",
+        "captured_why_not", "launches", "kernels", "waits", "copies_to_host", "copies_to_device", "kernels_by_name",
+        "peak_memory_gib", "percent_of_peak", "machine", "cpu", "cores", "gpu", "driver", "cuda", "threads", "versions",
+        "commit", "sources", "date",
     }  # fmt: skip
     for row in rows:
         assert set(row) == wanted
@@ -148,7 +151,7 @@ def test_compare_finds_every_kind_of_difference():
     tolerances = {"": 1e-6, "z": 0.1}
 
     def bad(found, norm="max"):
-        return [check.key for check in _run.compare(one, found, tolerances, norm) if not check.ok]
+        return [check.key for check in _gate.compare(one, found, tolerances, norm) if not check.ok]
 
     assert bad(one) == []
     assert bad({**one, "z": torch.tensor([1.0, 2.1])}) == []
@@ -188,7 +191,8 @@ def one_thread():
 
 
 def quick(path, *arguments) -> int:
-    return bench_step.main(["--quick", "--threads", "1", "--rounds", "1", "--json", str(path), *arguments])
+    options = ["--quick", "--device", "cpu", "--threads", "1", "--rounds", "1", "--json", str(path)]
+    return bench_step.main([*options, *arguments])
 
 
 def test_step_benchmark_runs(tmp_path, capsys, one_thread):
@@ -209,14 +213,14 @@ def test_step_benchmark_runs(tmp_path, capsys, one_thread):
 )
 def test_step_benchmark_refuses_another_model(tmp_path, capsys, monkeypatch, one_thread, name):
     """One tensor that is not the baseline's, by a twentieth, and there are no figures."""
-    build = bench_step.Ours.__init__
+    build = providers.Ours.__init__
 
-    def spoilt(self, *arguments):
-        build(self, *arguments)
+    def spoilt(self, *arguments, **settings):
+        build(self, *arguments, **settings)
         with torch.no_grad():
             dict(self.model.named_parameters())[name].mul_(1.05)
 
-    monkeypatch.setattr(bench_step.Ours, "__init__", spoilt)
+    monkeypatch.setattr(providers.Ours, "__init__", spoilt)
     path = tmp_path / "rows.jsonl"
     assert quick(path, "--case", "qnli", "--provider", "eager") == 1
     assert not path.exists()
@@ -225,31 +229,31 @@ def test_step_benchmark_refuses_another_model(tmp_path, capsys, monkeypatch, one
 
 def test_gate_runs_the_path_that_is_timed():
     """With the gate's probability dropout is active in the model, and drops nothing."""
-    shape, config = bench_step.QUICK["qnli"], bench_step.mmf_config(True)
-    ours = bench_step.Ours(shape, config, bench_step.mmf_state(True))
+    shape, config = problems.QUICK["qnli"], problems.mmf_config(True)
+    ours = providers.Ours(shape, config, problems.mmf_state(True))
     first, second = ours.outputs(), ours.outputs()
     assert all(torch.equal(first[key], second[key]) for key in first)
     decoder = ours.model.decoder
     assert decoder.layers[0].p == 0.1  # put back
-    before = bench_step.set_dropout(ours.model, bench_step.DROPS_NOTHING)
+    before = problems.set_dropout(ours.model, problems.DROPS_NOTHING)
     assert decoder.layers[0].p > 0
     assert len(before) > 5
     assert torch.equal(ours.model(ours.batch).scores, ours.model(ours.batch).scores)
-    bench_step.set_dropout(ours.model, 0.1)
+    problems.set_dropout(ours.model, 0.1)
     assert not torch.equal(ours.model(ours.batch).scores, ours.model(ours.batch).scores)
 
 
 def test_batches_are_what_they_say():
-    for shape in bench_step.CASES.values():
+    for shape in problems.CASES.values():
         task, image, tokens, objects, *_ = shape
         if task == "detection_coco" and image[1] > 400:
             continue
-        batch = bench_step.make_batch(*shape[:4])
-        inputs, targets = bench_step.eager_inputs(batch)
+        batch = problems.make_batch(*shape[:4])
+        inputs, targets = problems.eager_inputs(batch)
         if tokens:
             assert batch.attention_mask.sum(1).tolist() == list(tokens)
             assert batch.input_ids.shape[1] == max(tokens)
-            assert inputs["ids"].shape[1] == bench_step.TASKS[task][4]
+            assert inputs["ids"].shape[1] == problems.TASKS[task][4]
             assert torch.equal(inputs["input_mask"].sum(1), batch.attention_mask.sum(1))
         if objects:
             assert [len(t["labels"]) for t in targets] == list(objects)
@@ -275,10 +279,62 @@ def test_readme_tables_are_those_of_the_results(tmp_path, capsys):
     assert "python -m benchmarks.tables" in capsys.readouterr().err
     assert tables.main(["--file", str(readme)]) == 0
     made = readme.read_text()
-    assert made.startswith("a\n<!-- results: bench_step -->\n| problem |")
+    assert made.startswith("a\n<!-- results: bench_step -->\n| machine | problem |")
     assert made.endswith(".\n<!-- end of results -->\nb\n")
     rows = tables.load("bench_step")
     ours, eager = (next(r for r in rows if (r["case"], r["provider"]) == ("coco", p)) for p in ("ours", "eager"))
     assert f"| {ours['time_ms'] / eager['time_ms']:.2f} |" in made
     with pytest.raises(FileNotFoundError, match="run: python -m benchmarks.bench_nothing"):
         tables.load("bench_nothing")
+    with pytest.raises(FileNotFoundError, match="run: python -m benchmarks.bench_set_loss$"):
+        tables.load("bench_set_loss_h999")
+    readme.write_text("<!-- results: bench_nothing -->\n<!-- end of results -->\n")
+    assert tables.main(["--file", str(readme)]) == 2
+    assert "bench_nothing.jsonl is missing" in capsys.readouterr().err
+
+
+def test_tables_of_a_cards_operators_have_both_times():
+    stamp = {"device": "cuda", "gpu": "NVIDIA H200", "cpu": "Xeon", "threads": 2, "versions": {"torch": "2"}}
+    stamp |= {"commit": "abc", "date": "2026-11-27", "case": "c", "shape": "s", "dtype": "bfloat16", "driver": "580"}
+    rows = [
+        {**stamp, "provider": name, "captured_ms": captured, "time_ms": host, "p20_ms": host - 0.1,
+         "p80_ms": host + 0.1, "percent_of_peak": share}
+        for name, captured, host, share in (("ours", 0.02, 0.4, 85.0), ("eager", 0.06, 0.2, 30.0), ("loop", None, 9, 1))
+    ]  # fmt: skip
+    made = tables.table(rows).splitlines()
+    assert made[2] == "| NVIDIA H200 | s, bfloat16 | eager | 0.06 | 0.33 | 0.2 (0.1 to 0.3) | 2.00 | 30 |"
+    assert made[3] == "| NVIDIA H200 | s, bfloat16 | loop | not captured |  | 9 (8.9 to 9.1) | 0.04 | 1 |"
+    assert made[4] == "| NVIDIA H200 | s, bfloat16 | ours | 0.02 |  | 0.4 (0.3 to 0.5) |  | 85 |"
+
+
+def test_rows_of_a_card_tell_replays_from_the_host():
+    stamp = {"gpu": "NVIDIA H200"}
+    case = _run.Case(
+        name="n", shape="s", dtype="bfloat16", device="cuda", providers={}, reference="", tolerances={}, bytes=4.8e9
+    )
+    times = {name: [{"forward": ms, "total": ms}] for name, ms in (("ours", 4.0), ("peer", 2.0), ("loop", 9.0))}
+    replays = {name: [{"forward": ms, "total": ms}] for name, ms in (("ours", 2.0), ("peer", 1.5))}
+    events = [_kernels.Event(_kernels.STEP, False, 0, 9), _kernels.Event("k", True, 1, 2)]
+    seen = _run.OnCard(replays, {"loop": "it waits"}, {"ours": _kernels.Profile.of(events, 1)})
+    ours, peer, loop = _run.rows_of(case, times, {}, stamp, "bench_x", seen)
+    assert (ours["time_ms"], ours["captured_ms"], ours["speedup_vs_best"]) == (4.0, 2.0, 0.5)
+    assert (ours["captured_phases_ms"], ours["captured_speedup_vs_best"]) == ({"forward": 2.0}, 0.75)
+    assert ours["percent_of_peak"] == pytest.approx(50.0)  # of the replay
+    assert (ours["kernels"], ours["kernels_by_name"]) == (1.0, {"k": 1.0})
+    assert peer["kernels_by_name"] is None
+    assert (loop["captured_ms"], loop["captured_phases_ms"], loop["captured_why_not"]) == (None, None, "it waits")
+    assert loop["captured_speedup_vs_best"] is None
+    assert loop["percent_of_peak"] == pytest.approx(100 / 9, rel=1e-3)
+
+
+def test_the_digest_of_the_sources_sees_a_change(tmp_path):
+    for folder in ("unit_fast", "kernels/tuned", "benchmarks/results"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "unit_fast" / "a.py").write_text("x = 1")
+    digest = _machine.sources.__wrapped__
+    before = digest(tmp_path)
+    (tmp_path / "benchmarks" / "results" / "a.jsonl").write_text("{}")  # results are no sources
+    assert digest(tmp_path) == before
+    (tmp_path / "kernels" / "tuned" / "h200.json").write_text("{}")
+    assert digest(tmp_path) != before
+    assert len(_machine.environment()["sources"]) == 12

@@ -355,8 +355,10 @@ def test_the_readmes_table():
         for name, workers, speed in (("ours", 2, 120.0), ("torchvision_v2", 3, 50.0))
     ]  # fmt: skip
     made = tables.table(rows).splitlines()
-    assert made[2] == "| vqa, 8 images a batch | torchvision_v2 | 3 | 50 (49 to 51) | 2.40 | 9 | 1.25 |"
-    assert made[3] == "| vqa, 8 images a batch | ours | 2 | 120 (119 to 121) |  | 9 | 1.25 |"
+    assert (
+        made[2] == "| Xeon, 2 threads | vqa, 8 images a batch | torchvision_v2 | 3 | 50 (49 to 51) | 2.40 | 9 | 1.25 |"
+    )
+    assert made[3] == "| Xeon, 2 threads | vqa, 8 images a batch | ours | 2 | 120 (119 to 121) |  | 9 | 1.25 |"
     assert made[-1] == "Measured on Xeon, 2 threads; torch 2; commit abc; 2026-11-26."
 
 

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from benchmarks.bench_step_graph import NotCaptured
+from benchmarks.step.updates import NotCaptured
 from tests.models import random_batch, small_config
 from tests.small_runs import rows, state_hash
 from tests.small_runs import small_config as run_config

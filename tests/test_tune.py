@@ -1,8 +1,7 @@
-"""Tuning: what is timed, what is left out, what is written; the suite for a machine with a card."""
+"""Tuning: what is timed, what is left out, what is written."""
 
 import argparse
 import json
-import sys
 from io import StringIO
 from types import SimpleNamespace
 
@@ -12,12 +11,10 @@ from rich.console import Console
 from unit_fast_kernels import _tuned
 from unit_fast_kernels._op import REGISTERED
 
-from benchmarks import _run, _tune, gpu_suite
+from benchmarks import _run, _tune
 from tests.planted_kernels import launch_matmul, needs_compiler
 
 CPU = torch.device("cpu")
-
-# -------------------------------------------------------------------------------------------------------------- tuning
 
 
 class Op:
@@ -248,60 +245,3 @@ def test_only_benchmarks_of_ops_have_the_option(monkeypatch):
     parser = argparse.ArgumentParser()
     _tune.add_tune(parser)
     assert parser.parse_args(["--tune"]).tune
-
-
-# --------------------------------------------------------------------------------------------------------------- suite
-
-
-def script(code):
-    return (sys.executable, "-c", code)
-
-
-def test_the_suite_keeps_what_it_has(tmp_path, capsys):
-    sleep = "import subprocess, sys, time; subprocess.Popen(['sleep', '60']); print('here', flush=True); time.sleep(60)"
-    todo = [
-        gpu_suite.Step("fine", script("print('done')"), 60),
-        gpu_suite.Step("bad", script("raise SystemExit(3)"), 60),
-        gpu_suite.Step("long", script(sleep), 3),
-    ]
-    done = gpu_suite.run(todo, tmp_path, 600)
-    assert [(row["status"], row["exit_code"]) for row in done] == [("ok", 0), ("failed", 3), ("cut off", None)]
-    assert (tmp_path / "fine.log").read_text() == "done\n"
-    assert (tmp_path / "long.log").read_text() == "here\n"
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["steps"] == done
-    assert summary["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert not (tmp_path / "summary.new").exists()
-
-
-def test_the_suite_ends_in_time(tmp_path):
-    done = gpu_suite.run([gpu_suite.Step("late", script("1"), 60)], tmp_path, 1)
-    assert [row["status"] for row in done] == ["not started"]
-    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == done
-
-
-def test_the_order_of_the_suite(tmp_path):
-    for name in ("bench_step", "bench_zeta", "bench_residual_norm", "bench_attention", "bench_alpha"):
-        (tmp_path / "benchmarks").mkdir(exist_ok=True)
-        (tmp_path / "benchmarks" / f"{name}.py").touch()
-    (tmp_path / "kernels").mkdir()
-    for op in ("alpha", "attention", "residual_norm", "zeta"):
-        (tmp_path / "kernels" / f"{op}.py").touch()
-    ordered = ["pytest", "bench_attention", "bench_residual_norm", "bench_alpha", "bench_zeta"]
-    found = gpu_suite.steps(tmp_path, quick=False, cuda=True, folder=tmp_path)
-    assert [step.name for step in found] == ordered
-    assert not any("--quick" in step.command for step in found)
-    found = gpu_suite.steps(tmp_path, quick=True, cuda=False, folder=tmp_path)
-    assert [step.name for step in found] == ordered[1:]
-    assert all("--quick" in step.command for step in found)
-    found = gpu_suite.steps(tmp_path, quick=True, cuda=False, folder=tmp_path, only=["bench_zeta"])
-    assert [step.name for step in found] == ["bench_zeta"]
-    with pytest.raises(ValueError, match="--only: unknown bench_eta; known: bench_attention"):
-        gpu_suite.steps(tmp_path, quick=True, cuda=False, folder=tmp_path, only=["bench_eta"])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a card says")
-def test_the_suite_needs_a_card(tmp_path, capsys):
-    assert gpu_suite.main(["--out", str(tmp_path / "x")]) == 2
-    assert "no CUDA device" in capsys.readouterr().err
-    assert not (tmp_path / "x").exists()

@@ -402,15 +402,15 @@ class UniTEager(nn.Module):
         """[B,Q,attributes] of the last layer, its most likely real class as the condition."""
         return self.det_losses[name].attribute_head(hidden[-1], logits[-1][..., :-1].argmax(-1))
 
-    def losses(self, name: str, hidden: Tensor, outputs: dict, targets, split: str = "train"):
+    def losses(self, name: str, hidden: Tensor, outputs: dict, targets, split: str = "train", matched=None):
         """(weighted terms by their logged name, matching per layer or None).
 
         targets: detection a list of dicts (labels [n], boxes [n,4], attributes [n,16]); VQA [B,A] float; else
-        [B] int64.
+        [B] int64. matched: a matching per layer to take instead of one made here.
         """
         matching = None
         if "logits" in outputs:
-            terms, matching = self.det_losses[name](outputs["logits"], outputs["boxes"], hidden, targets)
+            terms, matching = self.det_losses[name](outputs["logits"], outputs["boxes"], hidden, targets, matched)
         elif name == "vqa2":
             scores = outputs["scores"]
             terms = {"loss_0": F.binary_cross_entropy_with_logits(scores, targets) * scores.shape[1]}
