@@ -183,6 +183,11 @@ def test_a_lost_manifest_leaves_the_digest_inside(saved, model, caplog):
             load_weights(saved / WEIGHTS)
 
 
+def test_a_path_that_is_not_utf_8(saved):
+    folder = saved.rename(saved.with_name("r\udcffw"))
+    assert same(load_weights(folder / WEIGHTS), dict(checkpoint.load_model(folder)[0].state_dict()))
+
+
 def test_tensors_that_changed_places_are_found(saved):
     """The same bytes under another name or shape."""
     tensors = load_weights(saved / WEIGHTS)

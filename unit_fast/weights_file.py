@@ -81,7 +81,10 @@ def load_weights(path: str | Path, expected: Mapping[str, Tensor] | None = None)
     if expected is not None:
         _compare(path, {k: (v.get("shape"), _DTYPES.get(v.get("dtype"))) for k, v in header.items()}, expected)
     try:
-        weights = safetensors.torch.load_file(path)
+        if str(path).isprintable():
+            weights = safetensors.torch.load_file(path)
+        else:  # the library takes no path that is not UTF-8
+            weights = safetensors.torch.load(path.read_bytes())
     except (safetensors.SafetensorError, ValueError, KeyError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file, or not readable ({printable(error)})") from None
     if DIGEST in metadata and digest(weights) != metadata[DIGEST]:
