@@ -49,7 +49,7 @@ STEPS = {
     "bench_step_compiled": (("--case", "coco_b2", "--case", "coco_b8", "--provider", "compiled"), 240),
 }
 """Parts of the benchmark of whole steps -> its options, and seconds. The first is what decides most."""
-UNCOMPILED = ("library", "ours_eager", "eager")
+UNCOMPILED = ("library", "ours_eager", "eager", "ours_deterministic")
 """The peers of all of them but the last: compiling a model takes minutes of a lease."""
 FIRST = ("attention", "cross_attention", "match", "set_loss", "optimizer", "residual_norm", "frozen_bn_act")
 """Ops in the order of what they decide; others follow by name."""

@@ -402,6 +402,32 @@ def test_the_average_has_the_bits_of_a_weight_known_to_the_host(decay):
     assert torch.equal(ema.model.weight, expected)
 
 
+@pytest.mark.parametrize("decay", [0.51, 0.9, 0.9999])
+def test_the_average_in_few_launches_has_the_same_bits(decay):
+    from unit_fast.setup_model import lerp_in_few_launches
+
+    torch.manual_seed(0)
+    averages, weights = ([torch.randn(n) for n in (1, 7, 1025)] for _ in range(2))
+    expected = [torch.lerp(a, w, 1 - decay) for a, w in zip(averages, weights)]
+    before = [a.clone() for a in averages]
+    lerp_in_few_launches(averages, weights, torch.zeros(()))
+    assert all(torch.equal(a, b) for a, b in zip(averages, before))
+    lerp_in_few_launches(averages, weights, torch.tensor(1 - decay))
+    assert all(torch.equal(a, b) for a, b in zip(averages, expected))
+
+
+def test_an_average_is_taken_in_pieces():
+    from unit_fast.setup_model import _pieces
+
+    pairs = [(torch.zeros(n), torch.ones(n)) for n in (3, 4, 9, 1, 1)]
+    found = _pieces(pairs, 7)
+    assert [[len(a) for a in averages] for averages, _ in found] == [[3, 4], [9], [1, 1]]
+    assert [a is b for (averages, _), (b, _) in zip(found, [pairs[0], pairs[2], pairs[3]]) for a in averages[:1]] == [
+        True
+    ] * 3
+    assert len(_pieces(pairs, float("inf"))) == 1
+
+
 def test_refused_updates_leave_the_average_alone(root, tmp_path, poisoned):
     """Were it moved on at the refused steps, it would come closer to weights that stand still."""
     config = small_config(root, "sst2", steps=2, ema_decay=0.5, log_every=1)

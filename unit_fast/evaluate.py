@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from unit_fast import numerics
 from unit_fast.batch import Batch, Output
 from unit_fast.config import RunConfig
 from unit_fast.data import BadImage, MissingSplit, open_dataset
@@ -157,10 +158,15 @@ def describe(task: Task, metrics: dict) -> str:
     return " | ".join(parts)
 
 
+@contextlib.contextmanager
 def autocast(device: torch.device, precision: str):
-    """The context in which a model runs on ``device`` under ``RunConfig.precision``."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+    """The context in which a model runs on ``device`` under ``RunConfig.precision``; off CUDA tf32 is fp32."""
+    bf16 = numerics.takes_bf16(precision, device)
+    with (
+        numerics.arithmetic(precision, "auto", device),
+        torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext(),
+    ):
+        yield
 
 
 @contextlib.contextmanager

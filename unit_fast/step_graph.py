@@ -36,7 +36,7 @@ WARM_UP = 1
 """Eager steps of a bucket before it is captured: they initialise libraries and compile kernels for its shapes."""
 TRIES = 2
 """Captures of a bucket that may fail; between two of them it runs eagerly once more."""
-MOST_GRAPHS = 64
+MOST_GRAPHS = 96
 """Buckets captured at most; more take longer to capture than they save."""
 
 _log = logging.getLogger("unit_fast.step_graph")

@@ -30,10 +30,11 @@ from benchmarks.step.updates import Step
 from benchmarks.step.work import Work, count, count_all
 
 NAME = "bench_step"
-PROVIDERS = ("ours", "library", "ours_eager", "eager", "compiled")
+PROVIDERS = ("ours", "library", "ours_eager", "eager", "ours_deterministic", "compiled")
 METHOD = (
     "eager: the authors' formulation. library: the same with SDPA, channels_last, torch's fused AdamW; compiled: that "
-    "under torch.compile. ours_eager: our step as it runs without graphs; ours: the same captured and replayed.",
+    "under torch.compile. ours_eager: our step as it runs without graphs; ours: the same captured and replayed; "
+    "ours_deterministic: that with --deterministic on.",
     "Training mode, dropout 0.1, bfloat16 autocast on CUDA, batches on the device. Ours is padded to its bucket.",
     "ms: steps back to back. Launches, kernels, waits and copies of one step are the profiler's; busy: the share of "
     "the step's time in which the card ran anything. Bound: the least time that the step's FLOPs and bytes allow.",
@@ -64,8 +65,9 @@ def why_not_compiled(quick: bool, asked: bool) -> str | None:
 
 def make(provider: str, case: tuple, config: dict, device: torch.device) -> Step | Eager:
     """A provider; its ``update()`` is one update."""
-    if provider in ("ours", "ours_eager"):
-        return Step(case, config, device, provider == "ours")
+    if provider.startswith("ours"):
+        deterministic = "on" if provider == "ours_deterministic" else "auto"
+        return Step(case, config, device, provider != "ours_eager", deterministic)
     return Eager(
         case, config, None, provider != "eager", compiled=provider == "compiled", device=device,
         bf16=device.type == "cuda",

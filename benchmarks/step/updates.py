@@ -10,6 +10,7 @@ from benchmarks.step.problems import LR, LR_BACKBONE, MAX_NORM, SEED, make_batch
 from unit_fast import convert
 from unit_fast.batch import Batch, Buckets, fill
 from unit_fast.model import UniT
+from unit_fast.numerics import arithmetic
 from unit_fast.optim import MaskedAdamW
 from unit_fast.setup_model import used_masks
 from unit_fast.step_graph import Graphs, StepGraphs
@@ -30,8 +31,8 @@ class NotCaptured(Graphs):
 class Step(_run.Provider):
     """Updates of one task on one batch, padded to its bucket; bfloat16 autocast on CUDA."""
 
-    def __init__(self, case: tuple, config: dict, device: torch.device, graph: bool):
-        self.task, self.device = case[0], device
+    def __init__(self, case: tuple, config: dict, device: torch.device, graph: bool, deterministic: str = "auto"):
+        self.task, self.device, self.deterministic = case[0], device, deterministic
         torch.manual_seed(SEED)
         with device:
             self.model = UniT(convert.model_config_from_mmf(config)).train()
@@ -60,7 +61,8 @@ class Step(_run.Provider):
 
     def update(self) -> Update:
         """One update; on CUDA only begun when this returns."""
-        return self.graphs(self.task, [self.batch]) if self.graphs else self._update([self.batch])
+        with arithmetic("auto", self.deterministic, self.device):
+            return self.graphs(self.task, [self.batch]) if self.graphs else self._update([self.batch])
 
     def step(self, marks: Callable[[str], None]) -> None:
         self.update()
