@@ -403,7 +403,8 @@ def test_the_average_has_the_bits_of_a_weight_known_to_the_host(decay):
 
 
 @pytest.mark.parametrize("decay", [0.51, 0.9, 0.9999])
-def test_the_average_in_few_launches_has_the_same_bits(decay):
+def test_the_average_in_few_launches_is_the_same_to_a_rounding(decay):
+    """torch's lerp multiplies and adds with one rounding, these with two."""
     from unit_fast.setup_model import lerp_in_few_launches
 
     torch.manual_seed(0)
@@ -413,7 +414,8 @@ def test_the_average_in_few_launches_has_the_same_bits(decay):
     lerp_in_few_launches(averages, weights, torch.zeros(()))
     assert all(torch.equal(a, b) for a, b in zip(averages, before))
     lerp_in_few_launches(averages, weights, torch.tensor(1 - decay))
-    assert all(torch.equal(a, b) for a, b in zip(averages, expected))
+    for average, weight, old, exact in zip(averages, weights, before, expected):
+        assert ((average - exact).abs() <= 2**-23 * (old.abs() + weight.abs())).all()
 
 
 def test_an_average_is_taken_in_pieces():
@@ -422,9 +424,7 @@ def test_an_average_is_taken_in_pieces():
     pairs = [(torch.zeros(n), torch.ones(n)) for n in (3, 4, 9, 1, 1)]
     found = _pieces(pairs, 7)
     assert [[len(a) for a in averages] for averages, _ in found] == [[3, 4], [9], [1, 1]]
-    assert [a is b for (averages, _), (b, _) in zip(found, [pairs[0], pairs[2], pairs[3]]) for a in averages[:1]] == [
-        True
-    ] * 3
+    assert [pair for piece in found for pair in zip(*piece)] == pairs
     assert len(_pieces(pairs, float("inf"))) == 1
 
 
