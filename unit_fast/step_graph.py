@@ -70,16 +70,17 @@ class CudaGraphs(Graphs):
     """Capture and replay on a CUDA device; one memory pool for all graphs and for the eager steps between them."""
 
     def __init__(self, device: torch.device):
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.MemPool()
+        # By its number: counters are kept by device, and memory pools are not given to "cuda".
+        self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self.stream = torch.cuda.Stream(self.device)
+        self.pool = self._new_pool()
         self.pooled = True
         """Whether eager steps take their memory from the pool."""
         self.left = 0
         """Bytes that the last eager step left there."""
         with torch.cuda.stream(self.stream):  # workspaces of the libraries last: they are not to lie in the pool
             for dtype in (torch.float32, torch.bfloat16):
-                a = torch.ones(64, 64, dtype=dtype, device=device)
+                a = torch.ones(64, 64, dtype=dtype, device=self.device)
                 torch.nn.functional.linear(a, a, a[0])
                 a @ a
 
@@ -104,8 +105,12 @@ class CudaGraphs(Graphs):
         """Replays would overwrite it. It keeps the pool's memory, and graphs get another pool from now on."""
         if self.left <= 0:
             return None
-        self.pool, self.pooled, left, self.left = torch.cuda.MemPool(), False, self.left, 0
+        self.pool, self.pooled, left, self.left = self._new_pool(), False, self.left, 0
         return f"an eager step left {left:,} bytes in the graphs' memory; eager steps take theirs elsewhere from now on"
+
+    def _new_pool(self):
+        with torch.cuda.device(self.device):
+            return torch.cuda.MemPool()
 
     @contextlib.contextmanager
     def _memory(self):
@@ -139,7 +144,7 @@ class CudaGraphs(Graphs):
         return torch.cuda.get_rng_state(self.device)
 
     def release(self, random_state: Tensor) -> None:
-        self.pool = torch.cuda.MemPool()
+        self.pool = self._new_pool()
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.set_rng_state(random_state, self.device)
