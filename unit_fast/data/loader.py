@@ -6,6 +6,7 @@ workers. On a CUDA device batches are copied there on a stream of their own whil
 
 import collections
 import contextlib
+import multiprocessing.connection
 import os
 import signal
 import time
@@ -280,17 +281,24 @@ class Loader:
         return self
 
     def __exit__(self, kind, error, trace):
-        workers = getattr(self.reader, "_workers", ())
-        # torch notices a dead worker through SIGCHLD, that is anywhere in the training step, or by a broken connection.
-        died = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
-        died |= isinstance(error, EOFError | ConnectionError) and not all(w.is_alive() for w in workers)
-        self.close()
-        if died:
-            what = printable((str(error) or type(error).__name__).splitlines()[0])
+        try:
+            # A batch of a worker that just died refers to memory which nobody can hand over any more.
+            sentinels = [worker.sentinel for worker in getattr(self.reader, "_workers", ())]
+            # its connections break a moment before it is gone
+            died = isinstance(error, (EOFError, OSError)) and bool(multiprocessing.connection.wait(sentinels, 2))
+            self.close()
+        except RuntimeError as late:  # torch's handler of SIGCHLD, see below, ran only now
+            if not _tells_of_a_death(late):
+                raise
+            died, error = True, late
+            self.close()
+        # torch notices a dead worker through SIGCHLD, that is anywhere in the training step.
+        if died or _tells_of_a_death(error):
+            what = printable((str(error) or repr(error)).splitlines()[0])
             reading = f"{self.waiting[0].task}, step {self.waiting[0].step}" if self.waiting else "nothing"
             raise UserError(
-                f"a loader process died; being read: {reading} ({what}). Often memory "
-                "ran out or /dev/shm is full: try fewer --data.workers or a smaller --data.prefetch. "
+                f"a loader process died; being read: {reading} ({what}). "
+                "Often memory ran out or /dev/shm is full: try fewer --data.workers or a smaller --data.prefetch. "
                 "--resume auto goes on from the last checkpoint"
             ) from error
 
@@ -309,6 +317,11 @@ class Loader:
 def decoding_threads(data) -> int:
     """Threads that decode images: ``data.workers``, or one a core and at most ``MOST_THREADS``."""
     return data.workers or min(MOST_THREADS, len(os.sched_getaffinity(0)))
+
+
+def _tells_of_a_death(error) -> bool:
+    """Whether torch raised ``error`` because a worker process died."""
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
 
 
 def _shapes(datasets: dict, config) -> dict:
