@@ -28,7 +28,7 @@ def test_json_and_back():
         ({"model": {"decoder": {"layrs": 3}}}, r"RunConfig.model.decoder: unknown key 'layrs'; nearest: layers"),
         ({"steps": "many"}, r"RunConfig.steps: expected int, found 'many'"),
         ({"steps": True}, r"RunConfig.steps: expected int, found True"),
-        ({"precision": "fp8"}, r"RunConfig.precision: 'fp8' is not one of 'auto', 'fp32', 'bf16'"),
+        ({"precision": "fp8"}, r"RunConfig.precision: 'fp8' is not one of 'auto', 'fp32', 'tf32', 'bf16'"),
         ({"optim": {"betas": [0.9]}}, r"RunConfig.optim.betas: expected 2 values, found 1"),
         ({"ratios": [1]}, r"RunConfig.ratios: expected an object"),
         ({"model": {"tasks": {"vqa2": {"queries": 3}}}}, r"RunConfig.model.tasks.vqa2: .*outputs"),
