@@ -68,3 +68,8 @@ class Reads:
     def take(self):
         names, self.names[:] = list(self.names), []
         return names
+
+
+def about_the_cache(caplog):
+    """What was logged, but for what the readers found in the files."""
+    return [record for record in caplog.records if record.name != "unit_fast.data.readers"]

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.cached_roots import Reads, entries, seen, small
+from tests.cached_roots import Reads, about_the_cache, entries, seen, small
 from tests.data_roots import REAL, VOCABULARY, coco_file, coco_root, data, needs_real, task_config, write
 from tests.small_runs import ALL, small_config
 from unit_fast import checkpoint
@@ -336,11 +336,6 @@ def test_a_folder_that_cannot_be_written_is_one_line(world, tmp_path, caplog):
     for task in ALL:
         assert seen(small(world, task, keep=blocked)) == seen(small(world, task))
     assert [r.getMessage().count("give a writable data.cache_dir") for r in about_the_cache(caplog)] == [1]
-
-
-def about_the_cache(caplog):
-    """What was logged, but for what the readers found in the files."""
-    return [record for record in caplog.records if record.name != "unit_fast.data.readers"]
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(world, tmp_path, monkeypatch, caplog):

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.cached_roots import entries, seen, small
+from tests.cached_roots import about_the_cache, entries, seen, small
 from tests.data_roots import write
 from unit_fast.data import cache
 
@@ -58,11 +58,6 @@ def _flip(path):
     path.write_bytes(bytes(raw))
 
 
-def of_the_cache(caplog):
-    """What was logged, without what readers say of the annotations."""
-    return [record for record in caplog.records if record.name != "unit_fast.data.readers"]
-
-
 @pytest.mark.parametrize("damage", [_truncate, _zero, _zero_the_end, _garbage, _empty, _delete, _folder, _flip])
 @pytest.mark.parametrize("task", ["coco", "vg", "vqa2", "qqp"])
 def test_damage_to_any_file_is_noticed_and_repaired(world, task, damage, tmp_path, caplog):
@@ -75,10 +70,10 @@ def test_damage_to_any_file_is_noticed_and_repaired(world, task, damage, tmp_pat
             continue  # e.g. the second half was zero
         caplog.clear()
         assert seen(small(world, task, keep=keep)) == expected, path
-        assert [r.getMessage().count("is damaged") for r in of_the_cache(caplog)] == [1], path
+        assert [r.getMessage().count("is damaged") for r in about_the_cache(caplog)] == [1], path
         caplog.clear()
         assert seen(small(world, task, keep=keep)) == expected
-        assert not of_the_cache(caplog)
+        assert not about_the_cache(caplog)
         assert path.read_bytes() == before
     assert not [name for name in entries(keep) if name.startswith(".")]
 
@@ -176,7 +171,7 @@ def test_an_entry_that_cannot_be_read_now_is_left_alone(world, code, tmp_path, m
     monkeypatch.setattr(cache, "_crc32", refuse)
     assert seen(small(world, "coco", keep=keep)) == expected
     assert entries(keep) == names
-    assert [r.getMessage().count("cannot be read") for r in of_the_cache(caplog)] == [1]
+    assert [r.getMessage().count("cannot be read") for r in about_the_cache(caplog)] == [1]
 
 
 # ------------------------------------------------------------------------------------------------ several processes
@@ -219,7 +214,7 @@ def test_who_comes_second_takes_what_the_first_wrote(world, tmp_path, monkeypatc
     assert seen(second) == seen(first[0]) == seen(small(world, "coco"))
     assert second.objects.content.name == first[0].objects.content.name == entries(keep)[0]
     assert len(entries(keep)) == 1
-    assert not of_the_cache(caplog)
+    assert not about_the_cache(caplog)
 
 
 def _die_while_writing(root, keep, task, call):
@@ -252,7 +247,7 @@ def test_a_death_while_writing_leaves_nothing_that_is_believed(world, task, tmp_
         assert seen(small(world, task, keep=keep)) == expected
         assert seen(small(world, task, keep=keep)) == expected
     assert deaths > 15
-    assert not of_the_cache(caplog)
+    assert not about_the_cache(caplog)
 
 
 def test_what_dead_processes_left_goes_after_a_day(world, tmp_path):
