@@ -414,7 +414,9 @@ def test_a_run_goes_on_without_its_console(root, tmp_path, console):
 
 def test_a_closed_terminal_saves(root, tmp_path):
     out = tmp_path / "run"
-    process = child(small_config(root, "sst2", steps=40), out, SLOW)
+    # Whoever runs the tests may hold hang-ups off, which children inherit.
+    unheld = "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+    process = child(small_config(root, "sst2", steps=40), out, unheld + textwrap.dedent(SLOW))
     wait_for(out / "seven", process)
     process.send_signal(signal.SIGHUP)
     code, said = finish(process)
