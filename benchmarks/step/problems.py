@@ -249,29 +249,25 @@ def gate_outputs(losses: dict[str, Tensor], gradients: dict[str, Tensor | None],
 
 def shape_of(case: tuple) -> str:
     """The problem in words."""
-    task, image, tokens, objects, *_ = case
-    parts = [task]
-    if image:
-        parts.append(f"{image[0]} x {image[1]}x{image[2]}")
-    if objects:
-        parts.append(f"{'+'.join(map(str, objects))} objects")
-    if tokens:
-        parts.append(f"{'+'.join(map(str, tokens))} tokens (baseline padded to {TASKS[task][4]})")
-    return ", ".join(parts)
+    return _described(case, "+".join(map(str, case[3])), "+".join(map(str, case[2])))
 
 
 def brief(case: tuple) -> str:
     """The problem in a few words, for tables."""
-    task, image, tokens, objects, *_ = case
+    tokens = sorted(set(case[2]))
+    length = f"{tokens[0]} to {tokens[-1]}" if len(tokens) > 1 else "".join(map(str, tokens))
+    return _described(case, f"{sum(case[3])}", f"{len(case[2])} x {length}")
+
+
+def _described(case: tuple, objects: str, tokens: str) -> str:
+    task, image = case[:2]
     parts = [task]
     if image:
         parts.append(f"{image[0]} x {image[1]}x{image[2]}")
-    if objects:
-        parts.append(f"{sum(objects)} objects")
-    if tokens:
-        low, high = min(tokens), max(tokens)
-        length = f"{low}" if low == high else f"{low} to {high}"
-        parts.append(f"{len(tokens)} x {length} tokens (baseline padded to {TASKS[task][4]})")
+    if case[3]:
+        parts.append(f"{objects} objects")
+    if case[2]:
+        parts.append(f"{tokens} tokens (baseline padded to {TASKS[task][4]})")
     return ", ".join(parts)
 
 

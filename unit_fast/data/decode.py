@@ -39,10 +39,15 @@ def stamp(path) -> Stamp:
     return found if isinstance(found, Stamp) else Stamp(found.st_size, found.st_mtime_ns)
 
 
-def read_bytes(path) -> bytes:
-    """The encoded image, from a file or a member of a shard. ``BadImage`` where it cannot be read."""
+def _check_bytes(path) -> None:
+    """``BadImage`` for a file that is absent, no plain file, or larger than ``BYTES_LIMIT``."""
     if (size := stamp(path).bytes) > BYTES_LIMIT:
         raise BadImage(path, f"{size:,} bytes, the limit is {BYTES_LIMIT:,}")
+
+
+def read_bytes(path) -> bytes:
+    """The encoded image, from a file or a member of a shard. ``BadImage`` where it cannot be read."""
+    _check_bytes(path)
     with _named(path):
         return Path(path).read_bytes() if isinstance(path, (str, Path)) else path.read()
 
@@ -64,8 +69,7 @@ def _open(path, max_pixels):
     try:
         if isinstance(path, (str, Path)):
             source = path
-            if (size := stamp(path).bytes) > BYTES_LIMIT:
-                raise BadImage(path, f"{size:,} bytes, the limit is {BYTES_LIMIT:,}")
+            _check_bytes(path)
         else:
             source = io.BytesIO(read_bytes(path))
         with warnings.catch_warnings():
