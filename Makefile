@@ -18,9 +18,12 @@ demo: venv
 	$(BIN)/unit-fast demo
 
 # The second run takes the Triton kernels through Triton's interpreter, which must be chosen before Python starts.
+# One process a core with one thread each: threads that wait for each other would take most of the time.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: venv
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/test_fused_model.py
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/test_fused_model.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -314,9 +314,12 @@ def test_a_second_run_in_the_same_folder_is_refused_with_the_holder(root, tmp_pa
 
 def test_a_forked_process_that_outlives_a_killed_run_does_not_hold_its_folder(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    fork = multiprocessing.get_context("fork")
+    running = fork.Event()
+    process = fork.Process(target=lambda: (running.set(), time.sleep(60)))
     process.start()
     try:
+        assert running.wait(30)  # fork returns to us before the child has run what it runs after a fork
         folder.lock.close()  # as a kill does it: closed, not unlocked
         RunFolder(tmp_path / "run").release()
     finally:
