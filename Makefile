@@ -23,7 +23,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --d
 
 test: venv
 	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/test_fused_model.py
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/model/test_fused_model.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ setup(
     packages=find_packages(include=["unit_fast", "unit_fast.*"]) + ["unit_fast_kernels"],
     package_dir={"unit_fast_kernels": "kernels"},
     package_data={
-        "unit_fast": ["report/templates/*", "data/files/*"],
+        "unit_fast": ["report/templates/*"],
         "unit_fast_kernels": ["tuned/*.json", "budgets.json"],
     },
 )

@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from benchmarks import _data_rounds as rounds
 from benchmarks import _run
-from benchmarks._data_gate import ALLOWED_MEAN, ALLOWED_P999, decoders, judge, reference
-from benchmarks._data_peers import TASKS, Spec
-from benchmarks._data_root import write_root
 from benchmarks._machine import environment
 from benchmarks._processes import Child
+from benchmarks.data import rounds
+from benchmarks.data.gate import ALLOWED_MEAN, ALLOWED_P999, decoders, judge, reference
+from benchmarks.data.peers import TASKS, Spec
+from benchmarks.data.root import write_root
 from unit_fast.errors import UserError
 
 NAME = "bench_data"
@@ -291,7 +291,7 @@ def _run_all(args: argparse.Namespace, known: list[str], folder: Path) -> int:
         )  # fmt: skip
         runs.append(CaseRun(args, name, spec, source, console))
     if args.tune:
-        from benchmarks._data_tune import tune
+        from benchmarks.data.tune import tune
 
         tune(args, [run.spec for run in runs], console)
         return 0

@@ -17,7 +17,7 @@ from benchmarks import _pointwise, _run, _tune
 from benchmarks.baselines.unit_eager_training import HFAdamW
 from unit_fast import ops, recipes
 from unit_fast.model import UniT
-from unit_fast.optim import MaskedAdamW
+from unit_fast.optim.masked_adamw import MaskedAdamW
 
 SETTINGS = {"lr": 5e-5, "betas": (0.9, 0.999), "eps": 1e-16, "weight_decay": 1e-4}
 """eps so small that both forms of the rule, which place it differently, give the same."""

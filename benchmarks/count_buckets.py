@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from unit_fast import recipes
-from unit_fast.batch import Batch, Buckets, BucketSpec
+from unit_fast.batch import Batch
+from unit_fast.buckets import Buckets, BucketSpec, buckets_of
 from unit_fast.config import BucketConfig, DataConfig
 from unit_fast.data import open_dataset
 from unit_fast.data.sampler import normalised
 from unit_fast.errors import UserError
-from unit_fast.input_arena import InputArena
-from unit_fast.setup_model import buckets_of
-from unit_fast.step_graph import MOST_GRAPHS, WARM_UP
+from unit_fast.run.input_arena import InputArena
+from unit_fast.run.step_graph import MOST_GRAPHS, WARM_UP
 from unit_fast.tasks import get_task
 
 STEPS = (1_000, 10_000, 100_000)

@@ -6,7 +6,8 @@ import os
 import torch
 
 from tests.data_roots import data, task_config
-from unit_fast.data import files, open_dataset, pickles
+from unit_fast.data import open_dataset
+from unit_fast.data.store import files, pickles
 
 VQA = task_config("vqa2", outputs=4)
 

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from unit_fast_kernels import _capture
 
 from unit_fast import ops
-from unit_fast.step_graph import Graphs, copied
+from unit_fast.run.step_graph import Graphs, copied
 
 _aten = torch.ops.aten
 _FILLS = {"fill_", "zero_", "copy_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"}

@@ -5,7 +5,7 @@ import torch
 
 from tests.data_roots import whole_root
 from tests.small_runs import make_world
-from unit_fast.data import sources
+from unit_fast.data.readers import sources
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,11 +15,11 @@ import torch
 
 from tests.fixtures.parity import check
 from unit_fast.batch import Batch
-from unit_fast.convert import from_mmf, to_mmf
 from unit_fast.data.collate import collate
 from unit_fast.model import UniT
-from unit_fast.optim import MaskedAdamW
+from unit_fast.optim.masked_adamw import MaskedAdamW
 from unit_fast.schedule import lr_multiplier
+from unit_fast.weights.convert import from_mmf, to_mmf
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures" / "parity"
 TOLERANCES = {

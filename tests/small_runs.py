@@ -5,7 +5,6 @@ import hashlib
 import json
 from pathlib import Path
 
-from unit_fast import checkpoint
 from unit_fast.config import (
     BackboneConfig,
     DataConfig,
@@ -17,7 +16,8 @@ from unit_fast.config import (
     TextConfig,
     default_tasks,
 )
-from unit_fast.data.synthetic import generate
+from unit_fast.data.generated.world import generate
+from unit_fast.weights import checkpoint
 
 ALL = ("coco", "vg", "vqa2", "snli_ve", "qnli", "mnli", "qqp", "sst2")
 

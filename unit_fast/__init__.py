@@ -5,9 +5,11 @@ The few public names; each is imported when it is first used, so that importing 
 
 import importlib
 
+from unit_fast import _moved
+
 __version__ = "0.1.0"
 
-# No name here may be a module's too: `unit_fast.train` is the module, the function is `unit_fast.train.train`.
+# No name here may be a module's too.
 _HOME = {
     "UniT": "unit_fast.model",
     "Batch": "unit_fast.batch",
@@ -17,12 +19,14 @@ _HOME = {
     "ModelConfig": "unit_fast.config",
     "RunConfig": "unit_fast.config",
     "recipe": "unit_fast.recipes",
-    "load": "unit_fast.predict",
+    "load": "unit_fast.evaluation.predict",
     "kernels": "unit_fast.ops",
     "UserError": "unit_fast.errors",
 }
 
 __all__ = ["__version__", *_HOME]
+
+_moved.install()
 
 
 def __getattr__(name: str):

@@ -2,6 +2,6 @@
 
 import sys
 
-from unit_fast.cli import main
+from unit_fast.commands.main import main
 
 sys.exit(main())

@@ -2,7 +2,7 @@
 
 On a CPU two runs give the same bits at the same number of threads. On a CUDA device everything in a step does too, save
 for one thing: the gradients of convolution weights, for which cuDNN takes faster algorithms that add up in an order of
-their own (``tests/test_numerics.py`` lists the operators of a step that may, and why the others do not count here).
+their own (``tests/run/test_numerics.py`` lists the operators of a step that may, and why the others do not count here).
 """
 
 import contextlib

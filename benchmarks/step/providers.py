@@ -26,9 +26,9 @@ from benchmarks.step.problems import (
     restore_dropout,
     set_dropout,
 )
-from unit_fast import convert
 from unit_fast.model import UniT
-from unit_fast.optim import MaskedAdamW
+from unit_fast.optim.masked_adamw import MaskedAdamW
+from unit_fast.weights import convert
 
 CPU = torch.device("cpu")
 

@@ -7,14 +7,15 @@ from torch import Tensor
 
 from benchmarks import _run
 from benchmarks.step.problems import LR, LR_BACKBONE, MAX_NORM, SEED, make_batch
-from unit_fast import convert
-from unit_fast.batch import Batch, Buckets, fill
+from unit_fast.batch import Batch
+from unit_fast.buckets import Buckets, fill
 from unit_fast.model import UniT
 from unit_fast.numerics import arithmetic
-from unit_fast.optim import MaskedAdamW
-from unit_fast.setup_model import used_masks
-from unit_fast.step_graph import Graphs, StepGraphs
-from unit_fast.train import Update, train_step
+from unit_fast.optim.masked_adamw import MaskedAdamW
+from unit_fast.run.setup import used_masks
+from unit_fast.run.step_graph import Graphs, StepGraphs
+from unit_fast.run.train import Update, train_step
+from unit_fast.weights import convert
 
 CHECKED = 4
 """Updates that the gate compares: the eager one of the bucket's warm-up, and three replays."""

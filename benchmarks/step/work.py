@@ -25,10 +25,11 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks._machine import peak_of
 from benchmarks.step.problems import LR, LR_BACKBONE, MAX_NORM, make_batch, mmf_config
-from unit_fast import convert, ops
+from unit_fast import ops
 from unit_fast.model import UniT
-from unit_fast.optim import MaskedAdamW
-from unit_fast.train import train_step
+from unit_fast.optim.masked_adamw import MaskedAdamW
+from unit_fast.run.train import train_step
+from unit_fast.weights import convert
 
 _PRODUCTS = {"attention_fwd": 2, "attention_bwd": 5, "cross_attention_fwd": 2, "cross_attention_bwd": 5}
 """Operators of ours with matrix products inside -> how many of 2 B H Sq Sk D FLOPs."""

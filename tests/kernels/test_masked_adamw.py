@@ -17,7 +17,7 @@ from tests.captures import Recorded, watching
 from tests.kernels.test_adamw import bits
 from unit_fast import ops, recipes
 from unit_fast.model import UniT
-from unit_fast.optim import MaskedAdamW
+from unit_fast.optim.masked_adamw import MaskedAdamW
 from unit_fast.schedule import lr_multiplier, lr_multiplier_tensor
 
 FAST = "fused" if INTERPRETING else "auto"

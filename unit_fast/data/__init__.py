@@ -50,11 +50,11 @@ def open_dataset(
         MissingSplit: there are no files for the split.
         UserError: something in the files cannot be used; names file, key, value and remedy.
     """
-    from unit_fast.data.coco import Coco
-    from unit_fast.data.glue import Glue
-    from unit_fast.data.snli_ve import SnliVe
-    from unit_fast.data.visual_genome import VisualGenome
-    from unit_fast.data.vqa2 import Vqa2
+    from unit_fast.data.readers.coco import Coco
+    from unit_fast.data.readers.glue import Glue
+    from unit_fast.data.readers.snli_ve import SnliVe
+    from unit_fast.data.readers.visual_genome import VisualGenome
+    from unit_fast.data.readers.vqa2 import Vqa2
 
     found = get_task(task_name)
     reader = {"coco": Coco, "vg": VisualGenome, "vqa2": Vqa2, "snli_ve": SnliVe}.get(found.short, Glue)

@@ -230,7 +230,11 @@ def _tensor(sample, index, name, dimensions, kind) -> Tensor:
         raise UserError(f"sample {index}: {name} has shape {tuple(tensor.shape)}, expected {dimensions} dimensions")
     if kind is float:
         if not tensor.is_floating_point():
-            remedy = "normalise it (unit_fast.data.images.to_tensor)" if name == "image" else "convert it to float"
+            remedy = (
+                "normalise it (unit_fast.data.images.transforms.to_tensor)"
+                if name == "image"
+                else "convert it to float"
+            )
             if tensor.numel():
                 raise UserError(f"sample {index}: {name} is {tensor.dtype}, expected a floating type; {remedy}")
             tensor = tensor.float()

@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 import torch
 
 from unit_fast.batch import Batch, real_places
+from unit_fast.buckets import buckets_of
 from unit_fast.data import BadImage, collate
 from unit_fast.data.background import Background, Move, received
-from unit_fast.data.cache import open_cache
-from unit_fast.data.checked import CheckedImages
-from unit_fast.data.images import Picture, engine_of, why_not_dali
-from unit_fast.data.reader import DecodedSteps
+from unit_fast.data.images.checked import CheckedImages
+from unit_fast.data.images.reader import DecodedSteps
+from unit_fast.data.images.transforms import Picture, engine_of, why_not_dali
 from unit_fast.data.sampler import Request, Visit, requests, substitute
+from unit_fast.data.store.cache import open_cache
 from unit_fast.errors import UserError, printable
-from unit_fast.setup_model import buckets_of
 from unit_fast.tasks import get_task
 
 MOST_TRIES = 50

@@ -17,13 +17,13 @@ import torch
 from unit_fast.batch import Batch
 from unit_fast.config import DataConfig
 from unit_fast.data.background import Background, Move, received
-from unit_fast.data.cache import open_cache
-from unit_fast.data.checked import CheckedImages
 from unit_fast.data.collate import collate
 from unit_fast.data.errors import BadImage
-from unit_fast.data.images import Picture
+from unit_fast.data.images.checked import CheckedImages
+from unit_fast.data.images.reader import DecodedSteps, one_core_threads
+from unit_fast.data.images.transforms import Picture
 from unit_fast.data.loader import decoding_threads
-from unit_fast.data.reader import DecodedSteps, one_core_threads
+from unit_fast.data.store.cache import open_cache
 from unit_fast.errors import UserError
 from unit_fast.tasks import Task
 

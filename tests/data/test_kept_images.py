@@ -1,0 +1,122 @@
+"""Decoded images kept in memory by the reader in threads, and the record of checked images when it is closed."""
+
+import os
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.data.test_engines import (
+    SMALL,
+    coco_root,
+    config_for,
+    encoded,
+    needs_dali,
+    opened,
+    photograph,
+    steps_of,
+    threaded,
+    with_data,
+)
+from unit_fast.data.images import reader
+from unit_fast.data.images.checked import FILE, CheckedImages
+from unit_fast.data.images.decode import PixelCache, Stamp, stamp
+from unit_fast.data.loader import Loader
+
+SIDES = (60, 80)
+engines = pytest.mark.parametrize("engine", [pytest.param("decode", marks=needs_dali), "torchvision"])
+
+
+@pytest.fixture
+def config(tmp_path):
+    images = {f"{i}.jpg": encoded(photograph(*SIDES, i)) for i in range(5)}
+    images["5.png"] = encoded(photograph(*SIDES, 5), "PNG")  # what only Pillow decodes is kept like the others
+    return config_for(coco_root(tmp_path / "root", images), "coco", batch=4, data=SMALL)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """How often the contents of each image file were read for the decoder."""
+    count, encode = Counter(), reader.DecodedSteps._encoded
+
+    def counted(self, path):
+        count[path.name] += 1
+        return encode(self, path)
+
+    monkeypatch.setattr(reader.DecodedSteps, "_encoded", counted)
+    return count
+
+
+@engines
+def test_kept_images_change_no_pixel_and_are_read_once(config, read, engine):
+    plain = threaded(config, 12, engine)
+    assert sum(read.values()) == 48
+    read.clear()
+    kept = threaded(with_data(config, cache_mib=1), 12, engine)
+    # a pass of six images spreads over the first two steps, and two more may be described before these are decoded
+    assert len(read) == 6
+    assert sum(read.values()) <= 4 * (2 + reader.AHEAD + 1)
+    for a, b in zip(plain, kept, strict=True):
+        assert a.request == b.request
+        for x, y in zip(a.batches, b.batches, strict=True):
+            assert torch.equal(x.image, y.image)
+            assert torch.equal(x.boxes, y.boxes)
+
+
+@engines
+def test_only_what_fits_is_kept(config, read, engine, monkeypatch):
+    image = 3 * SIDES[0] * SIDES[1]
+    monkeypatch.setattr(reader, "PixelCache", lambda limit: PixelCache(2 * image + 5))
+    threaded(with_data(config, cache_mib=1), 20, engine)
+    visits = sorted(read.values())  # about 13 of each image
+    assert max(visits[:2]) < 6, "two are kept"
+    assert min(visits[2:]) >= 12, "the others are read at each visit"
+
+
+def test_a_file_that_changed_is_read_again(config):
+    cache = PixelCache(100)
+    pixels = torch.arange(12, dtype=torch.uint8).view(2, 2, 3)
+    cache.put("a", Stamp(5, 1), pixels)
+    pixels.zero_()
+    assert cache.get("a", Stamp(5, 1))[0, 0, 2] == 2, "a copy"
+    assert cache.get("a", Stamp(5, 2)) is None
+    cache.put("a", Stamp(5, 2), torch.ones(2, 4, 3, dtype=torch.uint8))
+    assert cache.get("a", Stamp(5, 2)).shape == (2, 4, 3)
+    assert cache.left == 100 - 24
+
+
+@needs_dali
+def test_dali_keeps_images_when_asked_to(config, read):
+    config = with_data(config, engine="dali", cache_mib=1)
+    with Loader(opened(config), config, 0, 10, {}) as loader:
+        assert "1 MiB of them kept decoded" in loader.describe()
+        list(loader)
+    assert sum(read.values()) <= 4 * (2 + reader.AHEAD + 1) < 40
+    assert len(steps_of(config)) == 12
+
+
+def _open_files(name):
+    links = (os.path.join("/proc/self/fd", number) for number in os.listdir("/proc/self/fd"))
+    return [path for path in (os.readlink(link) for link in links if os.path.lexists(link)) if name in path]
+
+
+def test_the_record_of_checked_images_closes_its_file(tmp_path, config):
+    path = next((tmp_path / "root/coco/images/train2017").iterdir())
+    checked = CheckedImages(tmp_path / "cache", 10**6)
+    checked.facts(path)
+    assert _open_files(FILE)
+    checked.close()
+    assert not _open_files(FILE)
+    assert sorted(file.name for file in (tmp_path / "cache").iterdir()) == [FILE], "what was written is in the one file"
+    os.utime(path, ns=(1, 1))
+    assert checked.facts(path).stamp == stamp(path), "in memory it goes on"
+    checked.close()
+
+
+@engines
+def test_a_reader_leaves_no_file_open(config, engine):
+    if engine == "decode":
+        steps_of(with_data(config, engine="dali"))
+    else:
+        threaded(config, 3, engine)
+    assert not _open_files(FILE)

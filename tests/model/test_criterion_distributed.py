@@ -1,0 +1,89 @@
+"""The losses in two processes over gloo: each normalises its boxes by the mean number of objects of both."""
+
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.model.test_criterion import Head, gradients, make, naive, run
+from unit_fast.config import LossConfig
+from unit_fast.detection import criterion
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 120
+COUNTS = {  # objects of the images of each rank -> the mean number of objects, at least 1
+    "uneven": (((3, 5), (1,)), 4.5),
+    "one_without": (((0, 0), (7, 2)), 4.5),
+    "both_without": (((0,), (0, 0)), 1.0),
+    "less_than_one": (((0,), (1,)), 1.0),
+    "more_than_queries": (((9, 2), (4, 4)), 9.5),
+}
+
+
+def compare(counts: tuple, mean: float) -> dict[str, float]:
+    """This rank's worst relative error of a term, and of a gradient, against the loops with the number replaced."""
+    given, loss, head = make(counts, seed=sum(counts)), LossConfig(ce_normalisation="per_process"), Head()
+    assert criterion.num_boxes(given.batch.counts, torch.float64).item() == mean
+    terms, query = run(given, loss, head)
+    expected = naive(given.logits, given.boxes, given.hidden, query, given.batch, loss, head)
+    leaves = [given.logits, given.boxes, given.hidden, *head.parameters()]
+    errors = {"term": 0.0, "gradient": 0.0}
+    for name, value in terms.items():
+        # The loops divide by the number of this rank.
+        factor = max(1, sum(counts)) / mean if "bbox" in name or "giou" in name else 1.0
+        wanted = factor * torch.as_tensor(expected[name], dtype=torch.float64)
+        errors["term"] = max(errors["term"], float((value - wanted).abs() / wanted.abs().clamp(min=1e-12)))
+        for ours, theirs in zip(gradients(value, leaves), gradients(wanted, leaves), strict=True):
+            errors["gradient"] = max(errors["gradient"], float((ours - theirs).abs().max()))
+    return errors
+
+
+def worker(rank: int, folder: str) -> None:
+    """What each process runs: every case, the errors into ``<rank>.json``."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=TIMEOUT_S / 2),
+    )
+    found = {name: compare(of_ranks[rank], mean) for name, (of_ranks, mean) in COUNTS.items()}
+    Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    """Case -> errors, a rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    code = (
+        "import sys; from tests.model.test_criterion_distributed import worker; worker(int(sys.argv[1]), sys.argv[2])"
+    )
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), str(folder)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [child.communicate(timeout=TIMEOUT_S)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    assert [child.returncode for child in children] == [0, 0], "\n".join(said)
+    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", COUNTS)
+def test_losses_are_the_authors_with_the_mean_number_of_boxes(errors, name, rank):
+    assert errors[rank][name]["term"] < 1e-11
+    assert errors[rank][name]["gradient"] < 1e-11

@@ -1,0 +1,261 @@
+"""Captured steps leave nothing to the host and nothing in graphs' memory: for every task, and plants that are found.
+
+``captures.Recorded`` captures operators instead of launches, with our kernels as the registered operators that they
+are on a card. (That a captured update finds its gradients is ``kernels/test_masked_adamw.py``'s, interpreted.)
+"""
+
+import pytest
+import torch
+from unit_fast_kernels import _capture, _triton
+from unit_fast_kernels import adamw as adamw_module
+
+from tests.captures import Recorded, Violation, watching
+from tests.models import random_batch, small_config
+from tests.small_runs import ALL, state_hash
+from tests.small_runs import small_config as run_config
+from unit_fast import ops
+from unit_fast.buckets import Buckets, fill
+from unit_fast.model.unit import UniT
+from unit_fast.optim.masked_adamw import MaskedAdamW
+from unit_fast.run import step_graph
+from unit_fast.run.setup import used_masks
+from unit_fast.run.step_graph import StepGraphs, copied
+from unit_fast.run.train import train, train_step
+from unit_fast.schedule import lr_multiplier_tensor
+from unit_fast.tasks import TASKS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_card(monkeypatch):
+    """Operators that have kernels are taken as on a card; what is registered runs its reference here."""
+    monkeypatch.setattr(_triton, "INTERPRETING", True)
+    with ops.kernels("fused"):
+        yield
+
+
+def make(backend, change=lambda model, optimizer: None, **options):
+    """Model, optimiser and ``StepGraphs`` around the step that the trainer captures."""
+    torch.manual_seed(0)
+    model = UniT(small_config()).train()
+    optimizer = MaskedAdamW(model.parameter_groups(1e-3, 1e-3), unused="skip", max_norm=0.5)
+    masks = used_masks(model, optimizer, TASKS)
+    optimizer.prepare()
+    change(model, optimizer)
+
+    def step(task, batches, done):
+        optimizer.scale_lr(lr_multiplier_tensor(done, 2, 100))
+        update = train_step(model, optimizer, task, batches, used=masks[task])
+        optimizer.zero_grad(set_to_none=True)
+        return update
+
+    buckets = Buckets(short_side=64, max_side=96, heights=1, widths=2)
+    return model, optimizer, step, StepGraphs(step, buckets, CPU, backend=backend, **options)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_whole_step_replays_as_it_runs_eagerly(name):
+    """Bit for bit, dropout and schedule included, on COCO with two forward passes an update."""
+    with watching() as watch:
+        backend = Recorded(watch)
+        captured, first, _, graphs = make(backend)
+        eager, second, step, _ = make(backend)
+        passes = 1 + (name == "detection_coco")
+        batches = [[random_batch(name, captured.config, seed=7 * i + k) for k in range(passes)] for i in range(3)]
+        torch.manual_seed(7)
+        updates = [copied(graphs(name, pair)) for pair in batches]
+        assert (backend.eager_steps, backend.replays) == (1, 2), graphs.rows()
+        graphs.check()
+        torch.manual_seed(7)
+        done = torch.zeros((), dtype=torch.int64)
+        for pair, update in zip(batches, updates, strict=True):
+            static = [graphs.buckets.of(pair).empty(batch, CPU) for batch in pair]
+            for empty, batch in zip(static, pair, strict=True):
+                fill(empty, batch)
+            expected = step(name, static, done)
+            done += 1
+            assert torch.equal(expected.terms, update.terms)
+            assert torch.equal(expected.grad_norm, update.grad_norm)
+            assert not update.nonfinite
+        assert all(torch.equal(a, b) for a, b in zip(captured.parameters(), eager.parameters(), strict=True))
+        assert torch.equal(first.step_counts(), second.step_counts())
+
+
+# ------------------------------------------------------------------------------------------------- plants
+
+
+def _steps(change, name="glue_sst2", steps=4):
+    with watching() as watch:
+        model, _, _, graphs = make(Recorded(watch), change)
+        for i in range(steps):
+            graphs(name, [random_batch(name, model.config, seed=i)])
+        return graphs
+
+
+def _around_losses(what):
+    """A change that passes every loss through ``what``."""
+
+    def change(model, optimizer):
+        losses = model.losses
+        model.losses = lambda *a, **k: {name: what(value) for name, value in losses(*a, **k).items()}
+
+    return change
+
+
+def _table_filled_afterwards(model, optimizer):
+    """What the landed optimiser did: a table from the graph's memory, filled by the host after the capture."""
+    step, tables = optimizer.step, []
+
+    def planted(used=None):
+        if _capture.capturing(CPU):
+            tables.append(torch.empty(3))
+            tables[-1].add(1.0)
+        elif tables:
+            tables.pop().copy_(torch.ones(3))
+        return step(used)
+
+    optimizer.step = planted
+
+
+def test_a_table_that_the_host_fills_after_the_capture_is_found():
+    with pytest.raises(Violation, match=r"left in memory of graphs after a step: aten.empty"):
+        _steps(_table_filled_afterwards)
+
+
+def test_a_write_of_the_host_to_memory_of_a_graph_is_found():
+    with watching() as watch:
+        model, _, _, graphs = make(Recorded(watch))
+        for i in range(3):
+            update = graphs("glue_sst2", [random_batch("glue_sst2", model.config, seed=i)])
+        with pytest.raises(Violation, match=r"writes to memory \[\d\] of a captured graph from outside"):
+            update.terms.zero_()
+
+
+def test_memory_read_before_the_replay_has_written_it_is_found():
+    with pytest.raises(Violation, match="reads memory of the graph that this replay has not written"):
+        _steps(_around_losses(lambda x: x + 0 * torch.empty(()) if _capture.capturing(CPU) else x))
+
+
+@pytest.mark.parametrize(
+    "what",
+    [lambda x: x * torch.tensor(1.0), lambda x: x * torch.as_tensor([1.0])[0], lambda x: x * x.new_tensor(1.0)],
+    ids=["tensor", "as_tensor", "new_tensor"],
+)
+def test_a_constant_uploaded_within_a_capture_is_found(what):
+    with pytest.raises(Violation, match="of the host.s? numbers|numbers of the host"):
+        _steps(_around_losses(what))
+
+
+def test_a_constant_without_an_operator_is_found():
+    import numpy as np
+
+    with pytest.raises(Violation, match="made of the host's numbers|numbers of the host become"):
+        _steps(_around_losses(lambda x: x * torch.from_numpy(np.ones(1, np.float32))[0]))
+
+
+def test_a_value_for_the_host_is_found():
+    with pytest.raises(Violation, match="gives the host a value"):
+        _steps(_around_losses(lambda x: x * float(x.detach()) / float(x.detach())))
+
+
+def test_moments_made_within_a_step_are_found():
+    """The optimiser itself refuses in a capture, and in an eager step they would lie in graphs' memory."""
+
+    def forget(model, optimizer):
+        optimizer.state.clear()
+
+    with pytest.raises(Violation, match="left in memory of graphs after a step"):
+        _steps(forget)
+
+
+def test_what_is_made_within_a_capture_and_kept_is_found():
+    kept = []
+
+    def plant(x):
+        if _capture.capturing(CPU):
+            kept.append(torch.zeros(3))
+        return x
+
+    with pytest.raises(Violation, match=r"left in memory of graphs after a step: aten.zeros.default \[3\]"):
+        _steps(_around_losses(plant))
+
+
+def test_gradients_that_are_kept_are_found():
+    with pytest.raises(Violation, match="left in memory of graphs after a step"):
+        _steps(lambda model, optimizer: setattr(optimizer, "zero_grad", lambda **_: None))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda o: o.param_groups[0].update(lr=0.5), "the learning rate of group 0, a number, would be written"),
+        (lambda o: o.param_groups[0].update(betas=(0.5, 0.9)), "AdamW's hyper would be copied to the device"),
+        (lambda o: setattr(o, "max_norm", 7.0), "AdamW's max_norm would be copied to the device"),
+        (lambda o: o.state.clear(), "the moments of a parameter would be made"),
+        (lambda o: setattr(o, "_counts", None), "MaskedAdamW's step counts would be made"),
+    ],
+    ids=["rate", "betas", "max_norm", "moments", "counts"],
+)
+def test_the_optimiser_refuses_what_a_capture_must_not_hold(change, said, monkeypatch):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = MaskedAdamW([p], max_norm=1.0)
+    optimizer.prepare()
+    p.grad = torch.ones(3)
+    change(optimizer)
+    monkeypatch.setattr(_capture, "capturing", lambda device: True)
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match=f"{said} within the capture of a CUDA graph"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+def test_without_preparation_a_capture_raises(monkeypatch):
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    monkeypatch.setattr(_capture, "capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match=r"within the capture of a CUDA graph.*call MaskedAdamW.prepare\(\)"):
+        MaskedAdamW([p]).step()
+
+
+def test_eager_steps_in_graphs_memory_keep_no_table_of_addresses():
+    """Gradients come to lie where they lay before: a table kept by their addresses would be taken for right."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = MaskedAdamW([p])
+    optimizer.prepare()
+    p.grad = torch.ones(3)
+    with ops.graph_memory():
+        optimizer.step()
+    assert "addresses" not in optimizer._tables._hosts
+    optimizer.step()
+    assert optimizer._tables._hosts["addresses"][adamw_module.GRADIENT_ROW] == [p.grad.data_ptr()]
+
+
+# ------------------------------------------------------------------------------------------------- in the trainer
+
+
+@pytest.mark.parametrize(
+    ("tasks", "steps"),
+    [(("coco", "sst2"), 12), pytest.param(ALL, 48, marks=pytest.mark.long)],
+    ids=["two tasks", "all tasks"],
+)
+def test_a_run_as_the_trainer_captures_it(tasks, steps, root, tmp_path, monkeypatch):
+    """The loader's batches, an average of the weights, evaluation in between, and a resume."""
+    config = run_config(root, *tasks, steps=steps, ema_decay=0.9, eval_every=5, eval_limit=2, log_every=5)
+    monkeypatch.setattr(step_graph, "wanted", lambda mode, device: None)
+    with watching() as watch:
+        backends = []
+
+        def backend(device):
+            backends.append(Recorded(watch))
+            return backends[-1]
+
+        monkeypatch.setattr(step_graph, "CudaGraphs", backend)
+        whole = train(config, tmp_path / "whole", progress="none")
+        assert whole.status == "finished"
+        assert backends[0].replays >= steps // 3
+        train(config, tmp_path / "parts", progress="none", stop_at=6)
+        train(config, tmp_path / "parts", progress="none", resume="auto")
+    assert state_hash(tmp_path / "parts") == state_hash(tmp_path / "whole")
+    assert "stays eager" not in (tmp_path / "whole" / "log.txt").read_text()

@@ -1,0 +1,43 @@
+"""Modules by the names they had before they were sorted into folders: other people's scripts import them so.
+
+An old name gives a module that looks everything up in the new one, and a ``DeprecationWarning`` that says where it is.
+"""
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+import types
+import warnings
+
+MOVED = {
+    "unit_fast.checkpoint": "unit_fast.weights.checkpoint",
+    "unit_fast.cli": "unit_fast.commands.main",
+    "unit_fast.convert": "unit_fast.weights.convert",
+    "unit_fast.env": "unit_fast.run.environment",
+    "unit_fast.evaluate": "unit_fast.evaluation.evaluate",
+    "unit_fast.labels": "unit_fast.evaluation.labels",
+    "unit_fast.metrics": "unit_fast.evaluation.metrics",
+    "unit_fast.predict": "unit_fast.evaluation.predict",
+    "unit_fast.setup_model": "unit_fast.run.setup",
+    "unit_fast.train": "unit_fast.run.train",
+    "unit_fast.data.synthetic": "unit_fast.data.generated.world",
+}
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, fullname, path=None, target=None):
+        return importlib.util.spec_from_loader(fullname, self) if fullname in MOVED else None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        new = MOVED[module.__name__]
+        warnings.warn(f"{module.__name__} is {new} now", DeprecationWarning, stacklevel=2)
+        home = importlib.import_module(new)
+        module.__getattr__ = lambda name: getattr(home, name)
+        module.__doc__ = home.__doc__
+
+
+def install() -> None:
+    """Make the old names importable."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())

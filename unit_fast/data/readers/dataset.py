@@ -1,0 +1,269 @@
+"""What all data sets have in common: split, texts, images, the book of oddities."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from unit_fast.config import DataConfig, TaskConfig
+from unit_fast.data.errors import BadImage, EmptySplit, Findings, MissingSplit
+from unit_fast.data.images.checked import CheckedImages
+from unit_fast.data.images.shards import Member, NoMember, Shards, opened
+from unit_fast.data.images.transforms import EvalTransform, Geometry, ImageCache, Picture, image_size, to_tensor
+from unit_fast.data.layout import Layout
+from unit_fast.data.store.cache import Cache, Content, Strings, open_cache
+from unit_fast.data.store.files import safe_path
+from unit_fast.data.text.tokens import Tokens, cached_tokens, lengths, tokenise
+from unit_fast.data.text.wordpieces import WordPieces
+from unit_fast.errors import UserError, printable
+from unit_fast.tasks import Task
+
+SPLITS = ("train", "val", "test")
+NOTABLE = ("file", "files", "split by", "questions without answers")
+"""Facts that help to see why a split is empty."""
+
+
+class Dataset:
+    """One split of one data set: annotations in flat arrays, images made when asked for.
+
+    The arrays of large files are mapped from the cache (``cache.py``), and so are the word pieces of their texts; of
+    small files the arrays are in memory and the word pieces made when asked for. Forked workers share either; the
+    mapped ones cost them no memory of their own.
+
+    Subclasses fill themselves from files in ``_read``, those with texts ``columns`` and ``rows`` too, and define
+    ``__len__``, ``sample_id``, ``_sample`` and, with images, ``image_path``.
+    """
+
+    columns: tuple[Strings, ...] = ()
+    """The first sentence of every row, and the second ones of pairs."""
+    rows: Content | None = None
+    """What was read from the annotation files; ``columns`` are part of it."""
+
+    def __init__(
+        self,
+        task: Task,
+        split: str,
+        data: DataConfig,
+        config: TaskConfig,
+        *,
+        augment: bool = False,
+        vocab_size: int | None = None,
+        attribute_outputs: int = 401,
+        findings: Findings | None = None,
+    ):
+        if split not in SPLITS:
+            raise UserError(f"split {split!r} of {task.short}: must be one of {', '.join(SPLITS)}")
+        self.task = task
+        self.split = split
+        self.data = data
+        self.config = config
+        self.augment = augment and data.augment
+        self.attribute_limit = attribute_outputs - 1
+        self.layout = Layout(data)
+        self.findings = findings or Findings()
+        self.facts: dict[str, object] = {}
+        """What was read, by name: counts and the files used."""
+        self.shards: dict[str, Shards] = {}
+        """The shards that images come from, by folder; empty for loose files."""
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._lengths: np.ndarray | None = None
+        self.decoded = ImageCache(data.cache_mib * 2**20)
+        self.transform = EvalTransform(data, floor=task.has_text)
+        # a check of the files reads the files
+        self.cache = open_cache(data) if self.findings.strict else Cache(None)
+        self._read()
+        # after the files: where a split is missing, that is what to say
+        self.words = self._word_pieces(vocab_size) if task.has_text else None
+        if not len(self):
+            # an empty file, no row of the split in it, or everything in it was left out
+            details = [f"{f.count} x {f.kind} left out" for f in self.findings.found.values()]
+            details += [f"{name}: {value}" for name, value in self.facts.items() if name in NOTABLE]
+            reason = f" ({printable('; '.join(details), 600)})" if details else ""
+            raise EmptySplit(
+                f"{task.short}: no usable sample in split {split}{reason}; "
+                f"check the files with: unit-fast data check {printable(self.layout.root, 400)}",
+                by_ids="split by" in self.facts,
+            )
+        self._tokens: Tokens | None = None
+        if self.words is not None and self.rows is not None and self.rows.name is not None:
+            self._tokens = cached_tokens(self.cache, self.rows, self.words, self.columns, f"{task.short} {split}")
+
+    def _read(self) -> None:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def sample_id(self, index: int) -> int | str:
+        """The id used in messages and prediction files."""
+        raise NotImplementedError
+
+    def meaning(self) -> dict[str, str]:
+        """Digests of what gives the numbers in the samples their meaning, by name: with another one a model trained on
+        them is no use."""
+        return {"vocabulary": self.words.fingerprint} if self.words is not None else {}
+
+    def digest(self) -> dict:
+        """What tells this data set from a changed one, as JSON: ``meaning``, a digest of the ``rows`` in their order,
+        and the number of ``samples``. The images' pixels are not looked at."""
+        return {"meaning": self.meaning(), "rows": self.rows.digest(), "samples": len(self)}
+
+    def remarks(self) -> list[str]:
+        """What the reader found odd and left out or tolerated, one line a kind with its count and an example."""
+        return [
+            f"{self.task.short} {self.split}: {f.count:,} x {f.kind} (first: {printable(f.examples[0], 400)})"
+            for f in self.findings.found.values()
+        ]
+
+    def get(self, index: int, key: int | None = None) -> dict:
+        """The sample at ``index`` as a dict for ``collate``, its image read by the reference engine.
+
+        Args:
+            key: seeds the augmentation of this visit; None uses no randomness.
+
+        Raises:
+            BadImage: the image is absent or damaged.
+        """
+        return self._sample(index, key, self._pixels)
+
+    def describe(self, index: int, key: int | None, checked: CheckedImages) -> dict:
+        """As ``get``, but with ``picture`` (``images.Picture``), which is still to be read, instead of ``image``."""
+
+        def picture(path, stated, key):
+            facts = checked.facts(path)
+            geometry = self._geometry(path, (facts.height, facts.width), stated, key)
+            return {"picture": Picture(path, geometry, facts.stamp)}, geometry
+
+        return self._sample(index, key, picture)
+
+    def shape(self, index: int, key: int | None = None) -> tuple[int, ...]:
+        """(height, width) of the image of ``get`` as far as its header tells, or (tokens,) of a text alone.
+
+        An image without a readable header has (0, 0).
+        """
+        if not self.task.has_image:
+            if self._lengths is None:
+                self._lengths = self.text_lengths()
+            return (int(self._lengths[index]),)
+        try:
+            return self.transform.geometry(*self._stored_size(index), key if self.augment else None).size
+        except BadImage:
+            return 0, 0
+
+    def image_path(self, index: int):
+        """The image file of a sample; ``BadImage`` when its name leads out of the data root."""
+        raise NotImplementedError
+
+    def image_paths(self):
+        """(path, stated (height, width) or None) of every image of the split, each once."""
+        return iter(())
+
+    def text(self, index: int) -> str | tuple[str, str]:
+        """The sentence of row ``index``, or the two of a pair."""
+        texts = tuple(column[index] for column in self.columns)
+        return texts[0] if len(texts) == 1 else texts
+
+    def text_tokens(self, index: int) -> int:
+        """Number of ids of row ``index`` as ``get`` gives them: cut to ``text_length``, special pieces included.
+
+        Raises:
+            UserError: the text cannot be tokenised, and no tokens are at hand (``text_lengths`` then counts it as one
+                piece).
+        """
+        if self._tokens is None:
+            return len(self.words.encode(self.text(index), self.config.text_length)[0])
+        counts = [ends[index + 1 : index + 2] - ends[index : index + 1] for ends in self._tokens.ends]
+        return int(lengths(counts, self.config.text_length)[0])
+
+    def text_lengths(self) -> np.ndarray:
+        """``text_tokens`` of all rows: int64 [n]. Texts that have no tokens yet are tokenised once, for ``get`` too."""
+        if self._tokens is None:
+            self._tokens = Tokens(tokenise(self.words, self.columns, self.task.short), len(self.columns))
+        return lengths(self._tokens.counts(), self.config.text_length)
+
+    # ------------------------------------------------------------------------------------------------- helpers
+
+    def _word_pieces(self, vocab_size):
+        if self.config.text_length < 3:
+            raise UserError(
+                f"{self.task.short}: text_length is {self.config.text_length}; it must be at least 3 (one word piece "
+                f"between [CLS] and [SEP])"
+            )
+        path = self.layout.find("bert.vocab")
+        if path is None:
+            raise UserError(f"vocabulary not found: {self.layout.where('bert.vocab')}; or give --vocab FILE")
+        return WordPieces(path, vocab_size)
+
+    def _encode(self, index: int) -> dict:
+        text = self.text(index)
+        pieces = self._tokens.pieces(index) if self._tokens is not None else None
+        if pieces is None:  # without tokens, or one raises the error of its text
+            ids, segments = self.words.encode(text, self.config.text_length)
+        else:
+            ids, segments = self.words.form(pieces[0], pieces[1] if len(pieces) > 1 else [], self.config.text_length)
+        return {
+            "input_ids": torch.tensor(ids, dtype=torch.int64),
+            "attention_mask": torch.ones(len(ids), dtype=torch.int64),
+            "token_type_ids": torch.tensor(segments, dtype=torch.int64),
+            "text": text,
+        }
+
+    def _missing(self, *keys: str) -> MissingSplit:
+        """The error for a split whose files are not there."""
+        places = "; ".join(self.layout.where(key) for key in keys)
+        return MissingSplit(f"{self.task.short}: no files for split {self.split}; looked for {places}")
+
+    def _folder(self, key: str) -> Path | Shards:
+        """A folder of image files, or of shards, that must exist."""
+        path = self.layout.find(key)
+        if path is None or not path.is_dir():
+            raise UserError(f"{self.task.short}: image folder not found: {self.layout.where(key)}")
+        return self._opened(path)
+
+    def _opened(self, path: Path) -> Path | Shards:
+        """The folder, or its shards, whose tar files must be there and of the right size."""
+        shards = opened(path)
+        if shards is None:
+            return path
+        self.shards[str(path)] = shards
+        for problem in shards.problems():
+            self.findings.error("shard missing or damaged", problem)
+        return shards
+
+    def _sample(self, index: int, key: int | None, image: Callable[..., tuple[dict, Geometry | None]]) -> dict:
+        """What ``get`` and ``describe`` return; ``image(path, stated size or None, key)`` gives fields and geometry."""
+        raise NotImplementedError
+
+    def _image(self, index: int, key: int | None, image: Callable, stated=None) -> tuple[dict, Geometry]:
+        """The fields that every sample with an image has, and what was done to the image."""
+        path = self.image_path(index)
+        fields, geometry = image(path, stated, key)
+        return {**fields, "orig_size": geometry.stored, "image_path": str(path)}, geometry
+
+    def _pixels(self, path, stated, key):
+        image = self.decoded.load(path, self.data.max_pixels)
+        geometry = self._geometry(path, (image.height, image.width), stated, key)
+        return {"image": to_tensor(geometry.apply_image(image))}, geometry
+
+    def _geometry(self, path, size: tuple[int, int], stated, key) -> Geometry:
+        if stated is not None and size != stated:
+            raise BadImage(path, f"is {size[1]} x {size[0]} pixels, its annotation says {stated[1]} x {stated[0]}")
+        return self.transform.geometry(*size, key if self.augment else None)
+
+    def _stored_size(self, index: int) -> tuple[int, int]:
+        """(height, width) of an image as stored, from its annotation or its header."""
+        path = self.image_path(index)
+        found = self._sizes.get(str(path))
+        if found is None:
+            found = self._sizes[str(path)] = image_size(path, self.data.max_pixels)
+        return found
+
+    def _inside(self, folder: Path | Shards, name: str) -> Path | Member | NoMember:
+        """``folder / name``, refused as ``BadImage`` when it leads out of the folder and the data root."""
+        try:
+            if isinstance(folder, Shards):
+                return folder.get(name)
+            return safe_path(folder, name, within=self.layout.root)
+        except UserError as error:
+            raise BadImage(name, str(error)) from None
