@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from unit_fast_kernels._bounds import CARDS
+from unit_fast_kernels.shared.cards import CARDS
 
 ROOT = Path(__file__).resolve().parents[1]
 

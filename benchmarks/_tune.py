@@ -26,8 +26,10 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from unit_fast_kernels import _assemble, _record, _tuned
-from unit_fast_kernels._op import REGISTERED
+from unit_fast_kernels.assembly import assemble as _assemble
+from unit_fast_kernels.assembly import record as _record
+from unit_fast_kernels.shared import tuned as _tuned
+from unit_fast_kernels.shared.registration import REGISTERED
 
 ROUNDS = 15
 DTYPE = torch.bfloat16

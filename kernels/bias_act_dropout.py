@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from unit_fast_kernels._op import DTYPES, register
-from unit_fast_kernels._philox import keep_elements, keep_rows, limit
-from unit_fast_kernels._random import keep_scale
-from unit_fast_kernels._sums import sum_partials
-from unit_fast_kernels._triton import cdiv, jit, power_of_two, tl
-from unit_fast_kernels._tuned import launch_parameters, multiprocessors
 from unit_fast_kernels.dropout import drop, dropout_cpu, dropout_reference
+from unit_fast_kernels.shared.philox import keep_elements, keep_rows, limit
+from unit_fast_kernels.shared.random import keep_scale
+from unit_fast_kernels.shared.registration import DTYPES, register
+from unit_fast_kernels.shared.sums import sum_partials
+from unit_fast_kernels.shared.triton import cdiv, jit, power_of_two, tl
+from unit_fast_kernels.shared.tuned import launch_parameters, multiprocessors
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 MAX_WIDTH = 2**20

@@ -21,16 +21,6 @@ import math
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from unit_fast_kernels._attention_blocks import key_blocks, key_list, packed
-from unit_fast_kernels._cross_attention_kernels import (
-    _cross_attention_bwd_kernel,
-    _cross_attention_fwd_kernel,
-    _cross_attention_join_kernel,
-)
-from unit_fast_kernels._op import register
-from unit_fast_kernels._random import keep_scale, threshold
-from unit_fast_kernels._triton import INTERPRETING, cdiv, power_of_two
-from unit_fast_kernels._tuned import card, launch_parameters, multiprocessors
 from unit_fast_kernels.attention import (
     LOG2E,
     _bwd_fake,
@@ -43,6 +33,16 @@ from unit_fast_kernels.attention import (
     attention_reference,
     attention_unfit,
 )
+from unit_fast_kernels.attention.blocks import key_blocks, key_list, packed
+from unit_fast_kernels.attention.split_kernels import (
+    _cross_attention_bwd_kernel,
+    _cross_attention_fwd_kernel,
+    _cross_attention_join_kernel,
+)
+from unit_fast_kernels.shared.random import keep_scale, threshold
+from unit_fast_kernels.shared.registration import register
+from unit_fast_kernels.shared.triton import INTERPRETING, cdiv, power_of_two
+from unit_fast_kernels.shared.tuned import card, launch_parameters, multiprocessors
 
 MOST_QUERIES = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}
 """Queries of one tile. Exact float32 products keep their operands in registers: a tile of 128 would spill."""

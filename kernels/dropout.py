@@ -10,11 +10,11 @@ float16.
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from unit_fast_kernels._op import DTYPES, register
-from unit_fast_kernels._philox import keep_elements, keep_rows, limit
-from unit_fast_kernels._random import RandomBits, SavedBits, cut, draw, keep_mask, keep_scale
-from unit_fast_kernels._triton import cdiv, jit, tl
-from unit_fast_kernels._tuned import launch_parameters
+from unit_fast_kernels.shared.philox import keep_elements, keep_rows, limit
+from unit_fast_kernels.shared.random import RandomBits, SavedBits, cut, draw, keep_mask, keep_scale
+from unit_fast_kernels.shared.registration import DTYPES, register
+from unit_fast_kernels.shared.triton import cdiv, jit, tl
+from unit_fast_kernels.shared.tuned import launch_parameters
 
 # Elements worked on at a time, so that their random numbers stay in cache.
 CHUNK = 1 << 18

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from unit_fast_kernels._op import DTYPES, register
-from unit_fast_kernels._triton import cdiv, jit, power_of_two, tl
-from unit_fast_kernels._tuned import launch_parameters
+from unit_fast_kernels.shared.registration import DTYPES, register
+from unit_fast_kernels.shared.triton import cdiv, jit, power_of_two, tl
+from unit_fast_kernels.shared.tuned import launch_parameters
 
 
 def frozen_bn_act_reference(

@@ -18,9 +18,9 @@ the view [L,B,Q,N].
 
 import torch
 from torch import Tensor
-from unit_fast_kernels._op import DTYPES, register
-from unit_fast_kernels._triton import cdiv, jit, power_of_two, tl
-from unit_fast_kernels._tuned import launch_parameters
+from unit_fast_kernels.shared.registration import DTYPES, register
+from unit_fast_kernels.shared.triton import cdiv, jit, power_of_two, tl
+from unit_fast_kernels.shared.tuned import launch_parameters
 
 
 def corners(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

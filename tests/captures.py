@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from unit_fast_kernels import _capture
+from unit_fast_kernels.shared import capture as _capture
 
 from unit_fast import ops
 from unit_fast.run.step_graph import Graphs, copied

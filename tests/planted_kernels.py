@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from unit_fast_kernels._triton import INTERPRETING, cdiv, jit, tl, triton
+from unit_fast_kernels.shared.triton import INTERPRETING, cdiv, jit, tl, triton
 
 needs_compiler = pytest.mark.skipif(
     triton is None or INTERPRETING, reason="kernels are compiled in the run without TRITON_INTERPRET, with Triton"

@@ -21,16 +21,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from unit_fast_kernels import _adamw_step, _ticket, _triton
 from unit_fast_kernels import adamw as _adamw
-from unit_fast_kernels._adamw_cpu import adamw_cpu, adamw_cpu_unfit
-from unit_fast_kernels._adamw_step import Stats, Step, adamw_reference
-from unit_fast_kernels._attention_cpu import attention_cpu
-from unit_fast_kernels._capture import graph_memory as graph_memory
-from unit_fast_kernels._set_loss_cpu import set_loss_cpu
 from unit_fast_kernels.adamw import Tables, adamw_fused, adamw_unfit
+from unit_fast_kernels.adamw import step as _adamw_step
+from unit_fast_kernels.adamw.cpu import adamw_cpu, adamw_cpu_unfit
+from unit_fast_kernels.adamw.step import Stats, Step, adamw_reference
 from unit_fast_kernels.assignment import assignment_fused, assignment_reference, assignment_unfit
 from unit_fast_kernels.attention import attention_fused, attention_reference, attention_unfit
+from unit_fast_kernels.attention.cpu import attention_cpu
 from unit_fast_kernels.attribute_loss import attribute_loss_fused, attribute_loss_reference, attribute_loss_unfit
 from unit_fast_kernels.bias_act_dropout import (
     ACTIVATIONS,
@@ -60,6 +58,10 @@ from unit_fast_kernels.residual_norm import (
     residual_norm_unfit,
 )
 from unit_fast_kernels.set_loss import NORMALISATIONS, set_loss_fused, set_loss_reference, set_loss_unfit
+from unit_fast_kernels.set_loss.cpu import set_loss_cpu
+from unit_fast_kernels.shared import ticket as _ticket
+from unit_fast_kernels.shared import triton as _triton
+from unit_fast_kernels.shared.capture import graph_memory as graph_memory
 
 from unit_fast.errors import UserError, nearest
 

@@ -2,7 +2,7 @@
 
 import random
 
-from unit_fast_kernels._triton import INTERPRETING
+from unit_fast_kernels.shared.triton import INTERPRETING
 
 ORDERS = ["reversed", 0]
 

@@ -8,12 +8,14 @@ import math
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from unit_fast_kernels import _assemble, _capture, _record
 from unit_fast_kernels import adamw as module
-from unit_fast_kernels._adamw_cpu import adamw_cpu
-from unit_fast_kernels._adamw_step import POLICIES, RULES, Step, adamw_reference
-from unit_fast_kernels._triton import INTERPRETING
 from unit_fast_kernels.adamw import CHUNK, Tables, adamw_fused, adamw_unfit
+from unit_fast_kernels.adamw.cpu import adamw_cpu
+from unit_fast_kernels.adamw.step import POLICIES, RULES, Step, adamw_reference
+from unit_fast_kernels.assembly import assemble as _assemble
+from unit_fast_kernels.assembly import record as _record
+from unit_fast_kernels.shared import capture as _capture
+from unit_fast_kernels.shared.triton import INTERPRETING
 
 from benchmarks import _tune
 from tests.kernels.common import guarded, poison_new_memory

@@ -7,7 +7,10 @@ import warnings
 from pathlib import Path
 
 import pytest
-from unit_fast_kernels import _assemble, _bounds, _budgets, _record
+from unit_fast_kernels.assembly import assemble as _assemble
+from unit_fast_kernels.assembly import budgets as _budgets
+from unit_fast_kernels.assembly import record as _record
+from unit_fast_kernels.shared import cards
 
 from tests.planted_kernels import launch_matmul, launch_scale, needs_compiler
 
@@ -222,7 +225,7 @@ def test_the_worst_of_several_launches_counts(planted):
 def test_the_hot_loop_of_a_real_binary(planted, name, opcode, count):
     """64 x 64 x 32 products in a turn: by 4 warps in 16 x 8 x 16, or in two 64 x 64 x 16 of the warp group."""
     row = planted[name]
-    tensor = {k: n for k, n in row.loop.items() if _bounds.pipe_of(k) == "tensor"}
+    tensor = {k: n for k, n in row.loop.items() if cards.pipe_of(k) == "tensor"}
     assert all(k.startswith(opcode + ".") for k in tensor)
     assert sum(tensor.values()) == count
     assert row.scores_per_thread == 32
@@ -233,7 +236,7 @@ def test_the_hot_loop_of_a_real_binary(planted, name, opcode, count):
 @needs_compiler
 def test_bounds_of_a_row(planted, monkeypatch):
     fine = planted["fine"]
-    card = _bounds.CARDS["a100"]
+    card = cards.CARDS["a100"]
     assert fine.bytes == 4096 * 2000
     assert fine.bound_us("a100") == pytest.approx(4096 * 2000 / 2.039e6)
     issue = 4096e3 / 32 / 32 * sum(fine.loop.values()) / card.cycles_per_us

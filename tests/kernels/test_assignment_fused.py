@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from unit_fast_kernels import _record, _tuned
 from unit_fast_kernels import assignment as module
-from unit_fast_kernels._triton import INTERPRETING
+from unit_fast_kernels.assembly import record as _record
 from unit_fast_kernels.assignment import assignment_fused, assignment_reference
+from unit_fast_kernels.shared import tuned as _tuned
+from unit_fast_kernels.shared.triton import INTERPRETING
 
 from tests.kernels.assignment_problems import KINDS, problems, scipy_query
 from tests.kernels.canaries import Canaries

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from unit_fast_kernels import _attention_cpu as module
-from unit_fast_kernels._attention_cpu import attention_cpu
-from unit_fast_kernels._random import keep_mask, keep_scale
 from unit_fast_kernels.attention import attention_reference
+from unit_fast_kernels.attention import cpu as module
+from unit_fast_kernels.attention.cpu import attention_cpu
+from unit_fast_kernels.shared.random import keep_mask, keep_scale
 
 from tests.kernels.common import SEED, assert_as_good_as_eager, values_and_gradients, within_sigmas
 from unit_fast import ops

@@ -7,13 +7,12 @@ import math
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from unit_fast_kernels import _attention_blocks as blocks
-from unit_fast_kernels import _tuned
 from unit_fast_kernels import attention as module
-from unit_fast_kernels._attention_blocks import attention_keep, key_list
-from unit_fast_kernels._random import keep_scale
-from unit_fast_kernels._triton import INTERPRETING
-from unit_fast_kernels.attention import attention_fused, attention_reference
+from unit_fast_kernels.attention import attention_fused, attention_reference, blocks
+from unit_fast_kernels.attention.blocks import attention_keep, key_list
+from unit_fast_kernels.shared import tuned as _tuned
+from unit_fast_kernels.shared.random import keep_scale
+from unit_fast_kernels.shared.triton import INTERPRETING
 
 from tests.kernels.common import (
     SEED,

@@ -4,11 +4,11 @@ Under ``TRITON_INTERPRET=1`` the kernels run; else the references that are regis
 
 import pytest
 import torch
-from unit_fast_kernels import _record
 from unit_fast_kernels import attribute_loss as module
-from unit_fast_kernels._op import REGISTERED
-from unit_fast_kernels._triton import INTERPRETING
+from unit_fast_kernels.assembly import record as _record
 from unit_fast_kernels.attribute_loss import attribute_loss_fused, attribute_loss_reference
+from unit_fast_kernels.shared.registration import REGISTERED
+from unit_fast_kernels.shared.triton import INTERPRETING
 
 from tests.kernels.common import (
     assert_as_good_as_eager,

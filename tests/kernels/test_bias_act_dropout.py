@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from unit_fast_kernels._random import keep_mask
 from unit_fast_kernels.bias_act_dropout import bias_act_dropout_cpu, bias_act_dropout_reference
+from unit_fast_kernels.shared.random import keep_mask
 
 from tests.kernels.common import SEED, assert_as_good_as_eager, values_and_gradients, within_sigmas
 from unit_fast import ops

@@ -4,11 +4,11 @@ Under ``TRITON_INTERPRET=1`` the kernels run; else the references that are regis
 
 import pytest
 import torch
-from unit_fast_kernels import _tuned
 from unit_fast_kernels import bias_act_dropout as module
-from unit_fast_kernels._philox import keep_elements
-from unit_fast_kernels._triton import INTERPRETING
 from unit_fast_kernels.bias_act_dropout import bias_act_dropout_fused, bias_act_dropout_reference
+from unit_fast_kernels.shared import tuned as _tuned
+from unit_fast_kernels.shared.philox import keep_elements
+from unit_fast_kernels.shared.triton import INTERPRETING
 
 from tests.kernels.common import (
     SEED,

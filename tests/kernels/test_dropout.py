@@ -3,8 +3,8 @@
 import pytest
 import torch
 from unit_fast_kernels import dropout as module
-from unit_fast_kernels._random import keep_mask
 from unit_fast_kernels.dropout import dropout_cpu, dropout_reference
+from unit_fast_kernels.shared.random import keep_mask
 
 from tests.kernels.common import SEED, assert_as_good_as_eager, values_and_gradients, within_sigmas
 from unit_fast import ops

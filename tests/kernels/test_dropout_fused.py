@@ -5,9 +5,9 @@ Under ``TRITON_INTERPRET=1`` the kernel runs; else the reference that is registe
 import pytest
 import torch
 from unit_fast_kernels import dropout as module
-from unit_fast_kernels._philox import keep_elements
-from unit_fast_kernels._triton import INTERPRETING
 from unit_fast_kernels.dropout import dropout_fused, dropout_reference
+from unit_fast_kernels.shared.philox import keep_elements
+from unit_fast_kernels.shared.triton import INTERPRETING
 
 from tests.kernels.common import (
     SEED,

@@ -5,10 +5,10 @@ Under ``TRITON_INTERPRET=1`` the kernels run; else the references that are regis
 import pytest
 import torch
 from torchvision.ops import FrozenBatchNorm2d
-from unit_fast_kernels import _tuned
 from unit_fast_kernels import frozen_bn_act as module
-from unit_fast_kernels._triton import INTERPRETING
 from unit_fast_kernels.frozen_bn_act import frozen_bn_act_fused, frozen_bn_act_reference
+from unit_fast_kernels.shared import tuned as _tuned
+from unit_fast_kernels.shared.triton import INTERPRETING
 
 from tests.kernels.common import (
     assert_as_good_as_eager,

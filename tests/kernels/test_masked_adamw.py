@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from unit_fast_kernels import adamw as module
-from unit_fast_kernels._triton import INTERPRETING
+from unit_fast_kernels.shared.triton import INTERPRETING
 
 from tests.captures import Recorded, watching
 from tests.kernels.test_adamw import bits

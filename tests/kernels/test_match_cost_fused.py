@@ -7,10 +7,11 @@ import math
 
 import pytest
 import torch
-from unit_fast_kernels import _record, _tuned
 from unit_fast_kernels import match_cost as module
-from unit_fast_kernels._triton import INTERPRETING
+from unit_fast_kernels.assembly import record as _record
 from unit_fast_kernels.match_cost import match_cost_cpu, match_cost_fused, match_cost_reference
+from unit_fast_kernels.shared import tuned as _tuned
+from unit_fast_kernels.shared.triton import INTERPRETING
 
 from tests.kernels.canaries import Canaries
 from tests.kernels.common import assert_as_good_as_eager, assert_fake_is_real, guarded

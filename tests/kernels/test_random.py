@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from unit_fast_kernels._random import RandomBits, SavedBits, cut, draw, keep_mask, keep_scale, threshold
+from unit_fast_kernels.shared.random import RandomBits, SavedBits, cut, draw, keep_mask, keep_scale, threshold
 
 from tests.kernels.common import SEED, within_sigmas
 

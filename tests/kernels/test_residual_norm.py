@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from unit_fast_kernels import residual_norm as module
-from unit_fast_kernels._random import keep_mask
 from unit_fast_kernels.residual_norm import residual_norm_cpu, residual_norm_reference
+from unit_fast_kernels.shared.random import keep_mask
 
 from tests.kernels.common import SEED, assert_as_good_as_eager, values_and_gradients, within_sigmas
 from unit_fast import ops

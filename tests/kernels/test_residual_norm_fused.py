@@ -7,11 +7,11 @@ import contextlib
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from unit_fast_kernels import _tuned
 from unit_fast_kernels import residual_norm as module
-from unit_fast_kernels._philox import keep_elements
-from unit_fast_kernels._triton import INTERPRETING
 from unit_fast_kernels.residual_norm import residual_norm_fused, residual_norm_reference
+from unit_fast_kernels.shared import tuned as _tuned
+from unit_fast_kernels.shared.philox import keep_elements
+from unit_fast_kernels.shared.triton import INTERPRETING
 
 from tests.kernels.common import (
     SEED,

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from unit_fast_kernels._set_loss_cpu import set_loss_cpu
-from unit_fast_kernels._set_loss_reference import set_loss_bwd_reference
-from unit_fast_kernels._triton import INTERPRETING
 from unit_fast_kernels.match_cost import pairwise_giou
 from unit_fast_kernels.set_loss import set_loss_reference
+from unit_fast_kernels.set_loss.cpu import set_loss_cpu
+from unit_fast_kernels.set_loss.reference import set_loss_bwd_reference
+from unit_fast_kernels.shared.triton import INTERPRETING
 
 from tests.kernels.common import assert_as_good_as_eager, values_and_gradients
 from tests.kernels.test_set_loss_fused import SETTINGS, SIZES, problem, stacked, wide

@@ -5,9 +5,12 @@ import re
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from unit_fast_kernels import _assemble, _budgets, _record, _ticket
-from unit_fast_kernels._op import REGISTERED
-from unit_fast_kernels._triton import INTERPRETING, jit, tl
+from unit_fast_kernels.assembly import assemble as _assemble
+from unit_fast_kernels.assembly import budgets as _budgets
+from unit_fast_kernels.assembly import record as _record
+from unit_fast_kernels.shared import ticket as _ticket
+from unit_fast_kernels.shared.registration import REGISTERED
+from unit_fast_kernels.shared.triton import INTERPRETING, jit, tl
 
 from tests.kernels.program_order import ORDERS, permute_programs
 from tests.planted_kernels import needs_compiler

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from unit_fast_kernels import _tuned
-from unit_fast_kernels._op import REGISTERED
+from unit_fast_kernels.shared import tuned as _tuned
+from unit_fast_kernels.shared.registration import REGISTERED
 
 from benchmarks import _run, _tune
 from tests.planted_kernels import launch_matmul, needs_compiler

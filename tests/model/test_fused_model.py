@@ -5,7 +5,7 @@ Runs under the interpreter (``TRITON_INTERPRET=1``) or on a GPU (``-m gpu``); a 
 
 import pytest
 import torch
-from unit_fast_kernels._triton import INTERPRETING
+from unit_fast_kernels.shared.triton import INTERPRETING
 
 from tests.models import random_batch, small_config
 from unit_fast import ops

@@ -6,8 +6,9 @@ are on a card. (That a captured update finds its gradients is ``kernels/test_mas
 
 import pytest
 import torch
-from unit_fast_kernels import _capture, _triton
 from unit_fast_kernels import adamw as adamw_module
+from unit_fast_kernels.shared import capture as _capture
+from unit_fast_kernels.shared import triton as _triton
 
 from tests.captures import Recorded, Violation, watching
 from tests.models import random_batch, small_config

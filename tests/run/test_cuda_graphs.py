@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from unit_fast_kernels import _capture
+from unit_fast_kernels.shared import capture as _capture
 
 from unit_fast import ops
 from unit_fast.run import step_graph

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from unit_fast_kernels import _budgets
-from unit_fast_kernels._op import REGISTERED
-from unit_fast_kernels._record import record
+from unit_fast_kernels.assembly import budgets as _budgets
+from unit_fast_kernels.assembly.record import record
+from unit_fast_kernels.shared.registration import REGISTERED
 
 from tests.host_reads import HOST_READ, CountingMode, Counts, counting, host_reads
 from tests.models import random_batch

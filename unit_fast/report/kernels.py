@@ -1,7 +1,7 @@
 """The table of ``unit-fast kernels``: what each kernel takes on a card and what it could reach, without a card.
 
 Registers, spills, shared memory and instructions are those of the assembled binaries; bytes and FLOPs are counted;
-times are arithmetic on them, the bounds of ``unit_fast_kernels._bounds``.
+times are arithmetic on them, the bounds of ``unit_fast_kernels.shared.cards``.
 """
 
 import sys
@@ -11,9 +11,10 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from unit_fast_kernels import _bounds, _budgets
-from unit_fast_kernels._assemble import ARCHITECTURES
-from unit_fast_kernels._record import AssemblyError, require
+from unit_fast_kernels.assembly import budgets as _budgets
+from unit_fast_kernels.assembly.assemble import ARCHITECTURES
+from unit_fast_kernels.assembly.record import AssemblyError, require
+from unit_fast_kernels.shared import cards as _bounds
 
 from unit_fast.errors import UserError, nearest
 

@@ -1,15 +1,16 @@
 """The whole training step as CUDA graphs, one for each task and bucket of shapes.
 
-A step of ours reads nothing on the host (``tests/run/test_no_host_read.py``), so forward, matching, losses, backward, clip
-and optimiser are captured together and replayed with one launch. A batch is copied into static tensors that all buckets
-share (``input_arena``); the first batch of a bucket runs eagerly on the capturing stream, which is the warm-up that
-capture wants and trains as any other step; then the step is captured and from there on replayed. Dropout's numbers come
-from the default generator, whose offset a replay advances; the learning rate comes from a step counter on the device.
+A step of ours reads nothing on the host (``tests/run/test_no_host_read.py``), so forward, matching, losses, backward,
+clip and optimiser are captured together and replayed with one launch. A batch is copied into static tensors that all
+buckets share (``input_arena``); the first batch of a bucket runs eagerly on the capturing stream, which is the warm-up
+that capture wants and trains as any other step; then the step is captured and from there on replayed. Dropout's numbers
+come from the default generator, whose offset a replay advances; the learning rate comes from a step counter on the
+device.
 
 Memory: all graphs and the eager steps between them take it from one pool, so that together they need little more than
 the largest. Replays overwrite whatever lies in it. So what outlives a step is made outside (``MaskedAdamW.prepare``,
-``ops.reserve``), and what a replay reads it writes before, or it was made before the capture (``tests/run/test_capture.py``
-proves both for every task).
+``ops.reserve``), and what a replay reads it writes before, or it was made before the capture
+(``tests/run/test_capture.py`` proves both for every task).
 
 Where a step cannot be captured, its bucket runs eagerly and one line says why. A counter inside the step proves that
 replays happen: ``check`` compares it with the host's.

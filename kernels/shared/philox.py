@@ -11,8 +11,8 @@ to the references as ``keep=``. Seven rounds are the fewest that pass BigCrush (
 
 import torch
 from torch import Tensor
-from unit_fast_kernels._random import threshold
-from unit_fast_kernels._triton import jit, tl
+from unit_fast_kernels.shared.random import threshold
+from unit_fast_kernels.shared.triton import jit, tl
 
 ROUNDS = 7
 _M0, _M1, _W0, _W1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85

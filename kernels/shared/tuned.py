@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from unit_fast_kernels import _bounds
+from unit_fast_kernels.shared import cards
 
-FOLDER = Path(__file__).resolve().parent / "tuned"
-CARDS = tuple(_bounds.CARDS)
+FOLDER = Path(__file__).resolve().parents[1] / "tuned"
+CARDS = tuple(cards.CARDS)
 _assumed: contextvars.ContextVar[str | None] = contextvars.ContextVar("unit_fast_card", default=None)
 _tried: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("unit_fast_tried", default=None)
 
@@ -65,7 +65,7 @@ def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of ``device``, from the real card where there is one."""
     if _assumed.get() is None and device.type == "cuda":
         return _multiprocessors_of(device.index or 0)
-    return _bounds.CARDS[card(device)].multiprocessors
+    return cards.CARDS[card(device)].multiprocessors
 
 
 @functools.cache

@@ -25,8 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from unit_fast_kernels import _capture
-from unit_fast_kernels._adamw_kernels import (
+from unit_fast_kernels.adamw.kernels import (
     CHUNK,
     GRADIENT_ROW,
     SCALARS,
@@ -34,10 +33,11 @@ from unit_fast_kernels._adamw_kernels import (
     _adamw_norms_kernel,
     _adamw_update_kernel,
 )
-from unit_fast_kernels._adamw_step import Stats, Step, adamw_reference, is_dense, same_layout, upload
-from unit_fast_kernels._op import DTYPES, register
-from unit_fast_kernels._triton import cdiv, tl
-from unit_fast_kernels._tuned import launch_parameters
+from unit_fast_kernels.adamw.step import Stats, Step, adamw_reference, is_dense, same_layout, upload
+from unit_fast_kernels.shared import capture as _capture
+from unit_fast_kernels.shared.registration import DTYPES, register
+from unit_fast_kernels.shared.triton import cdiv, tl
+from unit_fast_kernels.shared.tuned import launch_parameters
 
 # --- Tables on the device -------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from unit_fast_kernels._capture import refuse
+from unit_fast_kernels.shared.capture import refuse
 
 RULES = ("hf", "torch")
 POLICIES = ("skip", "graph", "update_all")

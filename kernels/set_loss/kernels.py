@@ -10,8 +10,8 @@ last of a layer's programs adds what all of them left, in a fixed order. The bac
 element is written by one: boxes without an object by that of their row.
 """
 
-from unit_fast_kernels._ticket import is_last
-from unit_fast_kernels._triton import jit, tl
+from unit_fast_kernels.shared.ticket import is_last
+from unit_fast_kernels.shared.triton import jit, tl
 
 OBJECTS = 32
 """Objects that a row is compared with at a time."""

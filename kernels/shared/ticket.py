@@ -22,8 +22,8 @@ import threading
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from unit_fast_kernels import _capture
-from unit_fast_kernels._triton import cdiv, jit, tl
+from unit_fast_kernels.shared import capture as _capture
+from unit_fast_kernels.shared.triton import cdiv, jit, tl
 
 LINE = 32
 """A captured call's counters start at a multiple of 128 bytes: Triton compiles for pointers divisible by 16."""

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from unit_fast_kernels._op import DTYPES, register
-from unit_fast_kernels._philox import keep_elements, limit
-from unit_fast_kernels._random import keep_scale
-from unit_fast_kernels._residual_norm_kernels import _residual_norm_bwd_kernel, _residual_norm_fwd_kernel
-from unit_fast_kernels._sums import sum_partials
-from unit_fast_kernels._triton import cdiv, power_of_two
-from unit_fast_kernels._tuned import launch_parameters, multiprocessors
 from unit_fast_kernels.dropout import FEW, drop, dropout_reference, numbers_to_save
+from unit_fast_kernels.residual_norm.kernels import _residual_norm_bwd_kernel, _residual_norm_fwd_kernel
+from unit_fast_kernels.shared.philox import keep_elements, limit
+from unit_fast_kernels.shared.random import keep_scale
+from unit_fast_kernels.shared.registration import DTYPES, register
+from unit_fast_kernels.shared.sums import sum_partials
+from unit_fast_kernels.shared.triton import cdiv, power_of_two
+from unit_fast_kernels.shared.tuned import launch_parameters, multiprocessors
 
 MAX_WIDTH = 4096
 

@@ -7,8 +7,8 @@ order; the backward has a program for every block and writes every element. MB i
 NB how many objects are counted at a time.
 """
 
-from unit_fast_kernels._ticket import is_last
-from unit_fast_kernels._triton import jit, tl
+from unit_fast_kernels.shared.ticket import is_last
+from unit_fast_kernels.shared.triton import jit, tl
 
 SUM_BLOCKS = 256
 """Partial sums that the last program of a layer loads at a time."""

@@ -19,15 +19,15 @@ backward; memory-bound. Limits of the fused path: float32, bfloat16, float16; M 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from unit_fast_kernels._attribute_loss_kernels import (
+from unit_fast_kernels.attribute_loss.kernels import (
     SUM_BLOCKS,
     _attribute_loss_bwd_kernel,
     _attribute_loss_fwd_kernel,
 )
-from unit_fast_kernels._op import DTYPES, register
-from unit_fast_kernels._ticket import counters
-from unit_fast_kernels._triton import cdiv, power_of_two
-from unit_fast_kernels._tuned import launch_parameters
+from unit_fast_kernels.shared.registration import DTYPES, register
+from unit_fast_kernels.shared.ticket import counters
+from unit_fast_kernels.shared.triton import cdiv, power_of_two
+from unit_fast_kernels.shared.tuned import launch_parameters
 
 SCALE = 0.5
 """Constant factor of the authors' attribute loss (SPEC quirk 7)."""

@@ -6,7 +6,7 @@ those of ``_attention_blocks``. Scores are in units of log 2: ``scale`` = log2(e
 columns. DROP is 0 where nothing is dropped, 1 where decisions come one by one, 2 two by two.
 """
 
-from unit_fast_kernels._attention_blocks import (
+from unit_fast_kernels.attention.blocks import (
     blocks_of,
     column_of_query,
     columns,
@@ -19,7 +19,7 @@ from unit_fast_kernels._attention_blocks import (
     rows,
     select_pairs,
 )
-from unit_fast_kernels._triton import dot, jit, tl
+from unit_fast_kernels.shared.triton import dot, jit, tl
 
 
 @jit

@@ -5,7 +5,7 @@ of each of K <= 2 results in a fixed order. Bytes: reads partials, writes K C nu
 """
 
 from torch import Tensor
-from unit_fast_kernels._triton import cdiv, jit, power_of_two, tl
+from unit_fast_kernels.shared.triton import cdiv, jit, power_of_two, tl
 
 COLUMNS, ROWS, WARPS = 16, 64, 4
 

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from unit_fast_kernels._assignment_kernels import _assignment_kernel
-from unit_fast_kernels._op import DTYPES, register
-from unit_fast_kernels._triton import power_of_two
-from unit_fast_kernels._tuned import launch_parameters
+from unit_fast_kernels.assignment.kernels import _assignment_kernel
+from unit_fast_kernels.shared.registration import DTYPES, register
+from unit_fast_kernels.shared.triton import power_of_two
+from unit_fast_kernels.shared.tuned import launch_parameters
 
 MAX_COLUMNS = 1024
 

@@ -25,24 +25,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from unit_fast_kernels._op import DTYPES, register
-from unit_fast_kernels._set_loss_kernels import (
+from unit_fast_kernels.set_loss.kernels import (
     OBJECTS,
     SUM_BLOCKS,
     SUM_IMAGES,
     _set_loss_bwd_kernel,
     _set_loss_fwd_kernel,
 )
-from unit_fast_kernels._set_loss_reference import (
+from unit_fast_kernels.set_loss.reference import (
     NEGATIVE_SHARE,
     NORMALISATIONS,
     POSITIVE_SHARE,
     set_loss_bwd_reference,
     set_loss_reference,
 )
-from unit_fast_kernels._ticket import counters
-from unit_fast_kernels._triton import cdiv, power_of_two
-from unit_fast_kernels._tuned import launch_parameters
+from unit_fast_kernels.shared.registration import DTYPES, register
+from unit_fast_kernels.shared.ticket import counters
+from unit_fast_kernels.shared.triton import cdiv, power_of_two
+from unit_fast_kernels.shared.tuned import launch_parameters
 
 MAX_CLASSES = 65536
 

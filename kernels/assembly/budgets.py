@@ -7,7 +7,7 @@ them; ``budgets.json`` holds what each was allowed to take when it was last look
 how many there are; ``loop_turns(kernel, constants, shape)``, how often the one loop of a kernel without scores turns in
 all programs together.
 
-``python -m unit_fast_kernels._budgets --write [--op OP]`` rewrites the table.
+``python -m unit_fast_kernels.assembly.budgets --write [--op OP]`` rewrites the table.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from unit_fast_kernels import _bounds
-from unit_fast_kernels._assemble import ARCHITECTURES, SHARED_LIMIT, Assembled, assemble_all
-from unit_fast_kernels._op import REGISTERED
-from unit_fast_kernels._record import Launch, record
+from unit_fast_kernels.assembly.assemble import ARCHITECTURES, SHARED_LIMIT, Assembled, assemble_all
+from unit_fast_kernels.assembly.record import Launch, record
+from unit_fast_kernels.shared import cards
+from unit_fast_kernels.shared.registration import REGISTERED
 
 PATH = Path(__file__).resolve().parent / "budgets.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -37,7 +37,7 @@ _SLACK = 0.005
 
 def ops() -> list[str]:
     """The kernel modules that say what they launch."""
-    names = sorted(p.stem for p in Path(__file__).parent.glob("[!_]*.py"))
+    names = sorted(p.stem for p in Path(__file__).parents[1].glob("*") if p.stem[0] not in "_.")
     return [name for name in names if hasattr(module(name), "launches")]
 
 
@@ -141,7 +141,7 @@ class Row:
     @cached_property
     def loop(self) -> Mapping[str, int]:
         """Opcodes of the hot loop."""
-        return _bounds.hot_loop(self.assembled.loops, self.assembled.instructions)
+        return cards.hot_loop(self.assembled.loops, self.assembled.instructions)
 
     @cached_property
     def scores_per_thread(self) -> float | None:
@@ -156,7 +156,7 @@ class Row:
         """Instructions per score by pipe, of the hot loop."""
         if self.scores_per_thread is None:
             return None
-        return {pipe: n / self.scores_per_thread for pipe, n in _bounds.by_pipe(self.loop).items()}
+        return {pipe: n / self.scores_per_thread for pipe, n in cards.by_pipe(self.loop).items()}
 
     @cached_property
     def instructions_per_score(self) -> float | None:
@@ -165,7 +165,7 @@ class Row:
 
     def bound_us(self, card: str) -> float:
         """The roofline of the whole pass."""
-        return _bounds.roofline_us(self.bytes, self.flops, self.planned.dtype, _bounds.CARDS[card])
+        return cards.roofline_us(self.bytes, self.flops, self.planned.dtype, cards.CARDS[card])
 
     @cached_property
     def warp_instructions(self) -> float | None:
@@ -191,13 +191,13 @@ class Row:
     def issue_us(self, card: str) -> float | None:
         """Time to issue ``warp_instructions``."""
         count = self.warp_instructions
-        return None if count is None else _bounds.issue_us(count, _bounds.CARDS[card])
+        return None if count is None else cards.issue_us(count, cards.CARDS[card])
 
     def pipes_us(self, card: str) -> float | None:
         """The sum of the pipes for all scores; None where the op has no scores."""
         if self.scores_per_thread is None:
             return None
-        return _bounds.pipes_us(self.loop, self._warp_turns, _bounds.CARDS[card])
+        return cards.pipes_us(self.loop, self._warp_turns, cards.CARDS[card])
 
     def figures(self) -> dict[str, float]:
         """The figures that a budget limits."""
@@ -256,7 +256,7 @@ def check(found: Iterable[Row], table: Mapping) -> tuple[list[str], list[str]]:
                 remedy = "give a reason in the budget" if dtype == "float32" else "none may be"
                 wrong.append(f"{where}: {name} {figures[name]}: {remedy}")
         if budget is None:
-            wrong.append(f"{where}: no budget; python -m unit_fast_kernels._budgets --write")
+            wrong.append(f"{where}: no budget; python -m unit_fast_kernels.assembly.budgets --write")
             continue
         for name, value in figures.items():
             excess = value - budget[name] if name in budget else float("inf")

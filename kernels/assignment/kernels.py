@@ -11,7 +11,7 @@ Distances and potentials are float64, added in SciPy's order, and of equally nea
 minima: upper half, lower half among its equals, order among those; Hopper and Ampere have one instruction for each.
 """
 
-from unit_fast_kernels._triton import jit, tl
+from unit_fast_kernels.shared.triton import jit, tl
 
 
 @jit

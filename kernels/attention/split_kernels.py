@@ -6,8 +6,8 @@ one part of DA columns, or two of DA + DB (96 = 64 + 32, where 128 would compute
 units of log 2: ``scale`` = log2(e) / sqrt(D). DROP: 0 nothing, 1 by selects, 2 two at a time.
 """
 
-from unit_fast_kernels._attention_blocks import blocks_of, columns, drop_pairs, first_key, keep_block, random_words
-from unit_fast_kernels._triton import dot, jit, tl
+from unit_fast_kernels.attention.blocks import blocks_of, columns, drop_pairs, first_key, keep_block, random_words
+from unit_fast_kernels.shared.triton import dot, jit, tl
 
 # --- Shared -----------------------------------------------------------------------------------------------------------
 

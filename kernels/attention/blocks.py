@@ -19,10 +19,10 @@ neighbours) and as rows. Limits: ``dropout_unfit``.
 
 import torch
 from torch import Tensor
-from unit_fast_kernels._op import register
-from unit_fast_kernels._philox import numbers, philox
-from unit_fast_kernels._random import threshold
-from unit_fast_kernels._triton import cdiv, jit, power_of_two, tl
+from unit_fast_kernels.shared.philox import numbers, philox
+from unit_fast_kernels.shared.random import threshold
+from unit_fast_kernels.shared.registration import register
+from unit_fast_kernels.shared.triton import cdiv, jit, power_of_two, tl
 
 RUN = 128
 """Keys whose decisions share calls; every block of keys lies within one run."""

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from unit_fast_kernels._attention_blocks import (
+from unit_fast_kernels.attention.blocks import (
     _key_list_reference,
     attention_keep,
     dropout_unfit,
@@ -28,15 +28,15 @@ from unit_fast_kernels._attention_blocks import (
     key_list,
     packed,
 )
-from unit_fast_kernels._attention_kernels import (
+from unit_fast_kernels.attention.kernels import (
     _attention_bwd_kv_kernel,
     _attention_bwd_q_kernel,
     _attention_fwd_kernel,
 )
-from unit_fast_kernels._op import DTYPES, register
-from unit_fast_kernels._random import keep_mask, keep_scale, threshold
-from unit_fast_kernels._triton import INTERPRETING, cdiv, power_of_two
-from unit_fast_kernels._tuned import card, launch_parameters
+from unit_fast_kernels.shared.random import keep_mask, keep_scale, threshold
+from unit_fast_kernels.shared.registration import DTYPES, register
+from unit_fast_kernels.shared.triton import INTERPRETING, cdiv, power_of_two
+from unit_fast_kernels.shared.tuned import card, launch_parameters
 
 WIDEST = 128
 LOG2E = math.log2(math.e)

@@ -8,7 +8,7 @@ by largest values, which take a quarter of the time of their indices.
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from unit_fast_kernels._set_loss_reference import (
+from unit_fast_kernels.set_loss.reference import (
     box_gradient,
     box_losses,
     class_factors,

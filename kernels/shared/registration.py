@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from unit_fast_kernels._triton import INTERPRETING
+from unit_fast_kernels.shared.triton import INTERPRETING
 
 _LIBRARY = torch.library.Library("unit_fast", "FRAGMENT")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from unit_fast_kernels._random import RandomBits, cut, keep_mask, keep_scale
 from unit_fast_kernels.attention import attention_reference
+from unit_fast_kernels.shared.random import RandomBits, cut, keep_mask, keep_scale
 
 # Scores of one block: 2 MiB in float32, so that scores, gradients and random numbers share the second-level cache.
 BLOCK = 1 << 19

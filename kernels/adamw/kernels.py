@@ -9,7 +9,7 @@ Arithmetic is float32 with every product and sum rounded by itself (launched wit
 computed once a tensor is float64.
 """
 
-from unit_fast_kernels._triton import jit, tl
+from unit_fast_kernels.shared.triton import jit, tl
 
 ROWS = 6
 GRADIENT_ROW = 1

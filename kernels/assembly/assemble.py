@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-from unit_fast_kernels._record import AssemblyError, Launch, require
+from unit_fast_kernels.assembly.record import AssemblyError, Launch, require
 
 ARCHITECTURES = {"sm_80": ("a100",), "sm_90": ("h100", "h200")}
 """Architecture -> the cards whose launch parameters are assembled for it."""
@@ -104,7 +104,7 @@ class _Worker:
         environment |= {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
         environment |= {"TRITON_CACHE_DIR": folder, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "unit_fast_kernels._assemble_worker"], stdin=subprocess.PIPE,
+            [sys.executable, "-m", "unit_fast_kernels.assembly.worker"], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True, start_new_session=True,
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from unit_fast_kernels._adamw_step import CLIP_EPS, Stats, Step, flags_of, is_dense, joint, norm_of, same_layout
+from unit_fast_kernels.adamw.step import CLIP_EPS, Stats, Step, flags_of, is_dense, joint, norm_of, same_layout
 
 
 def adamw_cpu_unfit(step: Step) -> str | None:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 from torch._subclasses import FakeTensorMode
-from unit_fast_kernels import _assemble_worker, _tuned
-from unit_fast_kernels._triton import INTERPRETING, WHY_NOT, triton
+from unit_fast_kernels.assembly import worker as _assemble_worker
+from unit_fast_kernels.shared import tuned as _tuned
+from unit_fast_kernels.shared.triton import INTERPRETING, WHY_NOT, triton
 
 
 class AssemblyError(RuntimeError):

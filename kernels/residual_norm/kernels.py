@@ -4,8 +4,8 @@ BLOCK is the power of two not below C. Statistics and sums are float32. The back
 elements again; its program i of P takes the blocks i, i + P ... of rows and leaves a row of sums for weight and bias.
 """
 
-from unit_fast_kernels._philox import keep_rows
-from unit_fast_kernels._triton import jit, tl
+from unit_fast_kernels.shared.philox import keep_rows
+from unit_fast_kernels.shared.triton import jit, tl
 
 
 @jit
