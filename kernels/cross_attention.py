@@ -31,14 +31,17 @@ from unit_fast_kernels.attention import (
     _rowwise,
     attention_fused,
     attention_reference,
-    attention_unfit,
+    validated,
+    why_not,
 )
 from unit_fast_kernels.attention.blocks import key_blocks, key_list, packed
+from unit_fast_kernels.attention.cpu import attention_cpu
 from unit_fast_kernels.attention.split_kernels import (
     _cross_attention_bwd_kernel,
     _cross_attention_fwd_kernel,
     _cross_attention_join_kernel,
 )
+from unit_fast_kernels.shared.operator import Operator
 from unit_fast_kernels.shared.random import keep_scale, threshold
 from unit_fast_kernels.shared.registration import register
 from unit_fast_kernels.shared.triton import INTERPRETING, cdiv, power_of_two
@@ -224,18 +227,6 @@ class _CrossAttention(torch.autograd.Function):
         return *_bwd(grad, *ctx.saved_tensors, ctx.dropout_p), None, None, None
 
 
-def cross_attention_unfit(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> str | None:
-    """Why the kernels cannot take these arguments, or None: the limits of ``attention``."""
-    return attention_unfit(q, k, v, key_padding_mask, dropout_p, seed)
-
-
 def cross_attention_fused(
     q: Tensor,
     k: Tensor,
@@ -255,6 +246,31 @@ def cross_attention_fused(
     if q.shape[1] > MOST_QUERIES.get(q.dtype, 0):
         return attention_fused(q, k, v, key_padding_mask, dropout_p, seed)
     return _CrossAttention.apply(q, k, v, key_padding_mask, dropout_p, seed)
+
+
+# --- The operator ----------------------------------------------------------------------------------------------------
+
+
+def validate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple:
+    """``attention`` for few queries and many keys (the decoder's)."""
+    return validated("cross_attention", q, k, v, key_padding_mask, dropout_p, seed)
+
+
+CROSS_ATTENTION = Operator(
+    name="cross_attention",
+    validate=validate,
+    reference=cross_attention_reference,
+    cpu=attention_cpu,
+    fused=cross_attention_fused,
+    why_not=why_not,
+)
 
 
 # --- Shapes and work ------------------------------------------------------------------------------------------------

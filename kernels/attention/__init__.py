@@ -28,43 +28,22 @@ from unit_fast_kernels.attention.blocks import (
     key_list,
     packed,
 )
+from unit_fast_kernels.attention.cpu import attention_cpu
 from unit_fast_kernels.attention.kernels import (
     _attention_bwd_kv_kernel,
     _attention_bwd_q_kernel,
     _attention_fwd_kernel,
 )
-from unit_fast_kernels.shared.random import keep_mask, keep_scale, threshold
+from unit_fast_kernels.attention.reference import attention_reference
+from unit_fast_kernels.shared.operator import Operator
+from unit_fast_kernels.shared.random import keep_scale, threshold
 from unit_fast_kernels.shared.registration import DTYPES, register
 from unit_fast_kernels.shared.triton import INTERPRETING, cdiv, power_of_two
 from unit_fast_kernels.shared.tuned import card, launch_parameters
+from unit_fast_kernels.shared.validation import check_dropout, check_floating, check_one_device, check_shape, refuse
 
 WIDEST = 128
 LOG2E = math.log2(math.e)
-
-
-def attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    keep: Tensor | None = None,
-) -> Tensor:
-    """The specification. ``keep`` [B,H,Sq,Sk] bool overrides the random mask."""
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
-    if key_padding_mask is not None:
-        scores = scores.masked_fill(key_padding_mask[:, None, None, :], -math.inf)
-        # A row without any key has no softmax: make it uniform here and zero below.
-        empty = key_padding_mask.all(1)[:, None, None, None]
-        probabilities = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-    else:
-        probabilities = scores.softmax(-1)
-    if dropout_p > 0.0:
-        if keep is None:
-            keep = keep_mask(probabilities.shape, dropout_p, seed)
-        probabilities = probabilities * keep * keep_scale(dropout_p)
-    return torch.einsum("bhqk,bkhd->bqhd", probabilities, v)
 
 
 # --- Launch parameters ----------------------------------------------------------------------------------------------
@@ -267,14 +246,7 @@ class _Attention(torch.autograd.Function):
         return *_bwd(grad, *ctx.saved_tensors, ctx.dropout_p), None, None, None
 
 
-def attention_unfit(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> str | None:
+def why_not(q: Tensor, *_) -> str | None:
     """Why the kernels cannot take these arguments, or None."""
     if q.dtype not in DTYPES:
         return f"q is {q.dtype}: the kernels take {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}"
@@ -298,6 +270,54 @@ def attention_fused(
     ``attention_keep(B, H, Sq, Sk, dropout_p, seed, key_padding_mask)``. Arguments are checked in ``ops.attention``.
     """
     return _Attention.apply(q, k, v, key_padding_mask, dropout_p, seed)
+
+
+# --- The operator ----------------------------------------------------------------------------------------------------
+
+
+def validate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple:
+    """softmax(q k^T / sqrt(D)) v with dropout on the probabilities.
+
+    q [B,Sq,H,D], k v [B,Sk,H,D], any strides, one floating dtype; key_padding_mask [B,Sk] bool (True = ignore); seed
+    int64[2] where dropout_p > 0: the same seed drops the same. Returns [B,Sq,H,D]; rows whose keys are all masked are
+    zero. ``ValueError`` on arguments that do not fit.
+    """
+    return validated("attention", q, k, v, key_padding_mask, dropout_p, seed)
+
+
+def validated(op: str, q, k, v, key_padding_mask, dropout_p, seed) -> tuple:
+    """The arguments, checked, of ``attention`` or another operator with its arguments."""
+    check_shape(op, "q", q, (None,) * 4, "[B,Sq,H,D]")
+    batch, _, heads, width = q.shape
+    check_shape(op, "k", k, (batch, None, heads, width), "[B,Sk,H,D]")
+    check_shape(op, "v", v, tuple(k.shape), "[B,Sk,H,D], as k")
+    check_floating(op, q=q, k=k, v=v)
+    if not q.dtype == k.dtype == v.dtype:
+        refuse(op, "q, k, v", f"{q.dtype}, {k.dtype}, {v.dtype}", "give them one dtype")
+    if key_padding_mask is not None:
+        check_shape(op, "key_padding_mask", key_padding_mask, tuple(k.shape[:2]), "[B,Sk]")
+        if key_padding_mask.dtype != torch.bool:
+            refuse(op, "key_padding_mask", key_padding_mask.dtype, "it must be bool, True = ignore")
+    check_one_device(op, q, k=k, v=v, key_padding_mask=key_padding_mask)
+    check_dropout(op, dropout_p, seed)
+    return q, k, v, key_padding_mask, dropout_p, seed
+
+
+ATTENTION = Operator(
+    name="attention",
+    validate=validate,
+    reference=attention_reference,
+    cpu=attention_cpu,
+    fused=attention_fused,
+    why_not=why_not,
+)
 
 
 # --- Shapes and work ------------------------------------------------------------------------------------------------
