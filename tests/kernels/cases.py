@@ -4,6 +4,7 @@ A problem is made in float64 of values that bfloat16 and float16 hold exactly, s
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 from unit_fast_kernels.shared import tuned
-from unit_fast_kernels.shared.operator import OPERATORS, Operator
+from unit_fast_kernels.shared.operator import Operator
+
+from tests.kernels.common import assert_as_good_as_eager
+from unit_fast import ops
 
 LOW = (torch.float32, torch.float16, torch.bfloat16)
 CASES: dict[str, "Cases"] = {}
@@ -31,10 +35,12 @@ class Problem:
     """float64; calls convert them to their dtype."""
     others: dict[str, Any] = field(default_factory=dict)
     """As they are, but floating tensors are float32 in every precision below float64."""
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    """Inputs whose dtype is this in every precision below float64."""
 
     def to(self, device: str) -> "Problem":
-        moved = ({k: v.to(device) if isinstance(v, Tensor) else v for k, v in d.items()} for d in vars(self).values())
-        return Problem(*moved)
+        return Problem(*({k: v.to(device) if isinstance(v, Tensor) else v for k, v in d.items()} for d in
+                         (self.inputs, self.others)), self.dtypes)  # fmt: skip
 
 
 def patched(module, **values) -> Callable:
@@ -64,6 +70,19 @@ def as_it_is(size):
     return contextlib.nullcontext()
 
 
+def both(*ways: Callable) -> Callable:
+    """A way: all of these."""
+
+    @contextlib.contextmanager
+    def way(size):
+        with contextlib.ExitStack() as stack:
+            for one in ways:
+                stack.enter_context(one(size))
+            yield
+
+    return way
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cases:
     """What ``test_operators`` must know of an operator."""
@@ -75,12 +94,12 @@ class Cases:
     """(size, **setting) -> problem"""
     settings: dict[str, dict] = field(default_factory=lambda: {"default": {}})
     main: tuple[str, ...] = ()
-    """The settings that memory, registration and compilation are checked with; all if none is named."""
+    """The settings that memory, strides, registration and compilation are checked with; all if none is named."""
     takes: tuple[torch.dtype, ...] = LOW
     gives: torch.dtype | None = None
     """The dtype of results, if not that of the inputs."""
     leaves: tuple[str, ...] | None = None
-    """The inputs that get a gradient; None: all."""
+    """The inputs that get a gradient; None: all that there are."""
     out: Callable[[Any], Tensor] = lambda result: result
     """One tensor of what the operator returns, so that all results and their gradients count."""
     keep: Callable[..., Tensor | None] | None = None
@@ -91,6 +110,8 @@ class Cases:
     """Implementation -> name -> how to make it take each of its paths on small inputs; by default as it is."""
     close: dict[str, float] = field(default_factory=dict)
     """rtol and atol of the CPU's implementation against the reference in float64."""
+    cpu_low: tuple[str, ...] | None = None
+    """The sizes for the CPU's implementation in low precision; None: all."""
     skip: Callable[[str, str, str, torch.dtype], bool] = lambda way, size, setting, dtype: False
     """Which of all combinations of way, size, setting and dtype are too many."""
     also: Callable[[dict, list[Tensor]], None] = lambda arguments, found: None
@@ -113,7 +134,7 @@ class Cases:
 
     @property
     def operator(self) -> Operator:
-        return OPERATORS[self.op]
+        return ops.OPERATORS[self.op]
 
     def ways_of(self, implementation: str) -> dict[str, Callable]:
         return self.ways.get(implementation, {"as_it_is": as_it_is})
@@ -126,16 +147,15 @@ class Cases:
 
 
 class Call:
-    """The arguments of a problem, floating inputs in ``dtype``, tensors through ``wrap``, leaves with a gradient."""
+    """The arguments of a problem: floating inputs in ``dtype``, tensors through ``wrap``, leaves with a gradient."""
 
-    def __init__(self, cases: Cases, problem: Problem, dtype: torch.dtype, wrap: Callable[[Tensor], Tensor] = lambda x: x):
+    def __init__(self, cases: Cases, problem: Problem, dtype: torch.dtype, wrap: Callable = lambda x: x):
         self.cases, self.wrap, self.arguments = cases, wrap, {}
-        leaves = cases.leaves if cases.leaves is not None else tuple(problem.inputs)
-        self.leaves = [name for name in leaves if name in problem.inputs and cases.operator.grad]
+        self.leaves = [name for name in problem.inputs if cases.leaves is None or name in cases.leaves]
         for name, value in (problem.inputs | problem.others).items():
             if isinstance(value, Tensor):
                 if name in problem.inputs:
-                    value = value.to(dtype)
+                    value = value.to(dtype if dtype == torch.float64 else problem.dtypes.get(name, dtype))
                 elif value.is_floating_point() and dtype != torch.float64:
                     value = value.float()
                 value = wrap(value).detach().requires_grad_(name in self.leaves)
@@ -146,18 +166,24 @@ class Call:
         out = self.cases.out(implementation(*self.cases.operator.validate(**self.arguments), **keywords))
         if not self.leaves:
             return [out]
-        rng = torch.Generator().manual_seed(1)
-        upstream = torch.empty_like(out.detach()).copy_(exact(*out.shape, rng=rng))
+        upstream = torch.empty_like(out.detach()).copy_(exact(*out.shape, rng=torch.Generator().manual_seed(1)))
         leaves = [self.arguments[name] for name in self.leaves]
         return [out.detach(), *torch.autograd.grad(out, leaves, self.wrap(upstream))]
 
+    def dtypes(self) -> list[torch.dtype]:
+        """What results and gradients must have: the widest of the leaves' and each leaf's, if nothing else is said."""
+        of_leaves = [self.arguments[name].dtype for name in self.leaves]
+        return [self.cases.gives or functools.reduce(torch.promote_types, of_leaves), *of_leaves]
 
-def bound(cases: Cases, problem: Problem, implementation: str, dtype: torch.dtype) -> tuple[list[Tensor], ...]:
-    """(ours, eager, exact) for ``assert_as_good_as_eager``, all with the same decisions of dropout."""
-    ours = Call(cases, problem, dtype)
-    keep = {}
+
+def check(cases: Cases, problem: Problem, implementation: str, dtype: torch.dtype) -> list[Tensor]:
+    """Assert the bound of ``assert_as_good_as_eager``, all with the same decisions of dropout; our results."""
+    ours, keep = Call(cases, problem, dtype), {}
     if implementation == "fused" and cases.keep:
         keep["keep"] = cases.keep(**ours.arguments)
-    reference = cases.operator.reference
-    eager, wide = (Call(cases, problem, d)(reference, **keep) for d in (dtype, torch.float64))
-    return ours(cases.operator.implementations[implementation]), eager, wide
+    eager, wide = (Call(cases, problem, d)(cases.operator.reference, **keep) for d in (dtype, torch.float64))
+    found = ours(cases.operator.implementations[implementation])
+    assert_as_good_as_eager(found, eager, wide, *ours.dtypes())
+    if implementation == "fused":
+        cases.also(ours.arguments, found)
+    return found

@@ -1,4 +1,4 @@
-"""Dropout's cases and what is its own: the decisions on strided input, zeros in it, blocks, its gradient."""
+"""Dropout's cases, zeros that are kept, its gradient."""
 
 import pytest
 import torch
