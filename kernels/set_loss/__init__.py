@@ -35,7 +35,6 @@ from unit_fast_kernels.set_loss.kernels import (
 )
 from unit_fast_kernels.set_loss.reference import (
     NEGATIVE_SHARE,
-    NORMALISATIONS,
     POSITIVE_SHARE,
     set_loss_bwd_reference,
     set_loss_reference,
@@ -46,6 +45,7 @@ from unit_fast_kernels.shared.ticket import counters
 from unit_fast_kernels.shared.triton import cdiv, power_of_two
 from unit_fast_kernels.shared.tuned import launch_parameters
 from unit_fast_kernels.shared.validation import (
+    NORMALISATIONS,
     check_floating,
     check_int64,
     check_integer,

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from unit_fast_kernels.match_cost import corners, pairwise_giou
 
-NORMALISATIONS = ("per_image", "per_process")
 POSITIVE_SHARE, NEGATIVE_SHARE = 0.9, 0.1
 """Weights of the matched and of the other queries in the balanced class loss (SPEC 2.1, ``use_bcl``)."""
 
