@@ -48,7 +48,7 @@ def attention_keep(
     keep = ((0xFC00 - drawn) & 0xFFFF) >= threshold(p)
     if key_padding_mask is None:
         return keep
-    order, _ = _key_list_reference(key_padding_mask)
+    order, _ = key_list_reference(key_padding_mask)
     place = order.long()[:, None, None, :].expand(keep.shape)
     return torch.empty_like(keep).scatter_(-1, place, keep)
 
@@ -83,7 +83,7 @@ def _key_list_launch(mask: Tensor) -> tuple[Tensor, Tensor]:
     return order, count
 
 
-def _key_list_reference(mask: Tensor) -> tuple[Tensor, Tensor]:
+def key_list_reference(mask: Tensor) -> tuple[Tensor, Tensor]:
     keys = mask.shape[1]
     rank = (~mask).cumsum(1) - (~mask).long()
     key = torch.arange(keys, device=mask.device).expand(mask.shape)
@@ -99,7 +99,7 @@ def _key_list_fake(mask: Tensor) -> tuple[Tensor, Tensor]:
 key_list = register(
     "attention_key_list",
     "(Tensor mask) -> (Tensor, Tensor)",
-    reference=_key_list_reference,
+    reference=key_list_reference,
     launch=_key_list_launch,
     fake=_key_list_fake,
 )

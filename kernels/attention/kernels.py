@@ -118,16 +118,12 @@ def _attention_fwd_kernel(
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     full, some = blocks_of(count, BN)
-    for t in range(full):
-        acc, top, total = _fwd_block(
-            acc, top, total, q, t, count, k_ptr, v_ptr, order_ptr, seed_ptr, scale, limit, head, query,
-            K_S, V_S, D, DP, BM, BN, LISTED, DROP, INTERPRET, False,
-        )  # fmt: skip
-    for t in range(full, some):
-        acc, top, total = _fwd_block(
-            acc, top, total, q, t, count, k_ptr, v_ptr, order_ptr, seed_ptr, scale, limit, head, query,
-            K_S, V_S, D, DP, BM, BN, LISTED, DROP, INTERPRET, True,
-        )  # fmt: skip
+    for TAIL in tl.static_range(2):
+        for t in range(full * TAIL, some if TAIL else full):
+            acc, top, total = _fwd_block(
+                acc, top, total, q, t, count, k_ptr, v_ptr, order_ptr, seed_ptr, scale, limit, head, query,
+                K_S, V_S, D, DP, BM, BN, LISTED, DROP, INTERPRET, TAIL,
+            )  # fmt: skip
     # Without a key: zeros, and a logsumexp that makes every probability of the backward zero.
     none = total == 0.0
     total = tl.where(none, 1.0, total)
@@ -219,16 +215,12 @@ def _attention_bwd_q_kernel(
     tl.store(stats_ptr + padded, less, mask=inside)
     acc = tl.zeros((BM, DP), tl.float32)
     full, some = blocks_of(count, BN)
-    for t in range(full):
-        acc = _dq_block(
-            acc, q, grad, lse, less, t, count, k_ptr, v_ptr, order_ptr, seed_ptr, scale, limit, head, query,
-            K_S, V_S, D, DP, BM, BN, LISTED, DROP, INTERPRET, False,
-        )  # fmt: skip
-    for t in range(full, some):
-        acc = _dq_block(
-            acc, q, grad, lse, less, t, count, k_ptr, v_ptr, order_ptr, seed_ptr, scale, limit, head, query,
-            K_S, V_S, D, DP, BM, BN, LISTED, DROP, INTERPRET, True,
-        )  # fmt: skip
+    for TAIL in tl.static_range(2):
+        for t in range(full * TAIL, some if TAIL else full):
+            acc = _dq_block(
+                acc, q, grad, lse, less, t, count, k_ptr, v_ptr, order_ptr, seed_ptr, scale, limit, head, query,
+                K_S, V_S, D, DP, BM, BN, LISTED, DROP, INTERPRET, TAIL,
+            )  # fmt: skip
     d = tl.arange(0, DP)
     at = grad_q_ptr + ((b * queries + i)[:, None] * heads + h) * D + d[None, :]
     tl.store(at, (acc * grad_scale).to(grad_q_ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
@@ -320,16 +312,12 @@ def _attention_bwd_kv_kernel(
     acc_k, acc_v = tl.zeros((BN, DP), tl.float32), tl.zeros((BN, DP), tl.float32)
     wanted = tl.where(first < count, queries, 0)
     full = wanted // BM * BM
-    for query in range(0, full, BM):
-        acc_k, acc_v = _dkv_block(
-            acc_k, acc_v, k, v, query, queries, q_ptr, grad_ptr, stats_ptr, padded, seed_ptr, scale, limit,
-            head, first, Q_S, G_S, D, DP, BM, BN, DROP, INTERPRET, False,
-        )  # fmt: skip
-    for query in range(full, wanted, BM):
-        acc_k, acc_v = _dkv_block(
-            acc_k, acc_v, k, v, query, queries, q_ptr, grad_ptr, stats_ptr, padded, seed_ptr, scale, limit,
-            head, first, Q_S, G_S, D, DP, BM, BN, DROP, INTERPRET, True,
-        )  # fmt: skip
+    for TAIL in tl.static_range(2):
+        for query in range(full * TAIL, wanted if TAIL else full, BM):
+            acc_k, acc_v = _dkv_block(
+                acc_k, acc_v, k, v, query, queries, q_ptr, grad_ptr, stats_ptr, padded, seed_ptr, scale, limit,
+                head, first, Q_S, G_S, D, DP, BM, BN, DROP, INTERPRET, TAIL,
+            )  # fmt: skip
     d = tl.arange(0, DP)
     at = ((b * keys + row)[:, None] * heads + h) * D + d[None, :]
     mask = (j < keys)[:, None] & (d < D)[None, :]

@@ -136,16 +136,12 @@ def _cross_attention_fwd_kernel(
     v_ptr += b * v_sb + h * v_sh
     count = _real_keys(count_ptr, b, keys, LISTED)
     first, full_end, end = _share(split, splits, count, BN)
-    for block in range(first, full_end):
-        out_a, out_b, top, total = _fwd_block(
-            q_a, q_b, out_a, out_b, top, total, k_ptr, v_ptr, order_ptr, seed_ptr, k_sn, v_sn, bh, b, block, count,
-            keys, scale, limit, D, DA, DB, BM, BN, LISTED, False, DROP, INTERPRET,
-        )  # fmt: skip
-    for block in range(full_end, end):
-        out_a, out_b, top, total = _fwd_block(
-            q_a, q_b, out_a, out_b, top, total, k_ptr, v_ptr, order_ptr, seed_ptr, k_sn, v_sn, bh, b, block, count,
-            keys, scale, limit, D, DA, DB, BM, BN, LISTED, True, DROP, INTERPRET,
-        )  # fmt: skip
+    for TAIL in tl.static_range(2):
+        for block in range(full_end if TAIL else first, end if TAIL else full_end):
+            out_a, out_b, top, total = _fwd_block(
+                q_a, q_b, out_a, out_b, top, total, k_ptr, v_ptr, order_ptr, seed_ptr, k_sn, v_sn, bh, b, block, count,
+                keys, scale, limit, D, DA, DB, BM, BN, LISTED, TAIL, DROP, INTERPRET,
+            )  # fmt: skip
     # Without a real key the sum, and so the output, is zero.
     some = tl.where(total == 0.0, 1.0, total)
     norm = (keep_scale / some)[:, None]
@@ -294,18 +290,13 @@ def _cross_attention_bwd_kernel(
     dv_ptr += (b * keys * heads + h) * D
     count = _real_keys(count_ptr, b, keys, LISTED)
     first, full_end, end = _share(split, splits, count, BN)
-    for block in range(first, full_end):
-        dq_a, dq_b = _bwd_block(
-            q_a, q_b, grad_a, grad_b, dq_a, dq_b, lse, delta, k_ptr, v_ptr, dk_ptr, dv_ptr, order_ptr, seed_ptr,
-            k_sn, v_sn, heads * D, bh, b, block, count, keys, scale, softmax_scale, limit, D, DA, DB, BM, BN, LISTED,
-            False, DROP, INTERPRET,
-        )  # fmt: skip
-    for block in range(full_end, end):
-        dq_a, dq_b = _bwd_block(
-            q_a, q_b, grad_a, grad_b, dq_a, dq_b, lse, delta, k_ptr, v_ptr, dk_ptr, dv_ptr, order_ptr, seed_ptr,
-            k_sn, v_sn, heads * D, bh, b, block, count, keys, scale, softmax_scale, limit, D, DA, DB, BM, BN, LISTED,
-            True, DROP, INTERPRET,
-        )  # fmt: skip
+    for TAIL in tl.static_range(2):
+        for block in range(full_end if TAIL else first, end if TAIL else full_end):
+            dq_a, dq_b = _bwd_block(
+                q_a, q_b, grad_a, grad_b, dq_a, dq_b, lse, delta, k_ptr, v_ptr, dk_ptr, dv_ptr, order_ptr, seed_ptr,
+                k_sn, v_sn, heads * D, bh, b, block, count, keys, scale, softmax_scale, limit, D, DA, DB, BM, BN,
+                LISTED, TAIL, DROP, INTERPRET,
+            )  # fmt: skip
     if LISTED:  # padded keys, in turns: their gradients are zero
         D_ALL: tl.constexpr = 2 * DA if DB else DA
         d = tl.arange(0, D_ALL)
