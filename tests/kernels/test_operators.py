@@ -25,11 +25,10 @@ from tests.kernels.common import (
 from unit_fast import ops
 
 ELSEWHERE = {"adamw": "it returns nothing but changes lists of tensors in place: test_adamw shows the same of it"}
+ELSEWHERE |= {"attention": "", "cross_attention": ""}
 HALF = ("fused",) if INTERPRETING else ("cpu", "fused")
 
 for _op, _declared in ops.OPERATORS.items():
-    if _op not in ("dropout", "residual_norm", "bias_act_dropout", "frozen_bn_act"):
-        continue
     if _op not in ELSEWHERE:
         importlib.import_module(f"tests.kernels.test_{_declared.reference.__module__.split('.')[1]}")
 
