@@ -142,6 +142,10 @@ class Cases:
     def mains(self) -> tuple[str, ...]:
         return self.main or tuple(self.settings)
 
+    def coarse(self, size: str) -> bool:
+        """Whether the CPU's implementation takes low precision at this size."""
+        return self.cpu_low is None or size in self.cpu_low
+
     def problem(self, size: str, setting: str) -> Problem:
         return self.make(self.sizes[size], **self.settings[setting])
 

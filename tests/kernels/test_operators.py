@@ -44,7 +44,7 @@ def every_combination(cases):
             for size in cases.sizes:
                 for setting in cases.settings:
                     for dtype in dtypes:
-                        if implementation == "cpu" and dtype != torch.float64 and size not in (cases.cpu_low or [size]):
+                        if implementation == "cpu" and dtype != torch.float64 and not cases.coarse(size):
                             continue
                         if not cases.skip(way, size, setting, dtype):
                             yield implementation, way, size, setting, dtype
