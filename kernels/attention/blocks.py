@@ -150,6 +150,32 @@ def blocks_of(count, BN: tl.constexpr):
     return full, full + tl.minimum(tl.cdiv(count % 128, BN // 2), 128 // BN)
 
 
+@jit
+def real_keys(count_ptr, b, keys, LISTED: tl.constexpr):
+    """How many keys of batch entry b are real."""
+    if LISTED:
+        count = tl.load(count_ptr + b)
+    else:
+        count = keys
+    return count
+
+
+@jit
+def block_keys(t, count, order_ptr, BN: tl.constexpr, LISTED: tl.constexpr, TAIL: tl.constexpr):
+    """Block t as columns: (first key, which are real, their rows in k and v). ``order_ptr`` is that of the batch entry;
+    only blocks with TAIL may have keys that are not real."""
+    first = first_key(t, BN)
+    key = first + columns(BN)
+    inside = key < count
+    row = key
+    if LISTED:
+        if TAIL:
+            row = tl.load(order_ptr + key, mask=inside, other=0)
+        else:
+            row = tl.load(order_ptr + key)
+    return first, inside, row
+
+
 # --- Dropout inside a block -----------------------------------------------------------------------------------------
 
 

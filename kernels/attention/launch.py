@@ -38,7 +38,7 @@ def _fwd_launch(q, k, v, order, count, seed, dropout_p: float) -> tuple[Tensor, 
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(math.inf)
     launch = _fwd_split if splits_keys(q.shape[1], k.shape[1], q.dtype) else _fwd_tiles
-    launch(*(_rowwise(x) for x in (q, k, v)), order, count, _rowwise(seed), out, lse, dropout_p)
+    launch(*(rowwise(x) for x in (q, k, v)), order, count, rowwise(seed), out, lse, dropout_p)
     return out, lse
 
 
@@ -83,8 +83,8 @@ def _bwd_launch(grad, q, k, v, out, lse, order, count, seed, dropout_p: float) -
     if q.numel() == 0 or k.numel() == 0:
         return tuple(x.zero_() for x in grads)
     launch = _bwd_split if splits_keys(q.shape[1], k.shape[1], q.dtype) else _bwd_tiles
-    inputs = (_rowwise(x) for x in (grad, q, k, v, out))
-    launch(*inputs, lse, order, count, _rowwise(seed), *grads, dropout_p)
+    inputs = (rowwise(x) for x in (grad, q, k, v, out))
+    launch(*inputs, lse, order, count, rowwise(seed), *grads, dropout_p)
     return grads
 
 
@@ -128,7 +128,7 @@ def _bwd_split(grad, q, k, v, out, lse, order, count, seed, grad_q, grad_k, grad
 # --- Both -----------------------------------------------------------------------------------------------------------
 
 
-def _rowwise(x: Tensor | None) -> Tensor | None:
+def rowwise(x: Tensor | None) -> Tensor | None:
     """x with unit stride in the last dimension."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
