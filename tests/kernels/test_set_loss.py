@@ -4,13 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from unit_fast_kernels.match_cost import pairwise_giou
-from unit_fast_kernels.set_loss import set_loss_reference
-from unit_fast_kernels.set_loss.cpu import set_loss_cpu
 from unit_fast_kernels.set_loss.reference import set_loss_bwd_reference
 from unit_fast_kernels.shared.triton import INTERPRETING
 
 from tests.kernels.common import assert_as_good_as_eager, values_and_gradients
-from tests.kernels.test_set_loss_fused import SETTINGS, SIZES, problem, stacked, wide
+from tests.kernels.test_set_loss_fused import SETTINGS, SIZES, problem, set_loss_cpu, set_loss_reference, stacked, wide
 from unit_fast import ops
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="no kernel is launched here")

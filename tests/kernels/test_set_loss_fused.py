@@ -2,11 +2,12 @@
 
 Under ``TRITON_INTERPRET=1`` the kernels run; else the references that are registered for the CPU."""
 
+from functools import partial
+
 import pytest
 import torch
 from unit_fast_kernels import set_loss as module
 from unit_fast_kernels.assembly import record as _record
-from unit_fast_kernels.set_loss import set_loss_fused, set_loss_reference
 from unit_fast_kernels.shared.registration import REGISTERED
 from unit_fast_kernels.shared.triton import INTERPRETING
 
@@ -43,6 +44,9 @@ SETTINGS = {
     "weights": {"weights": (2.5, 5.0, 0.5)},
 }
 DTYPES = [torch.float32, torch.bfloat16]
+set_loss_reference, set_loss_cpu, set_loss_fused = (
+    partial(module.SET_LOSS.run, name) for name in ("reference", "cpu", "fused")
+)
 
 
 @pytest.fixture(params=["default", "row"])
@@ -316,9 +320,9 @@ def test_registration(dtype, settings, strided):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole(dynamic):
     def function(logits, boxes, query, labels, target_boxes, counts, num_boxes):
-        return torch.stack(
-            set_loss_fused(logits, boxes, query, labels, target_boxes, counts, num_boxes, no_object=4)[:3]
-        )
+        settings = module.Settings(4, 0.1, False, False, 1.0, 1.0, 1.0)
+        losses = module.set_loss_fused(logits, boxes, query, labels, target_boxes, counts, num_boxes, settings)
+        return torch.stack(losses[:3])
 
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
