@@ -36,6 +36,7 @@ from unit_fast_kernels.set_loss.kernels import (
 from unit_fast_kernels.set_loss.reference import (
     NEGATIVE_SHARE,
     POSITIVE_SHARE,
+    Settings,
     set_loss_bwd_reference,
     set_loss_reference,
 )
@@ -76,11 +77,11 @@ def _parameters(op: str, logits: Tensor) -> dict[str, int]:
     return launch_parameters(op, f"classes{power_of_two(classes)}", defaults(classes), logits.device)
 
 
-def _constants(logits: Tensor, tune: dict[str, int], per_process: bool, balanced: bool) -> dict:
+def _constants(logits: Tensor, tune: dict[str, int], settings: Settings) -> dict:
     return {
         "K": logits.shape[-1], "R": tune["rows"], "BLOCK": tune["block"], "NB": OBJECTS, "PAIRS": 32 * tune["warps"],
-        "PER_PROCESS": per_process, "BALANCED": balanced, "POSITIVE": POSITIVE_SHARE, "NEGATIVE": NEGATIVE_SHARE,
-        "num_warps": tune["warps"],
+        "PER_PROCESS": settings.per_process, "BALANCED": settings.balanced, "POSITIVE": POSITIVE_SHARE,
+        "NEGATIVE": NEGATIVE_SHARE, "num_warps": tune["warps"],
     }  # fmt: skip
 
 
@@ -91,15 +92,13 @@ def _fwd_outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
     return losses, torch.empty((layers, images, queries), dtype=torch.float32, device=logits.device)
 
 
-def _fwd_launch(
-    logits, boxes, query, labels, target_boxes, counts, num_boxes, no_object, no_object_weight, per_process, balanced,
-    *weights,
-):  # fmt: skip
+def _fwd_launch(logits, boxes, query, labels, target_boxes, counts, num_boxes, *settings):
     losses, lse = outputs = _fwd_outputs(logits)
     layers, images, queries, _ = logits.shape
     if lse.numel() == 0:
         losses.fill_(float("nan"))  # means of nothing
         return outputs
+    settings = Settings(*settings)
     tune = _parameters("set_loss_fwd", logits)
     blocks = cdiv(queries, tune["rows"]) + 1  # of rows, and the boxes
     _set_loss_fwd_kernel[(blocks, images, layers)](
@@ -117,28 +116,22 @@ def _fwd_launch(
         images,
         queries,
         query.shape[2],
-        no_object,
-        no_object_weight,
-        *weights,
-        **_constants(logits, tune, per_process, balanced),
-        LAST=no_object == logits.shape[-1] - 1,
+        settings.no_object,
+        settings.no_object_weight,
+        *settings[4:],
+        **_constants(logits, tune, settings),
+        LAST=settings.no_object == logits.shape[-1] - 1,
         IB=SUM_IMAGES,
         SB=SUM_BLOCKS,
     )
     return outputs
 
 
-def _fwd_reference(
-    logits, boxes, query, labels, target_boxes, counts, num_boxes, no_object, no_object_weight, per_process, balanced,
-    *weights,
-):  # fmt: skip
+def _fwd_reference(logits, boxes, query, labels, target_boxes, counts, num_boxes, *settings):
     logits = logits.float()
     losses, lse = _fwd_outputs(logits)
-    found = set_loss_reference(
-        logits, boxes.float(), query, labels, target_boxes.float(), counts, num_boxes, no_object=no_object,
-        no_object_weight=no_object_weight, normalisation=NORMALISATIONS[per_process], balanced=balanced,
-        weights=weights,
-    )  # fmt: skip
+    tensors = logits, boxes.float(), query, labels, target_boxes.float(), counts, num_boxes
+    found = set_loss_reference(*tensors, Settings(*settings))
     return losses.copy_(torch.stack(found)), lse.copy_(logits.logsumexp(-1))
 
 
@@ -150,14 +143,12 @@ def _bwd_outputs(logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (logits, boxes))
 
 
-def _bwd_launch(
-    by_ce, by_bbox, by_giou, logits, boxes, query, labels, target_boxes, num_boxes, lse, no_object, no_object_weight,
-    per_process, balanced, *weights,
-):  # fmt: skip
+def _bwd_launch(by_ce, by_bbox, by_giou, logits, boxes, query, labels, target_boxes, num_boxes, lse, *settings):
     dlogits, dboxes = outputs = _bwd_outputs(logits, boxes)
     layers, images, queries, _ = logits.shape
     if lse.numel() == 0:
         return outputs
+    settings = Settings(*settings)
     tune = _parameters("set_loss_bwd", logits)
     _set_loss_bwd_kernel[(cdiv(queries, tune["rows"]) + 1, images, layers)](
         *(None if g is None else g.contiguous() for g in (by_ce, by_bbox, by_giou)),
@@ -173,10 +164,10 @@ def _bwd_launch(
         images,
         queries,
         query.shape[2],
-        no_object,
-        no_object_weight,
-        *weights,
-        **_constants(logits, tune, per_process, balanced),
+        settings.no_object,
+        settings.no_object_weight,
+        *settings[4:],
+        **_constants(logits, tune, settings),
     )
     return outputs
 
@@ -239,22 +230,10 @@ def why_not(logits, boxes, query, labels, target_boxes, *_) -> str | None:
 
 
 def set_loss_fused(
-    logits: Tensor,
-    boxes: Tensor,
-    query: Tensor,
-    labels: Tensor,
-    target_boxes: Tensor,
-    counts: Tensor,
-    num_boxes: Tensor,
-    no_object: int,
-    no_object_weight: float = 0.1,
-    normalisation: str = "per_image",
-    balanced: bool = False,
-    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    logits, boxes, query, labels, target_boxes, counts, num_boxes, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``set_loss_reference`` by the kernels: float32 results, gradients in the dtypes of logits and boxes. The same
     bits every time. What does not fit: ``why_not``."""
-    settings = no_object, no_object_weight, normalisation == "per_process", balanced, *weights
     return _SetLoss.apply(logits, boxes, query, labels, target_boxes, counts, num_boxes, *settings)
 
 
@@ -310,10 +289,8 @@ def validate(
     if not 0 <= no_object < classes:
         refuse(op, "no_object", no_object, f"it must be one of the {classes} classes")
     check_known(op, "normalisation", normalisation, NORMALISATIONS)
-    return (
-        logits, boxes, query, labels, target_boxes, counts, num_boxes, no_object, no_object_weight, normalisation,
-        balanced, weights,
-    )  # fmt: skip
+    settings = Settings(no_object, no_object_weight, normalisation == "per_process", balanced, *weights)
+    return logits, boxes, query, labels, target_boxes, counts, num_boxes, settings
 
 
 SET_LOSS = Operator(
