@@ -154,7 +154,7 @@ class Call:
     """The arguments of a problem: floating inputs in ``dtype``, tensors through ``wrap``, leaves with a gradient."""
 
     def __init__(self, cases: Cases, problem: Problem, dtype: torch.dtype, wrap: Callable = lambda x: x):
-        self.cases, self.wrap, self.arguments = cases, wrap, {}
+        self.cases, self.wrap, self.arguments, self.upstream = cases, wrap, {}, None
         self.leaves = [name for name in problem.inputs if cases.leaves is None or name in cases.leaves]
         for name, value in (problem.inputs | problem.others).items():
             if isinstance(value, Tensor):
@@ -171,8 +171,8 @@ class Call:
         if not self.leaves:
             return [out]
         upstream = torch.empty_like(out.detach()).copy_(exact(*out.shape, rng=torch.Generator().manual_seed(1)))
-        leaves = [self.arguments[name] for name in self.leaves]
-        return [out.detach(), *torch.autograd.grad(out, leaves, self.wrap(upstream))]
+        self.upstream = self.wrap(upstream)
+        return [out.detach(), *torch.autograd.grad(out, [self.arguments[name] for name in self.leaves], self.upstream)]
 
     def dtypes(self) -> list[torch.dtype]:
         """What results and gradients must have: the widest of the leaves' and each leaf's, if nothing else is said."""

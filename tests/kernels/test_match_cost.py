@@ -1,4 +1,4 @@
-"""The matching cost: its cases, loops over layers, images, queries and targets, non-finite predictions, wrong counts."""
+"""The matching cost: its cases, loops over layers, images, queries and targets, non-finite predictions, counts."""
 
 import math
 
