@@ -35,7 +35,7 @@ from unit_fast_kernels.adamw.kernels import (
     _adamw_update_kernel,
 )
 from unit_fast_kernels.adamw.step import Stats, Step, adamw_reference, is_dense, same_layout, upload
-from unit_fast_kernels.shared import capture as _capture
+from unit_fast_kernels.shared import capture
 from unit_fast_kernels.shared.operator import Operator
 from unit_fast_kernels.shared.registration import DTYPES, register
 from unit_fast_kernels.shared.triton import cdiv, tl
@@ -83,9 +83,9 @@ class Tables:
         """``values`` on the device. ``RuntimeError`` within a capture if they are not there yet."""
         if self._hosts.get(name) != values:
             if not isinstance(self.layout, FakeTensor):
-                _capture.refuse(self.device, f"AdamW's {name} would be copied to the device")
+                capture.refuse(self.device, f"AdamW's {name} would be copied to the device")
             self._hosts[name], self._tensors[name] = values, upload(values, dtype, self.device)
-        if self._real(_capture.capturing):
+        if self._real(capture.capturing):
             self._held.append(self._tensors[name])
         return self._tensors[name]
 
@@ -93,7 +93,7 @@ class Tables:
         """The table [ROWS,n] of where the tensors are."""
         values = addresses_of(rows)
         homes = self._homes(values)
-        if not self._real(_capture.in_graph_memory):
+        if not self._real(capture.in_graph_memory):
             return self.kept("addresses", values, torch.int64)
         table = homes.clone()
         present = [i for i, address in enumerate(values[GRADIENT_ROW]) if address]
@@ -281,7 +281,7 @@ def _arguments(step: Step, grads: Sequence[Tensor | None], tables: Tables) -> tu
     used = step.used
     if used is not None:
         if used.device != device:
-            _capture.refuse(device, f"AdamW's mask of what was used, which is on {used.device}, would be copied")
+            capture.refuse(device, f"AdamW's mask of what was used, which is on {used.device}, would be copied")
         used = used.to(device, non_blocking=True).contiguous().view(torch.uint8)
     present = [[i for i, t in enumerate(row) if t is not None] for row in (grads, copies, averages)]
     grad_dtype = grads[present[0][0]].dtype if present[0] else torch.float32
@@ -297,7 +297,7 @@ def _arguments(step: Step, grads: Sequence[Tensor | None], tables: Tables) -> tu
 
 def prepare(step: Step, tables: Tables) -> None:
     """Make and copy all that ``adamw_fused`` keeps from one call to the next, so that a step can be captured."""
-    with _capture.graph_memory():  # as a captured step: gradients are not here yet, and each step has its own
+    with capture.graph_memory():  # as a captured step: gradients are not here yet, and each step has its own
         _arguments(step, [None] * len(step.params), tables)
 
 

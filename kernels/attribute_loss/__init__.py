@@ -24,13 +24,19 @@ from unit_fast_kernels.attribute_loss.kernels import (
     _attribute_loss_bwd_kernel,
     _attribute_loss_fwd_kernel,
 )
-from unit_fast_kernels.set_loss.reference import NORMALISATIONS
 from unit_fast_kernels.shared.operator import Operator
 from unit_fast_kernels.shared.registration import DTYPES, register
 from unit_fast_kernels.shared.ticket import counters
 from unit_fast_kernels.shared.triton import cdiv, power_of_two
 from unit_fast_kernels.shared.tuned import launch_parameters
-from unit_fast_kernels.shared.validation import check_floating, check_int64, check_known, check_one_device, check_shape
+from unit_fast_kernels.shared.validation import (
+    NORMALISATIONS,
+    check_floating,
+    check_int64,
+    check_known,
+    check_one_device,
+    check_shape,
+)
 
 SCALE = 0.5
 """Constant factor of the authors' attribute loss (SPEC quirk 7)."""

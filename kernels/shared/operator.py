@@ -32,3 +32,7 @@ class Operator:
     def __post_init__(self):
         found = {"reference": self.reference, "cpu": self.cpu, "fused": self.fused}
         self.implementations = {name: function for name, function in found.items() if function is not None}
+
+    def run(self, implementation: str, *arguments, **keywords):
+        """What one implementation gives for the arguments that users give."""
+        return self.implementations[implementation](*self.validate(*arguments, **keywords))

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+NORMALISATIONS = ("per_image", "per_process")
+"""Over what the mean of a loss is taken."""
+
 
 def refuse(op: str, argument: str, found, remedy: str):
     """Raise ``ValueError``: ``argument`` of ``op`` is ``found``."""

@@ -4,36 +4,33 @@ import pytest
 import torch
 import torch.nn.functional as F
 from unit_fast_kernels.match_cost import pairwise_giou
-from unit_fast_kernels.set_loss import set_loss_reference
-from unit_fast_kernels.set_loss.cpu import set_loss_cpu
 from unit_fast_kernels.set_loss.reference import set_loss_bwd_reference
 from unit_fast_kernels.shared.triton import INTERPRETING
 
 from tests.kernels.common import assert_as_good_as_eager, values_and_gradients
-from tests.kernels.test_set_loss_fused import SETTINGS, SIZES, problem, stacked, wide
+from tests.kernels.test_set_loss_fused import SETTINGS, SIZES, problem, set_loss_cpu, set_loss_reference, stacked, wide
 from unit_fast import ops
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="no kernel is launched here")
 OPS = {"reference": set_loss_reference, "cpu": set_loss_cpu}
 
 
-def by_loops(logits, boxes, query, labels, target_boxes, counts, num_boxes, no_object, no_object_weight=0.1,
+def by_loops(logits, boxes, query, labels, target_boxes, num_boxes, no_object, no_object_weight=0.1,
              normalisation="per_image", balanced=False, weights=(1.0, 1.0, 1.0)):  # fmt: skip
-    """(ce, bbox, giou, cardinality), one layer, image and query at a time."""
+    """(ce, bbox, giou), one layer, image and query at a time."""
     out = []
     _, images, queries, _ = logits.shape
     for l in range(len(logits)):
-        of_images, positive, negative, bbox, giou, cardinality = [], 0.0, 0.0, 0.0, 0.0, 0.0
+        of_images, positive, negative, bbox, giou = [], 0.0, 0.0, 0.0, 0.0
         for b in range(images):
             object_of = {q: t for t, q in enumerate(query[l, b].tolist()) if q >= 0}
-            above, below, predicted = 0.0, 0.0, 0
+            above, below = 0.0, 0.0
             for q in range(queries):
                 t = object_of.get(q)
                 label = no_object if t is None else int(labels[b, t])
                 nll = -F.log_softmax(logits[l, b, q], 0)[label]
                 weight = no_object_weight if label == no_object else 1.0
                 above, below = above + weight * nll, below + weight
-                predicted += int(logits[l, b, q].argmax()) != no_object
                 if label == no_object:
                     negative = negative + nll
                 else:
@@ -42,7 +39,6 @@ def by_loops(logits, boxes, query, labels, target_boxes, counts, num_boxes, no_o
                     bbox = bbox + (boxes[l, b, q] - target_boxes[b, t]).abs().sum()
                     giou = giou + 1 - pairwise_giou(boxes[l, b, q], target_boxes[b, t])
             of_images.append((above, below))
-            cardinality += abs(predicted - int(counts[b])) / images
         if balanced:
             ce = 0.9 * positive / num_boxes + 0.1 * negative / max(1, images * queries - float(num_boxes))
         elif normalisation == "per_process":
@@ -50,7 +46,7 @@ def by_loops(logits, boxes, query, labels, target_boxes, counts, num_boxes, no_o
         else:
             ce = sum(a / b for a, b in of_images) / images
         terms = [w * x for w, x in zip(weights, (ce, bbox / num_boxes, giou / num_boxes))]
-        out.append(torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in (*terms, cardinality)]))
+        out.append(torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in terms]))
     return torch.stack(out).unbind(1)
 
 
@@ -92,20 +88,12 @@ def test_cpu_equals_the_reference(name, setting):
         assert_as_good_as_eager(found, eager, exact, torch.float32, dtype, dtype)
 
 
-def test_cpu_predicts_the_first_of_the_largest():
-    (logits, boxes), others, _ = problem("odd")
-    for no_object in (0, 2, 4):
-        arguments = {**others, "no_object": no_object, "labels": others["labels"].clamp(max=-1)}
-        arguments["query"] = torch.full_like(others["query"], -1)
-        assert torch.equal(*(op(logits.round(), boxes, **arguments)[3] for op in OPS.values()))
-
-
 @pytest.mark.parametrize("which", [0, 1])
 def test_cpu_gradients_of_one_input(which):
     inputs, others, _ = problem("odd")
     leaves = [x.requires_grad_(i == which) for i, x in enumerate(inputs)]
     ours, theirs = (
-        torch.autograd.grad(sum(x.sum() for x in op(*leaves, **others)[:3]), leaves[which]) for op in OPS.values()
+        torch.autograd.grad(sum(x.sum() for x in op(*leaves, **others)), leaves[which]) for op in OPS.values()
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
@@ -132,9 +120,8 @@ def test_gradient_by_hand_is_autograds(name, setting):
 def test_without_objects_zero_terms_are_connected(name):
     inputs, others, _ = problem(name)
     leaves = [x.requires_grad_() for x in inputs]
-    ce, bbox, giou, cardinality = ops.set_loss(*leaves, **others)
+    ce, bbox, giou = ops.set_loss(*leaves, **others)
     assert torch.count_nonzero(bbox) == torch.count_nonzero(giou) == 0
-    assert not cardinality.requires_grad
     dlogits, dboxes = torch.autograd.grad((ce + bbox + giou).sum(), leaves)
     assert torch.count_nonzero(dlogits) > 0
     assert torch.count_nonzero(dboxes) == 0
@@ -146,7 +133,7 @@ def test_dtypes():
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
         out = ops.set_loss(*leaves, **others)
         assert {x.dtype for x in out} == {expected}
-        assert {g.dtype for g in torch.autograd.grad(sum(x.sum() for x in out[:3]), leaves)} == {dtype}
+        assert {g.dtype for g in torch.autograd.grad(sum(x.sum() for x in out), leaves)} == {dtype}
 
 
 def _arguments(**changes):
@@ -163,13 +150,11 @@ def _arguments(**changes):
         ({"query": torch.zeros(2, 4, 4).long()}, r"query is of shape .* \[L,B,N\] = \[2, 3, any\]"),
         ({"labels": torch.zeros(3, 5).long()}, r"labels is of shape .* \[B,N\] = \[3, 4\]"),
         ({"target_boxes": torch.zeros(3, 4, 5)}, r"target_boxes is of shape .* \[B,N,4\] = \[3, 4, 4\]"),
-        ({"counts": torch.zeros(2).long()}, r"counts is of shape .* \[B\] = \[3\]"),
         ({"num_boxes": torch.ones(1)}, r"num_boxes is of shape \[1\]; it must be a scalar"),
         ({"num_boxes": torch.tensor(3)}, "num_boxes is torch.int64; it must be floating point"),
         ({"logits": torch.zeros(2, 3, 7, 5).long()}, "logits is torch.int64; it must be floating point"),
         ({"query": torch.zeros(2, 3, 4).int()}, "query is torch.int32; it must be int64"),
         ({"labels": torch.zeros(3, 4)}, "labels is torch.float32; it must be int64"),
-        ({"counts": torch.zeros(3)}, "counts is torch.float32; it must be an integer tensor"),
         ({"boxes": torch.zeros(2, 3, 7, 4, device="meta")}, "boxes is on meta; move it to cpu"),
         ({"no_object": 5}, "no_object is 5; it must be one of the 5 classes"),
         ({"normalisation": "per_imag"}, "normalisation is 'per_imag'; nearest: per_image"),

@@ -2,11 +2,12 @@
 
 Under ``TRITON_INTERPRET=1`` the kernels run; else the references that are registered for the CPU."""
 
+from functools import partial
+
 import pytest
 import torch
 from unit_fast_kernels import set_loss as module
 from unit_fast_kernels.assembly import record as _record
-from unit_fast_kernels.set_loss import set_loss_fused, set_loss_reference
 from unit_fast_kernels.shared.registration import REGISTERED
 from unit_fast_kernels.shared.triton import INTERPRETING
 
@@ -43,6 +44,9 @@ SETTINGS = {
     "weights": {"weights": (2.5, 5.0, 0.5)},
 }
 DTYPES = [torch.float32, torch.bfloat16]
+set_loss_reference, set_loss_cpu, set_loss_fused = (
+    partial(module.SET_LOSS.run, name) for name in ("reference", "cpu", "fused")
+)
 
 
 @pytest.fixture(params=["default", "row"])
@@ -81,7 +85,6 @@ def problem(name, seed=5):
         "query": query,
         "labels": labels,
         "target_boxes": target_boxes,
-        "counts": torch.tensor(counts, dtype=torch.int32),
         "num_boxes": torch.tensor(float(max(1, sum(counts)))),
         "no_object": classes - 1,
     }
@@ -92,7 +95,7 @@ def stacked(op, others, **settings):
     """The three losses as one tensor, so that all gradients count."""
 
     def function(logits, boxes):
-        return torch.stack(op(logits, boxes, **others, **settings)[:3])
+        return torch.stack(op(logits, boxes, **others, **settings))
 
     return function
 
@@ -145,23 +148,6 @@ def test_real_shapes_on_a_gpu(shape, setting):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_cardinality_counts_the_first_of_the_largest(blocks):
-    """No-object wins only where no other class before it is as large."""
-    (logits, boxes), others, _ = problem("odd")
-    logits = logits.round()  # many ties
-    for no_object in (0, 2, 4):
-        arguments = wide(others, torch.float32) | {"no_object": no_object}
-        arguments["labels"] = torch.where(arguments["labels"] == no_object, 1, arguments["labels"])
-        found, expected = (
-            op(logits.float(), boxes.float(), **arguments) for op in (set_loss_fused, set_loss_reference)
-        )
-        torch.testing.assert_close(found[3], expected[3])
-        assert not found[3].requires_grad
-        torch.testing.assert_close(found[0], expected[0])
-    n = (logits.argmax(-1) != 4).sum(-1) - others["counts"]
-    torch.testing.assert_close(found[3], n.abs().float().mean(-1))
-
-
 # --- Which outputs are asked for, and what gets no gradient -----------------------------------------------------------
 
 
@@ -172,7 +158,7 @@ def test_gradients_of_one_output(used):
     gradients = []
     for op in (set_loss_fused, set_loss_reference):
         leaves = [x.float().requires_grad_() for x in inputs]
-        out = op(*leaves, **wide(others, torch.float32))[:3]
+        out = op(*leaves, **wide(others, torch.float32))
         total = (torch.stack(out) * 0.0).sum() if used is None else (out[used] * upstream[used]).sum()
         gradients.append(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
     for ours, theirs in zip(*gradients):
@@ -213,7 +199,6 @@ def test_equal_touching_and_inner_boxes_have_the_gradient_of_pytorch():
         "query": torch.arange(n)[None, None],
         "labels": torch.zeros(1, n, dtype=torch.int64),
         "target_boxes": target.expand(1, n, 4).contiguous(),
-        "counts": torch.tensor([n]),
         "num_boxes": torch.tensor(float(n)),
         "no_object": 1,
     }
@@ -255,7 +240,7 @@ def test_what_is_out_of_range_reads_nothing_and_shows():
     leaves = [guarded(x.float()).requires_grad_() for x in (logits, boxes)]
     arguments = wide(others, torch.float32)
     arguments["labels"] = torch.where(arguments["labels"] >= 0, 10**6, -1)
-    ce, bbox, *_ = set_loss_fused(*leaves, **arguments)
+    ce, bbox, _ = set_loss_fused(*leaves, **arguments)
     assert bool(ce.isnan().all())
     assert bool(bbox.isfinite().all())
     dlogits, dboxes = torch.autograd.grad((ce + bbox).sum(), leaves)
@@ -263,7 +248,7 @@ def test_what_is_out_of_range_reads_nothing_and_shows():
     assert bool(dboxes.isfinite().all())
     arguments = wide(others, torch.float32)
     arguments["query"] = torch.where(arguments["query"] >= 0, 10**6, -1)
-    ce, bbox, *_ = set_loss_fused(*leaves, **arguments)
+    ce, bbox, _ = set_loss_fused(*leaves, **arguments)
     assert torch.count_nonzero(bbox) == 0
     assert bool(ce.isfinite().all())
 
@@ -277,7 +262,6 @@ def test_strided_inputs():
     low, others = [x.float() for x in inputs], wide(others, torch.float32)
     dense = values_and_gradients(stacked(set_loss_fused, others), low, upstream)
     strided = {k: _strided(v) if isinstance(v, torch.Tensor) and v.dim() > 1 else v for k, v in others.items()}
-    strided["counts"] = torch.stack((others["counts"], others["counts"]), 1)[:, 0]
     upstream = upstream.mT.contiguous().mT
     found = values_and_gradients(stacked(set_loss_fused, strided), [_strided(x) for x in low], upstream)
     assert all(torch.equal(a, b) for a, b in zip(dense, found, strict=True))
@@ -292,7 +276,7 @@ def _arguments(dtype, strided, settings):
     if strided:
         logits, boxes, query, labels = (_strided(x) for x in (logits, boxes, query, labels))
     inputs = logits, boxes, query, labels, target_boxes
-    forward = (*inputs, others["counts"], others["num_boxes"], others["no_object"], *settings)
+    forward = (*inputs, others["num_boxes"], others["no_object"], *settings)
     _, lse = module._forward(*forward)
     backward = (*by, *inputs, others["num_boxes"], lse, others["no_object"], *settings)
     return forward, backward
@@ -315,10 +299,10 @@ def test_registration(dtype, settings, strided):
 @pytest.mark.skipif(INTERPRETING, reason="the interpreter's launches are what the registration runs")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole(dynamic):
-    def function(logits, boxes, query, labels, target_boxes, counts, num_boxes):
-        return torch.stack(
-            set_loss_fused(logits, boxes, query, labels, target_boxes, counts, num_boxes, no_object=4)[:3]
-        )
+    def function(logits, boxes, query, labels, target_boxes, num_boxes):
+        settings = module.Settings(4, 0.1, False, False, 1.0, 1.0, 1.0)
+        losses = module.set_loss_fused(logits, boxes, query, labels, target_boxes, num_boxes, settings)
+        return torch.stack(losses)
 
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -375,7 +359,7 @@ def forward_of(name):
     (logits, boxes), others, _ = problem(name)
     a = wide(others, torch.float32)
     return module._forward(
-        logits.float(), boxes.float(), a["query"], a["labels"], a["target_boxes"], a["counts"], a["num_boxes"],
+        logits.float(), boxes.float(), a["query"], a["labels"], a["target_boxes"], a["num_boxes"],
         a["no_object"], 0.1, False, False, 1.0, 5.0, 2.0,
     )  # fmt: skip
 
