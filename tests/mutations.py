@@ -56,7 +56,7 @@ MUTATIONS = [
     Mutation("dropout", "cpu", "torch.mul(kept, scale, out=target[part])", "target[part] = kept"),
     Mutation("dropout", "kernel", "limit, seed_ptr), x * scale, 0.0)", "limit, seed_ptr), x, 0.0)"),
     Mutation("dropout", "kernel", "tl.store(y_ptr + element, y.to(y_ptr.dtype.element_ty), mask=element < size)",
-             "tl.store(y_ptr + element, y.to(y_ptr.dtype.element_ty), mask=element < size + 1)"),
+             "tl.store(y_ptr + element, y.to(y_ptr.dtype.element_ty), mask=element < size - 1)"),
     Mutation("residual_norm", "reference", "layer_norm(x + dropout_reference(", "layer_norm(x - dropout_reference("),
     Mutation("residual_norm", "backward", "(grad - level - normalised * along)", "(grad - normalised * along)"),
     Mutation("residual_norm", "kernel", "tl.sum(centred * centred, 1) / C + eps", "tl.sum(centred * centred, 1) / C"),
