@@ -15,9 +15,10 @@ from tests.models import small_config
 from unit_fast.batch import Output
 from unit_fast.config import DataConfig, RunConfig
 from unit_fast.errors import UserError
-from unit_fast.evaluation.evaluate import describe, evaluate, pick, spread
+from unit_fast.evaluation.evaluate import describe, evaluate
 from unit_fast.evaluation.metrics import Accuracy, VqaAccuracy, coco_average_precision, find_scorer
 from unit_fast.evaluation.task_results import detections
+from unit_fast.evaluation.task_run import pick, spread
 from unit_fast.model import UniT
 from unit_fast.tasks import TASKS, get_task
 

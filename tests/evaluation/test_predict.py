@@ -17,7 +17,8 @@ from unit_fast.errors import UserError
 from unit_fast.evaluation.evaluate import evaluate
 from unit_fast.evaluation.labels import LABELS, read_labels, write_labels
 from unit_fast.evaluation.labels import VOCABULARY as VOCABULARY_FILE
-from unit_fast.evaluation.predict import Prediction, load
+from unit_fast.evaluation.predict import load
+from unit_fast.evaluation.prediction import Prediction
 from unit_fast.model import UniT
 from unit_fast.report.predictions import chosen
 from unit_fast.weights import checkpoint

@@ -22,6 +22,7 @@ from unit_fast.config import (
     TextConfig,
     default_tasks,
 )
+from unit_fast.config_check import check_resumable
 from unit_fast.errors import UserError
 from unit_fast.model import UniT
 from unit_fast.weights import checkpoint
@@ -285,7 +286,7 @@ def changed(**changes):
     ],
 )  # fmt: skip
 def test_harmless_changes_may_be_made(saved, change):
-    assert checkpoint.check_resumable(saved, RUN, changed(**change))
+    assert check_resumable(saved, RUN, changed(**change))
 
 
 @pytest.mark.parametrize(
@@ -299,19 +300,19 @@ def test_harmless_changes_may_be_made(saved, change):
 )  # fmt: skip
 def test_other_changes_are_refused_by_name_unless_allowed(saved, change, name):
     with pytest.raises(UserError, match=f"another config: {name} was .* is .*--allow-changed"):
-        checkpoint.check_resumable(saved, RUN, changed(**change))
-    assert checkpoint.check_resumable(saved, RUN, changed(**change), [name.replace("\\", "")])
+        check_resumable(saved, RUN, changed(**change))
+    assert check_resumable(saved, RUN, changed(**change), [name.replace("\\", "")])
 
 
 def test_the_model_may_never_change(saved):
     new = changed(model={"decoder": DecoderConfig(width=32, **LAYER)})
     with pytest.raises(UserError, match=r"model\.decoder\.width was 16, is 32.*the model cannot change"):
-        checkpoint.check_resumable(saved, RUN, new, ["model"])
+        check_resumable(saved, RUN, new, ["model"])
 
 
 def test_an_unknown_name_to_allow(saved):
     with pytest.raises(UserError, match=r"--allow-changed optim\.lrr: no such field; nearest: optim\.lr"):
-        checkpoint.check_resumable(saved, RUN, RUN, ["optim.lrr"])
+        check_resumable(saved, RUN, RUN, ["optim.lrr"])
 
 
 # --------------------------------------------------------------------------------------------------- hostile files

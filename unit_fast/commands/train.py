@@ -42,8 +42,7 @@ class Train:
 
 
 def run(arguments: list[str], prog: str) -> int:
-    command = parse(Train, arguments, prog=prog, default=Train(config=_base_config(arguments)))
-    config = _with_shortcuts(command)
+    command, config = read_config(arguments, prog)
     if command.dry_run:
         return _dry_run(config)
     from unit_fast import report
@@ -63,6 +62,17 @@ def run(arguments: list[str], prog: str) -> int:
     show_metrics(run.metrics)
     show_report(run)
     return run.exit_code
+
+
+def read_config(arguments: list[str], prog: str) -> tuple[Train, RunConfig]:
+    """The parsed command, and the configuration that it describes."""
+    command = parse(Train, arguments, prog=prog, default=Train(config=_base_config(arguments)))
+    config = command.config
+    if command.data_root:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=command.data_root))
+    if command.batch is not None:
+        config = dataclasses.replace(config, batch_per_process=command.batch, task_batch={})
+    return command, config
 
 
 def _base_config(arguments: list[str]) -> RunConfig:
@@ -109,15 +119,6 @@ def _only(config: RunConfig, tasks: str) -> RunConfig:
         ratios={name: ratio for name, ratio in config.ratios.items() if name in chosen},
         task_batch={name: size for name, size in config.task_batch.items() if name in chosen},
     )
-
-
-def _with_shortcuts(command: Train) -> RunConfig:
-    config = command.config
-    if command.data_root:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=command.data_root))
-    if command.batch is not None:
-        config = dataclasses.replace(config, batch_per_process=command.batch, task_batch={})
-    return config
 
 
 def _dry_run(config: RunConfig) -> int:
