@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.data_roots import coco_file, picture, write
-from tests.evaluation.test_evaluate import Oracle
+from tests.evaluation.common import Oracle
 from tests.small_runs import make_world, small_config
 from unit_fast.commands import main as cli
 from unit_fast.data.loader import BadImages

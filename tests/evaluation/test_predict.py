@@ -1,6 +1,5 @@
 """Prediction from a run folder alone: results, their drawings and the errors."""
 
-import dataclasses
 import json
 import shutil
 
@@ -10,8 +9,7 @@ import torch
 from PIL import Image
 
 from tests.data_roots import VOCABULARY, picture, whole_root
-from tests.models import small_config
-from unit_fast.config import DataConfig, RunConfig
+from tests.evaluation.common import whole_config
 from unit_fast.data import open_dataset
 from unit_fast.errors import UserError
 from unit_fast.evaluation.evaluate import evaluate
@@ -28,13 +26,7 @@ from unit_fast.weights import checkpoint
 def made(tmp_path_factory):
     """(run folder, its configuration, its model); the data root is not part of the run."""
     root = whole_root(tmp_path_factory.mktemp("data"))
-    model_config = small_config()
-    tasks = {n: dataclasses.replace(t, outputs=4 if n == "vqa2" else t.outputs) for n, t in model_config.tasks.items()}
-    text = dataclasses.replace(model_config.text, vocab_size=len(VOCABULARY))
-    config = RunConfig(
-        model=dataclasses.replace(model_config, tasks=tasks, text=text),
-        data=DataConfig(root=str(root), short_side=48, max_side=80),
-    )
+    config = whole_config(root, data={"short_side": 48, "max_side": 80})
     torch.manual_seed(0)
     model = UniT(config.model).eval()
     folder = tmp_path_factory.mktemp("run")
