@@ -17,10 +17,12 @@ from unit_fast.config import (
 from unit_fast.recipes.paper import sampling
 from unit_fast.tasks import get_task
 
+_LAYER = {"width": 96, "heads": 4, "ffn_width": 192, "dropout": 0.0}
+"""Of every encoder and decoder."""
+
 
 def small() -> RunConfig:
     """Eight tasks in a small model that trains from the pixels on a CPU: to try real data sets (not in the paper)."""
-    width, ffn = 96, 192
     return RunConfig(
         steps=800,
         batch_per_process=8,
@@ -31,11 +33,9 @@ def small() -> RunConfig:
         criterion="mean",
         model=ModelConfig(
             backbone=BackboneConfig(depth=14, width=16, norm="group", first_trained_stage=0),
-            encoder=EncoderConfig(width=width, layers=2, heads=4, ffn_width=ffn, dropout=0.0),
-            text=TextConfig(width=width, layers=2, heads=4, ffn_width=ffn, dropout=0.0),
-            decoder=DecoderConfig(
-                width=width, layers=3, heads=4, ffn_width=ffn, dropout=0.0, classifier_dropout=0.0
-            ),
+            encoder=EncoderConfig(layers=2, **_LAYER),
+            text=TextConfig(layers=2, **_LAYER),
+            decoder=DecoderConfig(layers=3, classifier_dropout=0.0, **_LAYER),
             tasks=default_tasks("coco", "vg", queries=40) | default_tasks("vqa2", "snli_ve", queries=4)
             | default_tasks("qnli", "mnli", "qqp", "sst2", queries=1),
         ),
@@ -53,14 +53,11 @@ DEMO_SCALE = {"demo": 1.0, "demo_quick": 0.1}
 
 def demo() -> RunConfig:
     """Eight tasks of the generated world in minutes on two CPU cores (not in the paper)."""
-    from unit_fast.data.generated import scene as synthetic_scene
-    from unit_fast.data.generated import text as synthetic_text
-    from unit_fast.data.generated import world as synthetic
+    from unit_fast.data.generated import scene, text, world
 
-    width, ffn = 96, 192
     tasks = default_tasks("coco", "vg", queries=8) | default_tasks("vqa2", "snli_ve", queries=4)
     tasks |= default_tasks("qnli", "mnli", "qqp", "sst2", queries=1)
-    outputs = {"vqa2": len(synthetic_text.ANSWERS), "detection_visual_genome": len(synthetic.VG_OBJECT_IDS) + 2}
+    outputs = {"vqa2": len(text.ANSWERS), "detection_visual_genome": len(world.VG_OBJECT_IDS) + 2}
     tasks = {name: dataclasses.replace(task, outputs=outputs.get(name, task.outputs)) for name, task in tasks.items()}
     return RunConfig(
         steps=5200,
@@ -82,17 +79,14 @@ def demo() -> RunConfig:
             backbone=BackboneConfig(
                 depth=14, width=8, norm="group", group_channels=16, stride=8, first_trained_stage=0
             ),
-            encoder=EncoderConfig(width=width, layers=2, heads=4, ffn_width=ffn, dropout=0.0),
+            encoder=EncoderConfig(layers=2, **_LAYER),
             text=TextConfig(
-                width=width, layers=2, heads=4, ffn_width=ffn, vocab_size=len(synthetic_text.VOCABULARY),
-                max_positions=64, dropout=0.0, init_std=0.1,
+                layers=2, vocab_size=len(text.VOCABULARY), max_positions=64, init_std=0.1, **_LAYER
             ),
-            decoder=DecoderConfig(
-                width=width, layers=3, heads=4, ffn_width=ffn, dropout=0.0, classifier_dropout=0.0
-            ),
+            decoder=DecoderConfig(layers=3, classifier_dropout=0.0, **_LAYER),
             loss=LossConfig(
                 ce_normalisation="per_process", weight_bbox=2.5, weight_giou=1.0,
-                attribute_outputs=len(synthetic.VG_ATTRIBUTE_IDS) + 1, attribute_embedding=32, attribute_hidden=64,
+                attribute_outputs=len(world.VG_ATTRIBUTE_IDS) + 1, attribute_embedding=32, attribute_hidden=64,
             ),
             tasks=tasks,
         ),
@@ -103,7 +97,7 @@ def demo() -> RunConfig:
         ),
         # All images stay decoded in memory, which leaves DALI nothing to do, and have nearly one size.
         data=DataConfig(
-            short_side=synthetic_scene.SIDE, max_side=synthetic_scene.SIDE, augment=False, cache_mib=32,
+            short_side=scene.SIDE, max_side=scene.SIDE, augment=False, cache_mib=32,
             engine="torchvision", group=1,
         ),
     )  # fmt: skip
