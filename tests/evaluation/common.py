@@ -4,11 +4,12 @@ import dataclasses
 
 import torch
 
-from tests.data_roots import VOCABULARY
+from tests.data_roots import VOCABULARY, box, coco_file, picture, write
 from tests.models import small_config
 from unit_fast.batch import Output
 from unit_fast.config import DataConfig, RunConfig
 from unit_fast.tasks import get_task
+from unit_fast.weights import checkpoint
 
 
 def whole_config(root, *tasks, data: dict | None = None, **changes) -> RunConfig:
@@ -19,6 +20,28 @@ def whole_config(root, *tasks, data: dict | None = None, **changes) -> RunConfig
     model = dataclasses.replace(config, tasks=kinds, text=text)
     data = {"short_side": 64, "max_side": 96} | (data or {})
     return RunConfig(model=model, data=DataConfig(root=str(root), **data), **changes)
+
+
+def coco_images(root, sizes, objects=lambda number: 0, first: int = 0):
+    """COCO's validation split as images of these sizes (width, height), ``objects(number)`` boxes on each."""
+    content = {**coco_file(), "images": [], "annotations": []}
+    for number, (width, height) in enumerate(sizes):
+        name, key = f"{first + number:012d}.jpg", first + number
+        picture(root / "coco/images/val2017" / name, width, height, seed=number)
+        content["images"].append({"id": key, "file_name": name, "width": width, "height": height})
+        content["annotations"] += [
+            box(key, 10 * number + k, 1 + k, [k * 10, 5, 12 + k, 15], area=180.0) for k in range(objects(number))
+        ]
+    write(root / "coco/annotations/instances_val2017.json", content)
+    return root
+
+
+def save_run(folder, weights, config, step: int = 1):
+    """A run folder whose last checkpoint has these weights."""
+    name = f"step_{step:06d}"
+    checkpoint.save(folder / "checkpoints", name, weights, config)
+    checkpoint.point(folder / "checkpoints", "last", name)
+    return folder
 
 
 class Oracle(torch.nn.Module):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data_roots import coco_file, picture, whole_root, write
-from tests.evaluation.common import Oracle, whole_config
+from tests.data_roots import whole_root
+from tests.evaluation.common import Oracle, coco_images, whole_config
 from unit_fast.errors import UserError
 from unit_fast.evaluation.evaluate import describe, evaluate
 from unit_fast.evaluation.metrics import coco_average_precision
@@ -29,21 +29,8 @@ def test_spread_takes_different_indices_over_the_whole_range():
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """The small data sets with more validation images, of unequal sizes."""
-    root = whole_root(tmp_path_factory.mktemp("data"))
-    content = coco_file()
-    content["images"], content["annotations"] = [], []
-    for i in range(7):
-        w, h = (60, 40) if i < 4 else (40 + 9 * i, 60 - 5 * i)
-        name = f"{100 + i:012d}.jpg"
-        picture(root / "coco/images/val2017" / name, w, h, seed=i)
-        content["images"].append({"id": 100 + i, "file_name": name, "width": w, "height": h})
-        for k in range(i % 3):
-            content["annotations"].append(
-                {"id": 10 * i + k, "image_id": 100 + i, "bbox": [k * 10, 5, 12 + k, 15], "area": 180.0,
-                 "category_id": 1 + k, "iscrowd": 0}
-            )  # fmt: skip
-    write(root / "coco/annotations/instances_val2017.json", content)
-    return root
+    sizes = [(60, 40) if i < 4 else (40 + 9 * i, 60 - 5 * i) for i in range(7)]
+    return coco_images(whole_root(tmp_path_factory.mktemp("data")), sizes, lambda number: number % 3, first=100)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,14 @@ from unit_fast.batch import Output
 from unit_fast.config import DataConfig, default_tasks
 from unit_fast.data import open_dataset
 from unit_fast.errors import UserError
-from unit_fast.evaluation.metrics import AP_KEYS, Accuracy, VqaAccuracy, coco_average_precision, find_scorer
+from unit_fast.evaluation.metrics import (
+    AP_KEYS,
+    Accuracy,
+    VqaAccuracy,
+    best_answer,
+    coco_average_precision,
+    find_scorer,
+)
 from unit_fast.evaluation.task_results import detections
 
 scorers = pytest.mark.parametrize("scorer", ["pycocotools", "faster-coco-eval"])
@@ -25,8 +32,11 @@ scorers = pytest.mark.parametrize("scorer", ["pycocotools", "faster-coco-eval"])
 def test_vqa_accuracy_is_the_soft_target_at_the_best_known_answer():
     metric = VqaAccuracy()
     # the first question's best logit is <unk>, which is never given: answer 2 counts
-    metric.add(torch.tensor([[9.0, 1.0, 2.0], [0.0, 3.0, -1.0]]), torch.tensor([[0.0, 0.3, 0.6], [0.0, 1.0, 0.0]]))
-    metric.add(torch.tensor([[0.0, 5.0, 1.0]]), torch.tensor([[0.0, 0.0, 0.9]]))
+    for scores, targets in (
+        ([[9.0, 1.0, 2.0], [0.0, 3.0, -1.0]], [[0.0, 0.3, 0.6], [0.0, 1.0, 0.0]]),
+        ([[0.0, 5.0, 1.0]], [[0.0, 0.0, 0.9]]),
+    ):
+        metric.count_answers(best_answer(torch.tensor(scores)), torch.tensor(targets))
     result = metric.result()
     assert result["count"] == 3
     assert result["vqa_accuracy"] == pytest.approx((0.6 + 1.0 + 0.0) / 3)
@@ -35,8 +45,8 @@ def test_vqa_accuracy_is_the_soft_target_at_the_best_known_answer():
 
 def test_accuracy_counts_samples_and_not_batches():
     metric = Accuracy()
-    metric.add(torch.tensor([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 1, 0]))
-    metric.add(torch.tensor([[0.0, 1.0]]), torch.tensor([0]))
+    metric.count_classes(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), classes=2)
+    metric.count_classes(torch.tensor([1]), torch.tensor([0]), classes=2)
     # the mean of the batch means would be 1/3
     assert metric.result() == {"accuracy": 0.5, "chance": 0.75, "count": 4}
 

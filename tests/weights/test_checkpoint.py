@@ -12,16 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.models import small_config
 from unit_fast import faults
-from unit_fast.config import (
-    BackboneConfig,
-    DecoderConfig,
-    EncoderConfig,
-    ModelConfig,
-    RunConfig,
-    TextConfig,
-    default_tasks,
-)
+from unit_fast.config import RunConfig
 from unit_fast.config_check import check_resumable
 from unit_fast.errors import UserError
 from unit_fast.model import UniT
@@ -29,15 +22,9 @@ from unit_fast.weights import checkpoint
 from unit_fast.weights.checkpoint import CONFIG, MANIFEST, STATE, STATE_JSON, WEIGHTS
 from unit_fast.weights.files import MAX_HEADER, digest, load_weights
 
-LAYER = {"layers": 1, "heads": 2, "ffn_width": 16}
-MODEL = ModelConfig(
-    backbone=BackboneConfig(depth=14, width=8),
-    encoder=EncoderConfig(width=16, **LAYER),
-    text=TextConfig(width=16, vocab_size=50, max_positions=16, **LAYER),
-    decoder=DecoderConfig(width=16, **LAYER),
-    tasks=default_tasks("sst2"),
-)
+MODEL = small_config("sst2")
 RUN = RunConfig(model=MODEL, steps=7)
+WIDER = dataclasses.replace(MODEL.decoder, width=64)
 
 
 def state(step=3):
@@ -125,15 +112,13 @@ def test_averaged_weights_are_apart(tmp_path, model):
     assert same(dict(model.state_dict()), dict(checkpoint.load_model(folder)[0].state_dict()))
 
 
-def test_averaged_weights_that_are_not_there(saved):
-    with pytest.raises(UserError, match="no averaged weights.*--ema-decay"):
-        checkpoint.load_model(saved, ema=True)
-
-
-@pytest.mark.parametrize(("path", "text"), [("nowhere", "no such run"), (".", "holds no checkpoint")])
-def test_nothing_to_load(tmp_path, path, text):
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [("nowhere", "no such run"), (".", "holds no checkpoint"), ("run", "no averaged weights.*--ema-decay")],
+)
+def test_nothing_to_load(tmp_path, saved, path, text):
     with pytest.raises(UserError, match=text):
-        checkpoint.load_model(tmp_path / path)
+        checkpoint.load_model(tmp_path / path, ema=path == "run")
 
 
 def test_links_are_replaced_and_older_checkpoints_pruned_but_those_pointed_to(tmp_path, model):
@@ -255,7 +240,7 @@ def test_weights_alone_cannot_be_resumed(tmp_path, model):
 
 
 def test_weights_of_another_model_are_refused_before_reading(saved, model):
-    config = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, decoder=DecoderConfig(width=32, **LAYER)))
+    config = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, decoder=WIDER))
     (saved / CONFIG).write_text(json.dumps(dataclasses.asdict(config)))
     (saved / MANIFEST).unlink()  # otherwise the checksum speaks first
     with pytest.raises(UserError, match=r"model\.safetensors.*(tensors missing|is torch).*another config"):
@@ -270,11 +255,11 @@ def test_dtypes_are_not_cast_silently(saved, model):
 
 
 def changed(**changes):
-    tree = dataclasses.replace(RUN, **{k: v for k, v in changes.items() if k not in ("optim", "data", "model")})
-    for part in ("optim", "data", "model"):
-        if part in changes:
-            tree = dataclasses.replace(tree, **{part: dataclasses.replace(getattr(tree, part), **changes[part])})
-    return tree
+    """``RUN`` with other fields; dicts change fields within a part."""
+    parts = {
+        k: dataclasses.replace(getattr(RUN, k), **v) for k, v in changes.items() if k in ("optim", "data", "model")
+    }
+    return dataclasses.replace(RUN, **(changes | parts))
 
 
 @pytest.mark.parametrize(
@@ -305,8 +290,8 @@ def test_other_changes_are_refused_by_name_unless_allowed(saved, change, name):
 
 
 def test_the_model_may_never_change(saved):
-    new = changed(model={"decoder": DecoderConfig(width=32, **LAYER)})
-    with pytest.raises(UserError, match=r"model\.decoder\.width was 16, is 32.*the model cannot change"):
+    new = changed(model={"decoder": WIDER})
+    with pytest.raises(UserError, match=r"model\.decoder\.width was 48, is 64.*the model cannot change"):
         check_resumable(saved, RUN, new, ["model"])
 
 
