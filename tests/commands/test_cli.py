@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.small_runs import log_of, rows, small_config, state_hash
-from unit_fast.commands import env
+from unit_fast.commands import env, train
 from unit_fast.commands import main as cli
-from unit_fast.commands.command_line import split_lists, value_of
-from unit_fast.commands.train import read_config
+from unit_fast.commands.command_line import parse, split_lists, value_of
 from unit_fast.config import load_config, to_json
 from unit_fast.errors import UserError
 from unit_fast.recipes import RECIPES, recipe
@@ -29,11 +28,11 @@ def run(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     config = small_config(root, "coco", "vqa2", "qnli", "sst2", eval_every=0, eval_limit=6)
     (folder / "small.json").write_text(to_json(config))
-    assert cli.main(train(folder, folder / "run")) == 0
+    assert cli.main(training(folder, folder / "run")) == 0
     return folder / "run"
 
 
-def train(folder: Path, out: Path, *more: str) -> list[str]:
+def training(folder: Path, out: Path, *more: str) -> list[str]:
     """The command that trains what ``folder/small.json`` says."""
     return ["train", "--config-file", str(folder / "small.json"), "--out", str(out), "--progress", "none", *more]
 
@@ -120,7 +119,7 @@ def test_debug_shows_the_trace(run):
 
 
 def test_a_fault_of_ours_is_not_hidden(capsys, monkeypatch):
-    def broken(arguments, prog):
+    def broken(options):
         raise ZeroDivisionError
 
     monkeypatch.setattr(env, "run", broken)
@@ -174,7 +173,8 @@ def test_an_option_sets_its_field(option, field, value):
 
 
 def config_from(options: str):
-    return read_config(options.split(), "x")[1]
+    arguments = options.split()
+    return train.config_of(parse(train.Options, arguments, prog="x", default=train.default(arguments)))
 
 
 def test_tasks_have_options_too_and_may_be_left_out():
@@ -249,7 +249,7 @@ def test_train_leaves_a_whole_run(run):
 
 
 def test_train_and_resume_by_command(capsys, run, root, tmp_path):
-    code, out, _ = call(capsys, *train(run.parent, tmp_path / "r", "--progress", "plain", "--stop-at", "10"))
+    code, out, _ = call(capsys, *training(run.parent, tmp_path / "r", "--progress", "plain", "--stop-at", "10"))
     assert code == 75
     command = f"unit-fast train --resume auto --out {tmp_path / 'r'}"
     assert command in out
@@ -259,7 +259,7 @@ def test_train_and_resume_by_command(capsys, run, root, tmp_path):
 
 
 def test_resume_with_another_setting(capsys, run, tmp_path):
-    cli.main(train(run.parent, tmp_path / "r", "--stop-at", "4"))
+    cli.main(training(run.parent, tmp_path / "r", "--stop-at", "4"))
     capsys.readouterr()
     again = ["train", "--resume", "auto", "--out", str(tmp_path / "r"), "--progress", "none", "--optim.lr", "1e-5"]
     code, _, err = call(capsys, *again)
@@ -443,6 +443,6 @@ def test_what_a_console_cannot_show_is_escaped(monkeypatch):
 def test_a_report_that_cannot_be_written_does_not_change_how_a_run_ended(capsys, root, tmp_path):
     (tmp_path / "run" / "report.html").mkdir(parents=True)
     (tmp_path / "small.json").write_text(to_json(small_config(root, "sst2", steps=2)))
-    code, _, err = call(capsys, *train(tmp_path, tmp_path / "run", "--stop-at", "1"))
+    code, _, err = call(capsys, *training(tmp_path, tmp_path / "run", "--stop-at", "1"))
     assert code == 75
     assert err.startswith("unit-fast: no report: ")

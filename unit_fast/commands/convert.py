@@ -6,11 +6,9 @@ from typing import Literal
 
 import tyro
 
-from unit_fast.commands.command_line import parse
-
 
 @dataclass(kw_only=True)
-class Convert:
+class Options:
     """Weights of other projects to a checkpoint of ours, or ours to theirs. No code of the file is executed."""
 
     source: tyro.conf.Positional[str]
@@ -29,18 +27,17 @@ class Convert:
     """Seed of the random rest."""
 
 
-def run(arguments: list[str], prog: str) -> int:
-    command = parse(Convert, arguments, prog=prog)
+def run(options: Options) -> int:
     from unit_fast.recipes import recipe
     from unit_fast.weights.exchange import export_file, import_file
 
-    if command.to:
-        names = export_file(Path(command.source), Path(command.out), command.to)
-        print(f"{len(names)} tensors written to {command.out}")
+    if options.to:
+        names = export_file(Path(options.source), Path(options.out), options.to)
+        print(f"{len(names)} tensors written to {options.out}")
         return 0
     report = import_file(
-        Path(command.source), Path(command.out), command.format, mmf_config=command.mmf_config,
-        config=None if command.format == "mmf" else recipe(command.recipe), seed=command.seed,
+        Path(options.source), Path(options.out), options.format, mmf_config=options.mmf_config,
+        config=None if options.format == "mmf" else recipe(options.recipe), seed=options.seed,
     )  # fmt: skip
-    print(f"{report}\nwritten: {command.out}")
+    print(f"{report}\nwritten: {options.out}")
     return 0

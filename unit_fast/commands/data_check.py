@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 
 import tyro
 
-from unit_fast.commands.command_line import parse
 from unit_fast.config import DataConfig
 
 
 @dataclass(kw_only=True)
-class DataCheck:
+class Options:
     """Read a whole data root and report what is there and what is odd. Exit code 1 if training could not use it."""
 
     root: tyro.conf.Positional[str]
@@ -26,13 +25,12 @@ class DataCheck:
     """Print JSON."""
 
 
-def run(arguments: list[str], prog: str) -> int:
-    command = parse(DataCheck, arguments, prog=prog)
+def run(options: Options) -> int:
     from unit_fast.data.check import check
 
-    data = DataConfig(paths=command.paths)
-    found = check(command.root, data, decode=command.decode, examples=command.examples)
-    if command.json:
+    data = DataConfig(paths=options.paths)
+    found = check(options.root, data, decode=options.decode, examples=options.examples)
+    if options.json:
         print(json.dumps(found.to_dict(), indent=2))
     elif sys.stdout.isatty():
         import rich

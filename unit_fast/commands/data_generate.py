@@ -4,11 +4,9 @@ from dataclasses import dataclass
 
 import tyro
 
-from unit_fast.commands.command_line import parse
-
 
 @dataclass(kw_only=True)
-class DataGenerate:
+class Options:
     """Write the generated world: all eight data sets in their real formats."""
 
     folder: tyro.conf.Positional[str]
@@ -21,11 +19,10 @@ class DataGenerate:
     """Write VQA as MMF's imdb arrays instead of the official files."""
 
 
-def run(arguments: list[str], prog: str) -> int:
-    command = parse(DataGenerate, arguments, prog=prog)
+def run(options: Options) -> int:
     from unit_fast.data.generated.world import generate
 
-    made = generate(command.folder, seed=command.seed, scale=command.scale, imdb=command.imdb)
+    made = generate(options.folder, seed=options.seed, scale=options.scale, imdb=options.imdb)
     for task, splits in made["counts"].items():
         print(f"{task:<8} " + ", ".join(f"{split} {count:,}" for split, count in splits.items()))
     print(f"world: {made['folder']}")

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import tyro
 
-from unit_fast.commands.command_line import parse
 from unit_fast.config import DataConfig
 from unit_fast.errors import UserError, nearest, printable
 
 
 @dataclass(kw_only=True)
-class DataShard:
+class Options:
     """Write folders of images into WebDataset tar shards, from which training reads as from the files.
 
     A run that was stopped goes on when the same command is given again. Exit code 1 if an image could not be read.
@@ -34,18 +33,17 @@ class DataShard:
     """Overrides of single paths, as data.paths in training."""
 
 
-def run(arguments: list[str], prog: str) -> int:
-    command = parse(DataShard, arguments, prog=prog)
+def run(options: Options) -> int:
     from unit_fast.data.images.shard_writer import plan_shards, write_shards
     from unit_fast.data.layout import PLACES, Layout
 
-    layout = Layout(DataConfig(root=command.root, paths=command.paths))
+    layout = Layout(DataConfig(root=options.root, paths=options.paths))
     known = [key for key in PLACES if key.endswith("images")]
-    keys = [key for value in command.images for key in value.split(",") if key]
+    keys = [key for value in options.images for key in value.split(",") if key]
     for key in keys:
         if key not in known and key != "all":
             raise UserError(f"--images {printable(key)}: no kind of images; {nearest(key, [*known, 'all'])}")
-    if not keys or not command.out:
+    if not keys or not options.out:
         raise UserError("--images and --out: give at least one of each")
     plans, used = {}, {}
     for key in known if "all" in keys else dict.fromkeys(keys):
@@ -55,9 +53,9 @@ def run(arguments: list[str], prog: str) -> int:
                 print(f"{key}: not there, left out")
                 continue
             raise UserError(f"--images {key}: not found: {layout.where(key)}")
-        out = [Path(path).expanduser() / key.replace(".", "_") for path in command.out]
+        out = [Path(path).expanduser() / key.replace(".", "_") for path in options.out]
         plans[key] = plan_shards(
-            folder, out, shard_mib=command.shard_mib, seed=command.seed, within=layout.root, used=used
+            folder, out, shard_mib=options.shard_mib, seed=options.seed, within=layout.root, used=used
         )
     unreadable = 0
     for key, plan in plans.items():

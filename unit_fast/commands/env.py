@@ -3,16 +3,13 @@
 import json
 from dataclasses import dataclass
 
-from unit_fast.commands.command_line import parse
-
 
 @dataclass(kw_only=True)
-class Env:
+class Options:
     """Versions, machine and commit, to paste into an issue."""
 
 
-def run(arguments: list[str], prog: str) -> int:
-    parse(Env, arguments, prog=prog)
+def run(options: Options) -> int:
     from unit_fast.run.environment import environment
 
     print(json.dumps(environment(), indent=2))

@@ -10,14 +10,13 @@ from typing import Literal
 
 import tyro
 
-from unit_fast.commands.command_line import parse
 from unit_fast.commands.shown import errors_as_json, show_metrics
 from unit_fast.config import RunConfig
 from unit_fast.errors import UserError
 
 
 @dataclass(kw_only=True)
-class Evaluate:
+class Options:
     """Metrics of a trained model on a split, and prediction files."""
 
     run: tyro.conf.Positional[str]
@@ -50,13 +49,12 @@ class Evaluate:
     """Print JSON, also of an error."""
 
 
-def run(arguments: list[str], prog: str) -> int:
-    command = parse(Evaluate, arguments, prog=prog)
-    with errors_as_json(command.json):
-        return _evaluate(command)
+def run(options: Options) -> int:
+    with errors_as_json(options.json):
+        return _evaluate(options)
 
 
-def _evaluate(command: Evaluate) -> int:
+def _evaluate(options: Options) -> int:
     import torch
 
     from unit_fast.evaluation.evaluate import evaluate, open_splits
@@ -65,43 +63,43 @@ def _evaluate(command: Evaluate) -> int:
     from unit_fast.run.setup import device_of
     from unit_fast.weights import checkpoint
 
-    if command.threads:
-        torch.set_num_threads(command.threads)
-    if command.limit < 0 or (command.batch is not None and command.batch < 1):
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.limit < 0 or (options.batch is not None and options.batch < 1):
         raise UserError("--limit must be at least 0 and --batch at least 1")
-    device = device_of(RunConfig(device=command.device))
-    folder = checkpoint.find(command.run, ("best_ema", "last") if command.ema else ("best", "last"))
-    model, config = checkpoint.load_model(folder, ema=command.ema, device=device)
+    device = device_of(RunConfig(device=options.device))
+    folder = checkpoint.find(options.run, ("best_ema", "last") if options.ema else ("best", "last"))
+    model, config = checkpoint.load_model(folder, ema=options.ema, device=device)
     data = dataclasses.replace(
         config.data,
-        root=command.data_root or config.data.root,
-        workers=config.data.workers if command.workers is None else command.workers,
+        root=options.data_root or config.data.root,
+        workers=config.data.workers if options.workers is None else options.workers,
     )
-    config = dataclasses.replace(config, data=data, eval_batch=command.batch or config.eval_batch)
+    config = dataclasses.replace(config, data=data, eval_batch=options.batch or config.eval_batch)
     if data.root is None or not Path(data.root).is_dir():
         raise UserError(f"{data.root or 'no data root'}: not a folder; give --data-root ROOT")
-    out = Path(command.out) if command.out else None if command.limit else checkpoint.run_of(folder)
-    tasks = None if command.tasks is None else [t.strip() for t in command.tasks.split(",") if t.strip()]
+    out = Path(options.out) if options.out else None if options.limit else checkpoint.run_of(folder)
+    tasks = None if options.tasks is None else [t.strip() for t in options.tasks.split(",") if t.strip()]
     logging.getLogger("unit_fast").setLevel(logging.WARNING)
     datasets = {}
-    opened = open_splits(model, config, tasks, command.split, datasets)
+    opened = open_splits(model, config, tasks, options.split, datasets)
     if not opened:
-        raise UserError(f"no task has data for split {command.split!r} under {data.root}; try --split train")
+        raise UserError(f"no task has data for split {options.split!r} under {data.root}; try --split train")
     if (names := find_labels(folder)) is not None:
         for line in check_labels(names, datasets.values()):
             print(f"unit-fast: {line}", file=sys.stderr)
     metrics = evaluate(
-        model, config, tasks=[task.name for task, _ in opened], split=command.split, device=device, out=out,
-        limit=command.limit, coco_scorer=command.scorer, attributes=command.attributes, progress=not command.json,
+        model, config, tasks=[task.name for task, _ in opened], split=options.split, device=device, out=out,
+        limit=options.limit, coco_scorer=options.scorer, attributes=options.attributes, progress=not options.json,
         datasets=datasets,
     )  # fmt: skip
     result = {
-        "checkpoint": str(folder.resolve()), "ema": command.ema, "split": command.split, "limit": command.limit,
+        "checkpoint": str(folder.resolve()), "ema": options.ema, "split": options.split, "limit": options.limit,
         "metrics": metrics,
     }  # fmt: skip
     if out is not None:
         write(out / "evaluation.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
-    if command.json:
+    if options.json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
         show_metrics(metrics)

@@ -3,11 +3,9 @@
 import json
 from dataclasses import dataclass
 
-from unit_fast.commands.command_line import parse
-
 
 @dataclass(kw_only=True)
-class Kernels:
+class Options:
     """Assemble every Triton kernel for A100 and H100/H200 and print what it takes and what it could reach.
 
     Needs no GPU. Exit code 1 if a kernel takes more than its budget.
@@ -23,12 +21,11 @@ class Kernels:
     """Print a list of JSON objects."""
 
 
-def run(arguments: list[str], prog: str) -> int:
-    command = parse(Kernels, arguments, prog=prog)
+def run(options: Options) -> int:
     from unit_fast.report.kernels import as_object, assembled_rows, show
 
-    rows, wrong = assembled_rows(command.op, command.arch, command.dtype)
-    if command.json:
+    rows, wrong = assembled_rows(options.op, options.arch, options.dtype)
+    if options.json:
         print(json.dumps([as_object(row) for row in rows], indent=1))
     else:
         show(rows, wrong)

@@ -14,13 +14,14 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from unit_fast.commands.command_line import parse
 from unit_fast.errors import UserError, nearest
 from unit_fast.run.console import Console, Nowhere, open_standard_files
 
 
 class Command(NamedTuple):
-    """``module.run(arguments, prog)`` is the command; the module is imported when it runs, so that the help does not
-    wait for PyTorch."""
+    """A module with ``Options``, a dataclass, and ``run(options)``, its exit code; ``default(arguments)``, where it is
+    there, gives the options before the arguments change them. It is imported when it runs: the help does not wait."""
 
     module: str
     """Its name within ``unit_fast.commands``."""
@@ -95,7 +96,8 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
     module = importlib.import_module(f"unit_fast.commands.{COMMANDS[name].module}")
-    return module.run(rest, f"unit-fast {name}")
+    default = module.default(rest) if hasattr(module, "default") else None
+    return module.run(parse(module.Options, rest, prog=f"unit-fast {name}", default=default))
 
 
 def _split(arguments: list[str]) -> tuple[str, list[str]]:

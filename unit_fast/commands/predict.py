@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import tyro
 
-from unit_fast.commands.command_line import parse
 from unit_fast.commands.shown import errors_as_json
 from unit_fast.config import RunConfig
 
 
 @dataclass(kw_only=True)
-class Predict:
+class Options:
     """What a trained model says about one image and/or text."""
 
     run: tyro.conf.Positional[str]
@@ -39,23 +38,22 @@ class Predict:
     """Print JSON, also of an error."""
 
 
-def run(arguments: list[str], prog: str) -> int:
-    command = parse(Predict, arguments, prog=prog)
-    with errors_as_json(command.json):
-        return _predict(command)
+def run(options: Options) -> int:
+    with errors_as_json(options.json):
+        return _predict(options)
 
 
-def _predict(command: Predict) -> int:
+def _predict(options: Options) -> int:
     from unit_fast.evaluation.predict import load
     from unit_fast.run.setup import device_of
 
-    texts = command.text + ((command.text_b,) if command.text_b is not None else ())
-    model = load(command.run, device=device_of(RunConfig(device=command.device)), ema=command.ema)
+    texts = options.text + ((options.text_b,) if options.text_b is not None else ())
+    model = load(options.run, device=device_of(RunConfig(device=options.device)), ema=options.ema)
     found = model.predict(
-        command.task, command.image, (texts[0] if len(texts) == 1 else texts) or None,
-        threshold=command.threshold, top=command.top,
+        options.task, options.image, (texts[0] if len(texts) == 1 else texts) or None,
+        threshold=options.threshold, top=options.top,
     )  # fmt: skip
-    print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if command.json else found)
-    if command.save:
-        print(f"written: {found.save(command.save)}", file=sys.stderr)
+    print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if options.json else found)
+    if options.save:
+        print(f"written: {found.save(options.save)}", file=sys.stderr)
     return 0

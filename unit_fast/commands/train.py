@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from unit_fast.commands.command_line import parse, value_of
+from unit_fast.commands.command_line import value_of
 from unit_fast.commands.shown import show_metrics, show_report
 from unit_fast.config import RunConfig, load_config, to_json
 from unit_fast.errors import UserError
@@ -15,7 +15,7 @@ from unit_fast.tasks import get_task
 
 
 @dataclass(kw_only=True)
-class Train:
+class Options:
     """Train a recipe. Every field of the configuration is an option too, by its dotted name."""
 
     data_root: str | None = None
@@ -41,9 +41,9 @@ class Train:
     config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
-def run(arguments: list[str], prog: str) -> int:
-    command, config = read_config(arguments, prog)
-    if command.dry_run:
+def run(options: Options) -> int:
+    config = config_of(options)
+    if options.dry_run:
         return _dry_run(config)
     from unit_fast import report
     from unit_fast.run.folder import default_folder
@@ -52,30 +52,29 @@ def run(arguments: list[str], prog: str) -> int:
 
     if not config.data.root and not config.data.paths:
         raise UserError("no data: give --data-root ROOT (`unit-fast data generate DIR` makes one to try)")
-    if command.resume == "auto" and command.out is None:
+    if options.resume == "auto" and options.out is None:
         raise UserError("--resume auto: give the run folder with --out DIR")
-    out = command.out or (command.resume and run_of(command.resume)) or default_folder(config.recipe)
+    out = options.out or (options.resume and run_of(options.resume)) or default_folder(config.recipe)
     run = train(
-        config, out, command.resume, stop_at=command.stop_at, allow_changed=command.allow_changed,
-        progress=command.progress, drawn=report.write_samples,
+        config, out, options.resume, stop_at=options.stop_at, allow_changed=options.allow_changed,
+        progress=options.progress, drawn=report.write_samples,
     )  # fmt: skip
     show_metrics(run.metrics)
     show_report(run)
     return run.exit_code
 
 
-def read_config(arguments: list[str], prog: str) -> tuple[Train, RunConfig]:
-    """The parsed command, and the configuration that it describes."""
-    command = parse(Train, arguments, prog=prog, default=Train(config=_base_config(arguments)))
-    config = command.config
-    if command.data_root:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=command.data_root))
-    if command.batch is not None:
-        config = dataclasses.replace(config, batch_per_process=command.batch, task_batch={})
-    return command, config
+def config_of(options: Options) -> RunConfig:
+    """The configuration, with what the shortcuts say of it."""
+    config = options.config
+    if options.data_root:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=options.data_root))
+    if options.batch is not None:
+        config = dataclasses.replace(config, batch_per_process=options.batch, task_batch={})
+    return config
 
 
-def _base_config(arguments: list[str]) -> RunConfig:
+def default(arguments: list[str]) -> Options:
     """What the options change: a recipe, a file, or the configuration of the run to go on with."""
     from unit_fast.recipes import recipe
 
@@ -90,7 +89,7 @@ def _base_config(arguments: list[str]) -> RunConfig:
         config = recipe(name or "all8_shared")
     if tasks := value_of(arguments, "--tasks"):
         config = _only(config, tasks)
-    return config
+    return Options(config=config)
 
 
 def _folder_to_resume(arguments: list[str]) -> Path | None:
