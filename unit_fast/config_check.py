@@ -13,8 +13,9 @@ FREEZABLE = {
     "image": ("backbone.", "input_proj.", "image_encoder.layers."),
     "text": ("text_encoder.",),
 }
-"""What ``freeze`` holds still. The task tables stay trainable: in a single-task checkpoint the rows of other tasks are
-untrained noise. So do the projections to the decoder's width (SPEC 6.1)."""
+"""What ``freeze`` may name and what it holds still, by the beginnings of parameters' names. The task tables stay
+trainable: in a single-task checkpoint the rows of other tasks are untrained noise. So do the projections to the
+decoder's width (SPEC 6.1)."""
 
 _AT_LEAST = {
     "steps": 1, "batch_per_process": 1, "accumulate": 1, "eval_every": -1, "eval_batch": 1, "eval_limit": 0,
