@@ -1,8 +1,11 @@
 """Recipes: the published configurations by name."""
 
+import dataclasses
+
 import pytest
 
 from unit_fast.config import to_dict
+from unit_fast.data.generated import scene, text, world
 from unit_fast.errors import UserError
 from unit_fast.recipes import RECIPES, batch_note, recipe
 from unit_fast.recipes.paper import SAMPLINGS, sampling
@@ -90,24 +93,18 @@ def test_unknown_names_give_the_nearest():
 
 
 def test_batch_note_states_the_paper_beside_the_effective_batch():
-    import dataclasses
-
     config = dataclasses.replace(recipe("coco"), batch_per_process=2, accumulate=8)
     assert "effective batch 16 (2 x 8 accumulated), the paper's is 64" in batch_note(config)
 
 
 def test_the_demo_fits_its_world():
-    from unit_fast.data.generated import scene as synthetic_scene
-    from unit_fast.data.generated import text as synthetic_text
-    from unit_fast.data.generated import world as synthetic
-
     config, quick = recipe("demo"), recipe("demo_quick")
     tasks = config.model.tasks
-    assert tasks["vqa2"].outputs == len(synthetic_text.ANSWERS)
-    assert tasks["detection_visual_genome"].outputs == len(synthetic.VG_OBJECT_IDS) + 2
-    assert config.model.loss.attribute_outputs == len(synthetic.VG_ATTRIBUTE_IDS) + 1
-    assert config.model.text.vocab_size == len(synthetic_text.VOCABULARY)
-    assert min(t.queries for n, t in tasks.items() if TASKS[n].is_detection) > synthetic_scene.MOST
-    assert config.data.short_side == config.data.max_side == synthetic_scene.SIDE, "neither scaled nor padded"
+    assert tasks["vqa2"].outputs == len(text.ANSWERS)
+    assert tasks["detection_visual_genome"].outputs == len(world.VG_OBJECT_IDS) + 2
+    assert config.model.loss.attribute_outputs == len(world.VG_ATTRIBUTE_IDS) + 1
+    assert config.model.text.vocab_size == len(text.VOCABULARY)
+    assert min(t.queries for n, t in tasks.items() if TASKS[n].is_detection) > scene.MOST
+    assert config.data.short_side == config.data.max_side == scene.SIDE, "neither scaled nor padded"
     assert quick.model == config.model
     assert quick.steps < config.steps / 10

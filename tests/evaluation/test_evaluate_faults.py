@@ -222,6 +222,14 @@ def test_a_command_without_data_is_an_error_also_as_json(run, world, capsys, tmp
     assert "no task has data for split 'test'" in json.loads(said.out)["error"]
 
 
+def test_names_of_another_run_are_refused_before_anything_is_evaluated(run, capsys, monkeypatch, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    (copy / VOCABULARY).write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nother\n")
+    monkeypatch.setattr("unit_fast.evaluation.evaluate.TaskRun", None)
+    assert cli.main(["evaluate", str(copy), "--tasks", "sst2"]) == 2
+    assert "sst2: the vocabulary is not that of the run" in capsys.readouterr().err
+
+
 def test_a_task_named_twice_is_evaluated_once(world):
     config = small_config(world, "sst2")
     oracle = Oracle(config.model)
