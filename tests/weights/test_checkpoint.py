@@ -362,17 +362,19 @@ def _header(entries: bytes, size=None) -> bytes:
     ],
     ids=range(15),
 )  # fmt: skip
-def test_files_that_are_no_weights(tmp_path, data, text=""):
+def test_files_that_are_no_weights(tmp_path, data):
     path = tmp_path / "w.safetensors"
     path.write_bytes(data)
-    with pytest.raises(UserError, match=rf"w\.safetensors.*{text}"):
+    with pytest.raises(UserError, match=r"w\.safetensors"):
         load_weights(path)
 
 
 def test_too_many_tensors_are_refused_before_reading(tmp_path):
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    many = json.dumps({f"t{i}": entry for i in range(10_001)})
-    test_files_that_are_no_weights(tmp_path, _header(many.encode()), "10001 entries")
+    path = tmp_path / "many.safetensors"
+    path.write_bytes(_header(json.dumps({f"t{i}": entry for i in range(10_001)}).encode()))
+    with pytest.raises(UserError, match="10001 entries"):
+        load_weights(path)
 
 
 @pytest.mark.parametrize("begin", [b"\x80\x02", b"PK"])
