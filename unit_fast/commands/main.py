@@ -32,15 +32,15 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("demo", "generate a world, train all eight tasks on it, write a report", True),
-    "train": Command("train", "train a recipe", True),
-    "evaluate": Command("evaluate", "metrics of a trained model, and prediction files", True),
+    "demo": Command("demo", "generate a world, train all eight tasks on it, write a report", leaves_files=True),
+    "train": Command("train", "train a recipe", leaves_files=True),
+    "evaluate": Command("evaluate", "metrics of a trained model, and prediction files", leaves_files=True),
     "predict": Command("predict", "what a model says about an image and/or text"),
     "data check": Command("data_check", "read a whole data root and report what is odd"),
-    "data generate": Command("data_generate", "write the generated eight-task world", True),
-    "data shard": Command("data_shard", "write folders of images into WebDataset tar shards", True),
+    "data generate": Command("data_generate", "write the generated eight-task world", leaves_files=True),
+    "data shard": Command("data_shard", "write folders of images into WebDataset tar shards", leaves_files=True),
     "recipes": Command("recipes", "list the recipes, or print one as JSON"),
-    "convert": Command("convert", "weights of MMF, DETR, torchvision and BERT to ours and back", True),
+    "convert": Command("convert", "weights of MMF, DETR, torchvision and BERT to ours and back", leaves_files=True),
     "kernels": Command("kernels", "assemble the Triton kernels without a GPU: registers, spills, bounds"),
     "env": Command("env", "versions and machine, to paste into an issue"),
 }
