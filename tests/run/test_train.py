@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from tests.small_runs import ALL, log_of, rows, small_config
+from unit_fast.config_check import check_config
 from unit_fast.data import collate, open_dataset
 from unit_fast.errors import UserError
 from unit_fast.run.refusals import BrokenWeights
-from unit_fast.run.setup import build, check_config, used_masks
+from unit_fast.run.setup import build, used_masks
 from unit_fast.run.train import NonFinite, Trainer, train, train_step
 from unit_fast.schedule import lr_multiplier
 from unit_fast.tasks import TASKS

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import logging
 import math
-import operator
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,52 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from unit_fast.config import RunConfig, TextConfig
+from unit_fast.config_check import FREEZABLE
 from unit_fast.errors import UserError, nearest
 from unit_fast.model import UniT
 from unit_fast.optim.masked_adamw import MaskedAdamW, make_optimizer
-from unit_fast.tasks import TASKS, get_task
-from unit_fast.weights import checkpoint, convert
-
-FREEZABLE = {
-    "image": ("backbone.", "input_proj.", "image_encoder.layers."),
-    "text": ("text_encoder.",),
-}
-"""What ``freeze`` holds still. The task tables stay trainable: in a single-task checkpoint the rows of other tasks are
-untrained noise. So do the projections to the decoder's width (SPEC 6.1)."""
+from unit_fast.tasks import get_task
+from unit_fast.weights import checkpoint
+from unit_fast.weights.loading import load_matching
+from unit_fast.weights.pretrained import load_pretrained
 
 _log = logging.getLogger("unit_fast.train")
-
-
-_AT_LEAST = {
-    "steps": 1, "batch_per_process": 1, "accumulate": 1, "eval_every": -1, "eval_batch": 1, "eval_limit": 0,
-    "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "threads": 0, "optim.lr": 0, "optim.lr_backbone": 0,
-    "optim.weight_decay": 0, "optim.warmup_steps": 0, "data.workers": 0, "data.prefetch": 1, "data.max_bad_share": 0,
-    "data.cache_mib": 0, "model.backbone.group_channels": 1,
-    "buckets.heights": 1, "buckets.widths": 1, "buckets.least_text": 1, "buckets.least_targets": 1,
-}  # fmt: skip
-
-
-def check_config(config: RunConfig) -> None:
-    """``UserError`` on a number out of range or a data set that does not exist, naming the field."""
-    for name, least in _AT_LEAST.items():
-        value = operator.attrgetter(name)(config)
-        if not least <= value < math.inf:
-            raise UserError(f"{name}: is {value}; give at least {least}")
-    for field in ("encoder.dropout", "text.dropout", "decoder.dropout", "decoder.classifier_dropout"):
-        value = operator.attrgetter(field)(config.model)
-        if not 0 <= value < 1:
-            raise UserError(f"model.{field}: is {value}; give a probability of at least 0 and below 1")
-    if config.optim.max_norm is not None and not config.optim.max_norm > 0:
-        raise UserError(f"optim.max_norm: is {config.optim.max_norm}; give a positive number, or None not to clip")
-    for part in config.freeze:
-        if part not in FREEZABLE:
-            raise UserError(f"freeze: {part!r} is not an encoder; {nearest(part, FREEZABLE)}")
-    for field in ("ratios", "task_batch"):
-        for name, value in getattr(config, field).items():
-            if name not in TASKS:
-                raise UserError(f"{field}: {name!r} is not a data set key; {nearest(name, TASKS)}")
-            if field == "task_batch" and value < 1:
-                raise UserError(f"task_batch.{name}: is {value}; give at least 1")
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -120,7 +83,7 @@ def _load_initial(model: UniT, config: RunConfig) -> dict[str, str]:
         folder = config.weights or (config.data.root and str(Path(config.data.root) / "pretrained"))
         if folder is None or (config.weights and not Path(folder).is_dir()):
             raise UserError(f"--weights {folder}: no such folder" if folder else "give --data-root or --weights")
-        found |= convert.load_pretrained(model, folder, require=config.require_weights, parts=parts)
+        found |= load_pretrained(model, folder, require=config.require_weights, parts=parts)
     return found
 
 
@@ -138,7 +101,7 @@ def _load_from_run(model: UniT, config: RunConfig) -> tuple[str, list[str]]:
     elif not path.is_file():
         raise UserError(f"--init-from {path}: no such run, checkpoint or weights file")
     checkpoint.verify_weights(path)
-    report = convert.load_matching(model, checkpoint.load_weights(path), skip=config.skip_load, source=str(path))
+    report = load_matching(model, checkpoint.load_weights(path), skip=config.skip_load, source=str(path))
     _log.info("initial weights: %s", report)
     return str(path), report.loaded
 

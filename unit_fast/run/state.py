@@ -15,6 +15,7 @@ import torch
 
 from unit_fast import numerics
 from unit_fast.config import RunConfig
+from unit_fast.config_check import check_config, check_resumable
 from unit_fast.data import MissingSplit, open_dataset
 from unit_fast.data.images.transforms import engine_of
 from unit_fast.data.loader import BadImages
@@ -31,7 +32,6 @@ from unit_fast.run.rows import rows_at
 from unit_fast.run.setup import (
     Ema,
     build,
-    check_config,
     device_of,
     load_optimizer_state,
     optimizer_state,
@@ -309,7 +309,7 @@ class RunState:
     def _restore(self, source: Path, allow_changed: Sequence[str]) -> None:
         """Put the run where checkpoint ``source`` was; ``UserError`` where anything of it does not fit."""
         saved = checkpoint.config_of(source)
-        changed = checkpoint.check_resumable(source, saved, self.config, allow_changed)
+        changed = check_resumable(source, saved, self.config, allow_changed)
         if changed:
             self.log.line(
                 "changed since the checkpoint: " + ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items())

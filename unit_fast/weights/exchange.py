@@ -9,24 +9,24 @@ import torch
 from unit_fast.config import RunConfig
 from unit_fast.errors import UserError
 from unit_fast.model import UniT
-from unit_fast.recipes import recipe as named_recipe
-from unit_fast.weights import checkpoint, convert
+from unit_fast.weights import checkpoint, convert, pretrained
 from unit_fast.weights.files import load_weights, read_json
 
 _PARTS = {
-    "detr": convert.load_detr_backbone,
-    "torchvision": convert.load_torchvision_backbone,
-    "bert": convert.load_bert,
+    "detr": pretrained.load_detr_backbone,
+    "torchvision": pretrained.load_torchvision_backbone,
+    "bert": pretrained.load_bert,
 }
 
 
 def import_file(
-    source: Path, out: Path, kind: str, *, mmf_config: str | None = None, recipe: str = "all8_shared", seed: int = 0
+    source: Path, out: Path, kind: str, *, mmf_config: str | None = None, config: RunConfig | None = None, seed: int = 0
 ) -> str:
     """Write checkpoint folder ``out`` from the weights in ``source``; a line that says what was loaded.
 
-    kind: ``mmf`` (a whole UniT), or ``detr``, ``torchvision``, ``bert``: that part of the model of ``recipe``, whose
-    rest is random from ``seed``. ``UserError`` where the tensors do not fit.
+    kind: ``mmf`` (a whole UniT, described by the JSON file ``mmf_config`` or by its tensors), or ``detr``,
+    ``torchvision``, ``bert``: that part of the model of ``config``, whose rest is random from ``seed``. ``UserError``
+    where the tensors do not fit.
     """
     if out.exists():
         raise UserError(f"{out}: is there already; give a new folder")
@@ -38,7 +38,6 @@ def import_file(
     else:
         if mmf_config is not None:
             raise UserError("--mmf-config: describes an MMF model; leave it out or give --format mmf")
-        config = named_recipe(recipe)
         torch.manual_seed(seed)
         model = UniT(config.model)
         report = str(_PARTS[kind](model, weights, source=str(source)))
