@@ -24,7 +24,7 @@ def collate(task: str, samples: list[dict], pad_text_to: int = 0, *, model: Mode
     Args:
         task: data set key or short name.
         samples: dicts with, as far as the task has them, ``image`` [3,H,W] float (or ``picture``, an
-            ``images.Picture``, in all of them: the batch has no ``image`` yet); ``input_ids`` [T],
+            ``geometry.Picture``, in all of them: the batch has no ``image`` yet); ``input_ids`` [T],
             ``attention_mask`` [T] (missing: all ones), ``token_type_ids`` [T] (missing: zeros); the targets of
             detection ``labels`` [n], ``boxes`` [n,4] cx cy w h relative to the image, ``attributes`` [n,k], k <= 16,
             -1 = empty (Visual Genome; missing: none), or ``answer_scores`` [A] or ``label``; ``orig_size``

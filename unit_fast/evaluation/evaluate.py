@@ -18,8 +18,8 @@ from unit_fast import numerics
 from unit_fast.batch import Batch, Output
 from unit_fast.config import RunConfig
 from unit_fast.data import BadImage, MissingSplit, open_dataset
-from unit_fast.data.images.transforms import engine_of
-from unit_fast.data.loader import BadImages
+from unit_fast.data.bad_images import BadImages
+from unit_fast.data.images.engine import engine_of
 from unit_fast.data.split_reader import SplitReader, groups
 from unit_fast.errors import OutOfMemory, UserError, is_out_of_memory, nearest, printable
 from unit_fast.evaluation.metrics import find_scorer
@@ -80,7 +80,7 @@ def evaluate(
     ``config.eval_batch`` samples are grouped by size; the device is read once in ``READ_EVERY`` of them.
 
     An unreadable image counts as an image without detections, elsewhere its samples are left out; more of them than
-    training would bear (``data.loader.BadImages``), or no readable sample at all, are a ``UserError``. So is an output
+    training would bear (``data.bad_images``), or no readable sample at all, are a ``UserError``. So is an output
     that is not finite; ``OutOfMemory`` where memory did not suffice. An error names the task. The model's training mode
     and all random number generators are as before on return.
     """
@@ -411,7 +411,7 @@ def _merge_json(path: Path, entries: dict) -> None:
 
 
 def _write_thumbnail(source, target: Path, max_pixels: int) -> None:
-    from unit_fast.data.images.transforms import load_image
+    from unit_fast.data.images.decode import load_image
 
     image = load_image(source, max_pixels)
     image.thumbnail((512, 512))

@@ -10,15 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from unit_fast.data.errors import BadImage
 from unit_fast.data.store.files import describe
 
 FORMATS = ("JPEG", "PNG")
 """The only decoders used; the others of the library have had bombs of their own and no data set needs them."""
-
-
 BYTES_LIMIT = 512 * 2**20
 """Bytes of the largest image file; 50 million pixels of 16-bit RGB without compression are 300 MB."""
 
@@ -125,31 +122,6 @@ def load_image(path, max_pixels: int) -> Image.Image:
             raise BadImage(path, describe(error)) from None
 
 
-class PixelCache:
-    """Decoded pixels of the images read first, up to ``limit`` bytes; see ``ImageCache`` for what is dropped: nothing.
-
-    A file that changed is another image. Not thread-safe.
-    """
-
-    def __init__(self, limit: int):
-        self.left, self._kept = limit, {}
-
-    def get(self, path, now: Stamp) -> Tensor | None:
-        """The [H,W,3] uint8 pixels of the file with this stamp, which belong to the cache; None where it has none."""
-        known, pixels = self._kept.get(str(path), (None, None))
-        return pixels if known == now else None
-
-    def put(self, path, now: Stamp, pixels: Tensor) -> None:
-        """Keep a copy of ``pixels`` on the host, if there is room."""
-        name = str(path)
-        _, old = self._kept.get(name, (None, None))
-        room = self.left + (old.numel() if old is not None else 0)
-        if pixels.numel() <= room:
-            # a decoder's own tensor may be part of a whole batch's memory
-            self._kept[name] = (now, pixels.to("cpu", copy=True))
-            self.left = room - pixels.numel()
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """A copy as RGB, 8 bits, converted as ``load_image`` says; what Pillow knows besides the pixels is kept."""
     image.load()
@@ -163,25 +135,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
-
-
-class ImageCache:
-    """``load_image`` with the images read first kept, up to ``limit`` bytes of pixels.
-
-    Nothing is dropped for a later one: visits are in random order, so none is likelier to be asked for again.
-    """
-
-    def __init__(self, limit: int):
-        self.left, self._images = limit, {}
-
-    def load(self, path, max_pixels: int) -> Image.Image:
-        """As ``load_image``; the image belongs to the cache and is not to be changed."""
-        name = str(path)
-        image = self._images.get(name)
-        if image is None:
-            image = load_image(path, max_pixels)
-            size = 3 * image.width * image.height
-            if size <= self.left:
-                self.left -= size
-                self._images[name] = image
-        return image

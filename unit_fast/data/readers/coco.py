@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from unit_fast.data.errors import BadImage
-from unit_fast.data.images.transforms import TrainTransform
+from unit_fast.data.images.geometry import TrainTransform
 from unit_fast.data.readers.dataset import Dataset
 from unit_fast.data.readers.sources import read_through
 from unit_fast.data.store import files
