@@ -30,11 +30,11 @@ from unit_fast.data import BadImage, open_dataset
 from unit_fast.data.background import Background
 from unit_fast.data.check import check
 from unit_fast.data.images import dali
-from unit_fast.data.images import reader as reader_module
+from unit_fast.data.images import decoded_steps as reader_module
 from unit_fast.data.images.checked import FILE, CheckedImages
 from unit_fast.data.images.dali import DecodeFailed
 from unit_fast.data.images.decode import load_image
-from unit_fast.data.images.reader import DecodedSteps, TorchvisionDecoder
+from unit_fast.data.images.decoded_steps import DecodedSteps, TorchvisionDecoder
 from unit_fast.data.images.transforms import (
     STD,
     Buffers,

@@ -18,7 +18,7 @@ from tests.data.test_engines import (
     threaded,
     with_data,
 )
-from unit_fast.data.images import reader
+from unit_fast.data.images import decoded_steps as reader
 from unit_fast.data.images.checked import FILE, CheckedImages
 from unit_fast.data.images.decode import PixelCache, Stamp, stamp
 from unit_fast.data.loader import Loader

@@ -25,9 +25,9 @@ from unit_fast.config import DataConfig
 from unit_fast.data import BadImage, open_dataset
 from unit_fast.data.check import check
 from unit_fast.data.images.decode import load_image, read_bytes, stamp
-from unit_fast.data.images.shards import INDEX, MARK, Member, Shards, opened, scan
 from unit_fast.data.layout import Layout
 from unit_fast.data.loader import Loader
+from unit_fast.data.shards.index import INDEX, MARK, Member, Shards, opened, scan
 from unit_fast.errors import UserError
 from unit_fast.run.train import train
 from unit_fast.tasks import get_task

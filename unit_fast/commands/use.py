@@ -231,8 +231,9 @@ class DataShard:
 def run_data_shard(arguments: list[str], prog: str) -> int:
     command = parse(DataShard, arguments, prog=prog)
     from unit_fast.config import DataConfig
-    from unit_fast.data.images.shard_writer import plan_shards, write_shards
     from unit_fast.data.layout import PLACES, Layout
+    from unit_fast.data.shards.plan import plan_shards
+    from unit_fast.data.shards.write import write_shards
 
     layout = Layout(DataConfig(root=command.root, paths=command.paths))
     known = [key for key in PLACES if key.endswith("images")]

@@ -111,7 +111,7 @@ class Picture:
     """An image that is still to be read: where it is and what happens to it."""
 
     path: object
-    """A ``Path`` or a member of a shard (``shards.Member``)."""
+    """A ``Path`` or a member of a shard (``shards/member.py``)."""
     geometry: Geometry
     stamp: Stamp | None = None
     """The file as it was when it was described."""

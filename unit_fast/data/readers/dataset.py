@@ -12,10 +12,12 @@ from unit_fast.data.images.checked import CheckedImages
 from unit_fast.data.images.decode import image_size, load_image
 from unit_fast.data.images.geometry import EvalTransform, Geometry, Picture
 from unit_fast.data.images.memory import KeptImages
-from unit_fast.data.images.shards import Member, NoMember, Shards, opened
 from unit_fast.data.images.transforms import to_tensor
 from unit_fast.data.layout import Layout
-from unit_fast.data.store.cache import Cache, Content, Strings, open_cache
+from unit_fast.data.shards.index import Shards, opened
+from unit_fast.data.shards.member import Member, NoMember
+from unit_fast.data.store.cache import Cache, open_cache
+from unit_fast.data.store.content import Content, Strings
 from unit_fast.data.store.files import safe_path
 from unit_fast.data.text.tokens import Tokens, cached_tokens, lengths, tokenise
 from unit_fast.data.text.wordpieces import WordPieces
@@ -211,6 +213,14 @@ class Dataset:
             "token_type_ids": torch.tensor(segments, dtype=torch.int64),
             "text": text,
         }
+
+    def _file(self, key: str) -> Path:
+        """The annotation file of a layout key, noted among the facts."""
+        path = self.layout.find(key)
+        if path is None:
+            raise self._missing(key)
+        self.facts["file"] = str(path)
+        return path
 
     def _missing(self, *keys: str) -> MissingSplit:
         """The error for a split whose files are not there."""

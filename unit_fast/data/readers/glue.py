@@ -7,7 +7,7 @@ import numpy as np
 from unit_fast.data.readers.dataset import Dataset
 from unit_fast.data.readers.sources import read_through
 from unit_fast.data.store import files
-from unit_fast.data.store.cache import Content
+from unit_fast.data.store.content import Content
 from unit_fast.errors import UserError, printable
 
 COLUMNS = {

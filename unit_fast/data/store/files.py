@@ -238,6 +238,12 @@ def sequence(record, key: str, where: str) -> list:
     return value
 
 
+def records(record, key: str, name: str) -> Iterator[tuple[str, object]]:
+    """(where it stands, the entry) of each entry of the list ``record[key]`` of the file ``name``."""
+    for n, entry in enumerate(sequence(record, key, name)):
+        yield f"{name}: {key}[{n}]", entry
+
+
 def _shown(value) -> str:
     """``value`` for a message; writing a number of thousands of digits would be an error of its own."""
     if type(value) is int and abs(value) >= 2**1000:
