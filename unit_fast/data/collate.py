@@ -13,7 +13,6 @@ ATTRIBUTES = 16
 
 _IMAGE = ("image", "picture")
 _TEXT = ("input_ids", "attention_mask", "token_type_ids")
-_SET = ("labels", "boxes", "attributes")
 
 
 def collate(task: str, samples: list[dict], pad_text_to: int = 0, *, model: ModelConfig | None = None) -> Batch:
@@ -210,9 +209,6 @@ def _targets(batch, samples, with_attributes, limits):
                 raise UserError(f"sample {i}: attributes has {int(value.min())}; -1 is an empty slot")
             batch.attributes[i, : len(value), : value.shape[1]] = value
         _point(batch, "attributes", batch.attributes, limits)
-
-
-# ------------------------------------------------------------------------------------------------------- helpers
 
 
 def _tensor(sample, index, name, dimensions, kind) -> Tensor:

@@ -1,6 +1,5 @@
 """Samples to the batches of one step, unreadable images replaced by other samples."""
 
-import contextlib
 import time
 from dataclasses import dataclass, field
 
@@ -68,14 +67,9 @@ class Fetcher(torch.utils.data.Dataset):
             return step, []
         return self._step(request, lambda index, key: dataset.describe(index, key, checked))
 
-    def image_paths(self, request: Request) -> list:
-        """The images of a request, as far as their names are usable."""
-        dataset, found = self.datasets[request.task], []
-        if dataset.task.has_image:
-            for visit in (visit for micro in request.micro for visit in micro):
-                with contextlib.suppress(BadImage):
-                    found.append(dataset.image_path(visit.index))
-        return found
+    def visited(self, request: Request) -> tuple[object, list[int]]:
+        """The data set of a request and the indices it visits."""
+        return self.datasets[request.task], [visit.index for micro in request.micro for visit in micro]
 
     def _step(self, request: Request, get) -> tuple[Step, list[list[Picture]]]:
         step, pictures = Step(request, []), []

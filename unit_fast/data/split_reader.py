@@ -6,7 +6,6 @@ counts it, so that with it a figure would depend on the batch. Texts are sorted 
 
 import collections
 import concurrent.futures
-import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -95,13 +94,9 @@ class _Fetcher:
         """The groups without pixels, and what is to be read for each batch."""
         return self._part(request, lambda index: self.dataset.describe(index, None, checked))
 
-    def image_paths(self, request: Sequence[Group]) -> list:
-        """The images of the groups, as far as their names are usable."""
-        found = []
-        for index in itertools.chain(*request):
-            with contextlib.suppress(BadImage):
-                found.append(self.dataset.image_path(index))
-        return found
+    def visited(self, request: Sequence[Group]) -> tuple[object, list[int]]:
+        """The data set and the indices of the groups."""
+        return self.dataset, list(itertools.chain(*request))
 
     def _part(self, request: Sequence[Group], get: Callable[[int], dict]) -> tuple[Part, list[list[Picture]]]:
         part, pictures = Part(), []

@@ -133,8 +133,6 @@ class _World:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    # --------------------------------------------------------------------------------------------------------- COCO
-
     def _coco(self, split: str) -> dict[int, Scene]:
         """COCO 2017 ``split``; returns image id -> scene."""
         year = f"{split}2017"
@@ -178,8 +176,6 @@ class _World:
         )
         self.counts["detection_coco"][split] = len(records)
         return scenes
-
-    # ------------------------------------------------------------------------------------------------ Visual Genome
 
     def _visual_genome(self, coco: dict[str, dict[int, Scene]]) -> None:
         """Both forms: scene graphs with vocabularies, and the COCO-style files made from them."""
@@ -251,8 +247,6 @@ class _World:
                     relationships.append({"synsets": [], "predicate": "left of", "relationship_id": number, **pair})
         return {"relationships": relationships, "image_id": image_id, "objects": objects}
 
-    # ---------------------------------------------------------------------------------------------------------- VQA
-
     def _vqa(self, coco: dict[str, dict[int, Scene]]) -> None:
         asked = {split: self._questions(split, scenes) for split, scenes in coco.items()}
         for split, (questions, annotations) in asked.items():
@@ -309,8 +303,6 @@ class _World:
                 )  # fmt: skip
         return questions, annotations
 
-    # ------------------------------------------------------------------------------------------------------ SNLI-VE
-
     def _snli_ve(self) -> None:
         images = self.folder("snli_ve", "flickr30k_images")
         rows = {"train": [], "dev": []}
@@ -334,8 +326,6 @@ class _World:
             (self.folder("snli_ve") / f"snli_ve_{split}.jsonl").write_text(content, encoding="utf-8")
             self.counts["visual_entailment"]["val" if split == "dev" else split] = len(rows[split])
         self.blind["snli_ve"] = _blind(*([(r["sentence2"], [r["gold_label"]]) for r in rows[s]] for s in rows))
-
-    # --------------------------------------------------------------------------------------------------------- GLUE
 
     def _glue(self) -> None:
         for split, number in zip(("train", "dev"), self.sizes["glue"]):

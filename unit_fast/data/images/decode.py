@@ -50,36 +50,29 @@ def read_bytes(path) -> bytes:
 
 
 @contextlib.contextmanager
-def _named(path):
-    """Errors of the system as ``BadImage`` of this path; a shard's member raises its own."""
+def _named(path, *kinds: type[Exception]):
+    """Errors of the system, and of ``kinds``, as ``BadImage`` of this path; a shard's member raises its own."""
     try:
         yield
     except BadImage:
         raise
     except FileNotFoundError:
         raise BadImage(path, "no such file") from None
-    except (OSError, ValueError) as error:
+    except Image.UnidentifiedImageError:
+        raise BadImage(path, "not a JPEG or PNG image") from None
+    except (OSError, ValueError, *kinds) as error:
         raise BadImage(path, describe(error)) from None
 
 
 def _open(path, max_pixels):
-    try:
+    # fed with foreign bytes, decoders fail in many ways, KeyError included
+    with _named(path, Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower and an error
         if isinstance(path, (str, Path)):
-            source = path
             _check_bytes(path)
+            image = Image.open(path, formats=FORMATS)
         else:
-            source = io.BytesIO(read_bytes(path))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower and an error
-            image = Image.open(source, formats=FORMATS)
-    except BadImage:
-        raise
-    except FileNotFoundError:
-        raise BadImage(path, "no such file") from None
-    except Image.UnidentifiedImageError:
-        raise BadImage(path, "not a JPEG or PNG image") from None
-    except Exception as error:  # fed with foreign bytes, decoders fail in many ways, KeyError included
-        raise BadImage(path, describe(error)) from None
+            image = Image.open(io.BytesIO(read_bytes(path)), formats=FORMATS)
     width, height = image.size
     if width * height > max_pixels or width * height == 0:
         image.close()
@@ -115,11 +108,8 @@ def load_image(path, max_pixels: int) -> Image.Image:
     Raises:
         BadImage: naming the file and the reason: absent, not JPEG or PNG, larger than ``max_pixels``, damaged.
     """
-    with _open(path, max_pixels) as image:
-        try:
-            return to_rgb(image)
-        except Exception as error:  # see _open
-            raise BadImage(path, describe(error)) from None
+    with _open(path, max_pixels) as image, _named(path, Exception):  # see _open
+        return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -142,12 +142,11 @@ class DecodedSteps:
             self.pool.shutdown(cancel_futures=True)
             self.checked.close()
 
-    # ------------------------------------------------------------------------------------------------------- begin
-
     def _begin(self, request) -> _Underway:
         """Describe a step and feed its images to the decoder."""
-        # those not yet checked, by all threads at once
-        list(self.pool.map(self._check, self.fetcher.image_paths(request)))
+        dataset, indices = self.fetcher.visited(request)
+        if dataset.task.has_image:  # those not yet checked, by all threads at once
+            list(self.pool.map(lambda index: self._check(dataset, index), indices))
         for _ in range(MOST_REPAIRS):
             step, pictures = self.fetcher.describe(request, self.checked)
             kept = [[self.kept.get(p.path, p.stamp) for p in group] for group in pictures]
@@ -168,9 +167,9 @@ class DecodedSteps:
             return _Underway(request, step, pictures, kept)
         raise BadImage(changing.path, f"changes while it is read ({changing.reason})")
 
-    def _check(self, path) -> None:
+    def _check(self, dataset, index: int) -> None:
         with contextlib.suppress(BadImage):  # the description meets it again, and replaces it
-            self.checked.facts(path)
+            self.checked.facts(dataset.image_path(index))
 
     def _encoded(self, path) -> bytes:
         """What the decoder is given: the file, or what Pillow made of it, uncompressed."""
@@ -183,8 +182,6 @@ class DecodedSteps:
         if self.engine == "torchvision":
             return TorchvisionDecoder(self.pool)
         return Pipeline(most, threads, graph, self.data.decoder, self.device)
-
-    # ------------------------------------------------------------------------------------------------------ finish
 
     def _decoded(self) -> _Underway:
         """The oldest step under way, decoded and being placed."""

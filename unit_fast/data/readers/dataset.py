@@ -187,8 +187,6 @@ class Dataset:
             self._tokens = Tokens(tokenise(self.words, self.columns, self.task.short), len(self.columns))
         return lengths(self._tokens.counts(), self.config.text_length)
 
-    # ------------------------------------------------------------------------------------------------- helpers
-
     def _word_pieces(self, vocab_size):
         if self.config.text_length < 3:
             raise UserError(

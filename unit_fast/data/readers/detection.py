@@ -94,8 +94,6 @@ class Detection(Dataset):
             "categories": [{"id": i, "name": name} for i, name in sorted(o.names.items())],
         }
 
-    # ------------------------------------------------------------------------------------------------- reading
-
     def _fill(self, sources: dict[str, list[Path]], build: Callable[[], Content], images: str) -> None:
         """Keep the objects that ``build`` makes of the files ``sources``, through the cache, and the folder of the
         layout key ``images``; choose the transform; count what the training targets leave out."""

@@ -86,8 +86,6 @@ class VisualGenome(Detection):
         self._val_images()
         return read_instances(self, path, lambda record, i: self._belongs(record.get("coco_id", coco_ids.get(i))))
 
-    # ------------------------------------------------------------------------------------------------- splits
-
     def _coco_ids(self) -> dict[int, int | None]:
         """Visual Genome image id -> COCO image id, from ``image_data.json``."""
         path = self.layout.find("vg.image_data")
@@ -129,8 +127,6 @@ class VisualGenome(Detection):
                 self.findings.error("image id twice", f"{where}: image_id {image_id} was used before")
             out[image_id] = entry
         return out
-
-    # ------------------------------------------------------------------------------------------------- scene graphs
 
     def _from_scene_graphs(self, split) -> Content:
         graphs = self.layout.find("vg.scene_graphs")

@@ -222,8 +222,6 @@ class Vqa2(Dataset):
                 first = first or path
         return first or self.layout.root / "coco" / "images" / part / f"COCO_{part}_{image_id:012d}.jpg"
 
-    # ------------------------------------------------------------------------------------------------- reading
-
     def _rows(self):
         """(where, question id, (part, image id), question, answers or None) of every question of the split."""
         imdb = self.layout.files(f"vqa2.{self.split}_imdb")

@@ -191,9 +191,6 @@ def _is_in(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-# ------------------------------------------------------------------------------------------------ checked fields
-
-
 def integer(record, key: str, where: str) -> int:
     """``record[key]`` as an int; ``UserError`` for a missing key, a bool, a float with a fraction, a string."""
     value = _field(record, key, where)
