@@ -8,10 +8,13 @@ import pytest
 from PIL import Image
 
 from unit_fast.config import DataConfig, TaskConfig, default_tasks
+from unit_fast.data import open_dataset
 from unit_fast.tasks import TASKS
 
 REAL = Path(__file__).resolve().parents[1].parent / "shared" / "realdata"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the sample of real data is not beside the repository")
+
+REAL_DATA = DataConfig(root=str(REAL), short_side=96, max_side=160)
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789.,?'"]
 VOCABULARY += ["##" + c for c in "abcdefghijklmnopqrstuvwxyz0123456789"]
@@ -24,6 +27,14 @@ def task_config(name: str, **changes) -> TaskConfig:
 
 def data(root, **changes) -> DataConfig:
     return DataConfig(root=str(root), **changes)
+
+
+def opened(task: str, root, split="train", config=None, *, augment=False, **changes):
+    """A split of a small data set; ``changes`` are of ``DataConfig`` or arguments of ``open_dataset``."""
+    config = config or task_config(task, **({"outputs": 4} if task == "vqa2" else {}))
+    more = {name: changes.pop(name) for name in ("vocab_size", "attribute_outputs", "findings") if name in changes}
+    settings = data(root, **{"short_side": 40, "max_side": 100, **changes})
+    return open_dataset(task, split, settings, config, augment=augment, **more)
 
 
 def write(path: Path, content) -> Path:
@@ -45,16 +56,8 @@ def picture(path: Path, width: int, height: int, seed: int = 0) -> Path:
 
 
 def box(image_id, number, category, bbox, **more) -> dict:
-    area = bbox[2] * bbox[3]
-    return {
-        "id": number,
-        "image_id": image_id,
-        "category_id": category,
-        "bbox": bbox,
-        "area": area,
-        "iscrowd": 0,
-        **more,
-    }
+    made = {"id": number, "image_id": image_id, "category_id": category, "bbox": bbox, "iscrowd": 0}
+    return made | {"area": bbox[2] * bbox[3]} | more
 
 
 def coco_file() -> dict:

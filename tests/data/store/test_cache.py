@@ -288,7 +288,7 @@ def test_files_that_change_roles_are_another_entry(world, tmp_path):
     small(world, "vg", keep=keep)
     paths = dict(zip(("vg.attribute_vocab", "vg.object_vocab"), vocabularies))
     with pytest.raises(UserError, match="no object|none of"):
-        small(world, "vg", keep=keep, data={"paths": paths})
+        small(world, "vg", keep=keep, paths=paths)
 
 
 @pytest.mark.parametrize("what", ["format", "code", "characters", "tokenizers"])
@@ -366,28 +366,28 @@ def test_where_the_folder_is(world, tmp_path, monkeypatch, caplog):
             small(world, "coco", keep=inside)
     monkeypatch.setenv("XDG_CACHE_HOME", str(world / "cache"))
     assert not caplog.records
-    assert len(small(world, "coco", data={"cache_dir": None})) == 2
+    assert len(small(world, "coco", cache_dir=None)) == 2
     assert not (world / "cache").exists()
     assert "lies in the data root" in caplog.text
 
 
 def test_the_default_is_to_keep(world, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    small(world, "coco", data={"cache_dir": None})
+    small(world, "coco", cache_dir=None)
     assert len(entries(tmp_path / "xdg/unit_fast")) == 1
 
 
 def test_a_check_of_the_files_reads_the_files(world, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     for task in ALL:
-        small(world, task, data={"cache_dir": None})
+        small(world, task, cache_dir=None)
     reads = Reads(monkeypatch)
     monkeypatch.setattr(cache.Cache, "_load", lambda *_: pytest.fail("cache read"))
     report = check(world)
     assert {"instances_train2017.json", "scene_graphs.json", "train.tsv", "snli_ve_train.jsonl"} <= set(reads.take())
     assert report.ok
     loose = Findings(strict=False)
-    assert len(small(world, "coco", data={"cache_dir": None}, findings=loose)) == 2
+    assert len(small(world, "coco", cache_dir=None, findings=loose)) == 2
 
 
 def test_a_resumed_run_may_have_another_folder(tmp_path):
