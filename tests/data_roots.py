@@ -1,6 +1,7 @@
 """Small data roots written by tests, and the sample of real data beside the repository."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,22 @@ def write(path: Path, content) -> Path:
         path.write_bytes(content)
     else:
         path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def no_plain_file(kind: str, path: Path) -> Path:
+    """A FIFO, a device, a folder or ("sparse") a file of 10 GiB in the place of a file."""
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"{")
+        os.truncate(path, 10 * 2**30)  # sparse
     return path
 
 

@@ -113,7 +113,6 @@ def faulty(count: int) -> dict[str, bytes]:
 
 def config_for(root, *tasks, batch=4, **changes):
     """Real sizes on a data root, the model is not built."""
-
     kinds = default_tasks(*tasks)
     data = changes.pop("data", {})
     settings = DataConfig(root=str(root), **data)
@@ -132,6 +131,14 @@ def with_data(config, **changes):
 def steps_of(config, start=0, stop=12, counts=None, **options):
     with Loader(opened(config), config, start, stop, counts or {}, **options) as loader:
         return list(loader)
+
+
+def content(steps):
+    """Everything in the batches of steps, and how many images were unreadable, for ``==``."""
+    return [
+        (s.task, [(b.sample_ids, {k: v.tolist() for k, v in b.tensors().items()}) for b in s.batches], len(s.bad))
+        for s in steps
+    ]
 
 
 def assert_same(ours, reference):

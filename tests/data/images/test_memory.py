@@ -1,10 +1,12 @@
 """Decoded images kept in memory by the reader in threads, and the record of checked images when it is closed."""
 
+import dataclasses
 import os
 from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.data.image_roots import (
     encoded,
@@ -17,6 +19,8 @@ from tests.data.image_roots import (
     threaded,
     with_data,
 )  # fmt: skip
+from tests.small_runs import small_config
+from unit_fast.data import open_dataset
 from unit_fast.data.images import decoded_steps as reader
 from unit_fast.data.images.checked import FILE, CheckedImages
 from unit_fast.data.images.decode import Stamp, stamp
@@ -135,3 +139,27 @@ def test_buffers_are_used_again_only_when_nothing_refers_to_them():
     kept = [buffers.empty(100) for _ in range(5)]
     del kept, second, third
     assert len(buffers._free) == 2
+
+
+def test_images_are_kept_up_to_the_limit():
+    cache = KeptImages(3 * 8 * 6 + 3 * 4 * 4)
+    made = {name: Image.new("RGB", size) for name, size in (("a", (8, 6)), ("b", (5, 5)), ("c", (4, 4)))}
+    for name, image in made.items():
+        cache.put(name, image, 3 * image.width * image.height)
+    assert cache.get("a") is made["a"]
+    assert cache.get("c") is made["c"]
+    assert cache.get("b") is None  # did not fit beside a
+
+
+def test_a_cache_changes_no_sample(root):
+    run = small_config(root, "coco", "vqa2", "snli_ve")
+    config = run.data
+    for name, task in run.model.tasks.items():
+        plain = open_dataset(name, "train", config, task, augment=True)
+        cached = open_dataset(name, "train", dataclasses.replace(config, cache_mib=4), task, augment=True)
+        for key in (3, 4):  # the second visit finds the image decoded
+            a, b = plain.get(1, key), cached.get(1, key)
+            assert torch.equal(a["image"], b["image"])
+            assert {k: v for k, v in a.items() if not isinstance(v, torch.Tensor)} == {
+                k: v for k, v in b.items() if not isinstance(v, torch.Tensor)
+            }

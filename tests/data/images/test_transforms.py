@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.data.image_roots import assert_close, encoded, needs_dali, photograph
 from tests.data_roots import REAL, needs_real
@@ -80,3 +81,13 @@ def test_placing_normalises_and_pads_what_was_there(photographs):
     assert_close(out[:, :height, :width], to_tensor(geometry.apply_image(image)))
     assert not out[:, height:].any()
     assert not out[:, :, width:].any()
+
+
+def test_tensor_equals_torchvision():
+    from torchvision.transforms import functional
+
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (9, 11, 3), dtype=np.uint8))
+    expected = functional.normalize(functional.to_tensor(image), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    got = to_tensor(image)
+    assert torch.equal(got, expected)
+    assert got.is_contiguous()
