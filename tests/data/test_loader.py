@@ -121,9 +121,6 @@ def test_reading_leaves_the_random_numbers_alone(workers):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# ----------------------------------------------------------------------------------------------- unreadable images
-
-
 def test_a_bad_image_is_replaced_and_the_rest_is_unchanged():
     good, bad = read(sets(), config(), stop=20), read(sets(bad=[4]), config(), stop=20)
     replaced = 0

@@ -11,7 +11,7 @@ from tests.data_roots import coco_file, picture, write
 from tests.evaluation.test_evaluate import Oracle
 from tests.small_runs import make_world, small_config
 from unit_fast.commands import main as cli
-from unit_fast.data.loader import BadImages
+from unit_fast.data.bad_images import BadImages
 from unit_fast.errors import OutOfMemory, UserError, is_out_of_memory
 from unit_fast.evaluation.evaluate import describe, evaluate
 from unit_fast.evaluation.labels import VOCABULARY, write_labels

@@ -135,32 +135,28 @@ def trust(config, *names, plain=True):
     checked.close()
 
 
-@needs_dali
-def test_an_image_that_became_unreadable_costs_one_pipeline(tmp_path, caplog):
-    """Damaged behind the record's back: same path, size and time."""
-    images = photographs(12)
-    images["5.jpg"] = images["5.jpg"][:600] + bytes(len(images["5.jpg"]) - 600)
-    images["7.jpg"] = b"x" * 500
-    config = photo_config(tmp_path, images)
-    reference = steps_of(config, stop=20)
-    assert {Path(path).name for s in reference for path, _ in s.bad} >= {"7.jpg"}
-    trust(config, "5.jpg", "7.jpg")
-    with caplog.at_level(logging.WARNING, "unit_fast.data"):
-        assert_same(steps_of(with_data(config, engine="dali"), stop=20), reference)
-    assert caplog.text.count("7.jpg") == 1
+HALF = encoded(photograph(60, 80, 5))
+HALF = HALF[:600] + bytes(len(HALF) - 600)
 
 
 @needs_dali
-def test_an_image_that_changed_its_size_is_checked_again(tmp_path, caplog):
-    images = photographs(12)
-    images["5.jpg"] = encoded(photograph(80, 60, 5))
-    config = photo_config(tmp_path, images)
+@pytest.mark.parametrize(
+    ("changed", "bad", "line"),
+    [
+        ({"5.jpg": HALF, "7.jpg": b"x" * 500}, {"5.jpg", "7.jpg"}, "7.jpg"),
+        ({"5.jpg": encoded(photograph(80, 60, 5))}, {"5.jpg"}, "5.jpg: changed after it was checked"),
+    ],
+    ids=["unreadable", "of another size than its annotation says"],
+)
+def test_an_image_that_changed_behind_the_records_back_costs_one_pipeline(tmp_path, caplog, changed, bad, line):
+    """Same path, size and time."""
+    config = photo_config(tmp_path, photographs(12) | changed)
     reference = steps_of(config, stop=20)
-    assert {Path(path).name for s in reference for path, _ in s.bad} == {"5.jpg"}  # not what its annotation says
-    trust(config, "5.jpg")
+    assert {Path(path).name for s in reference for path, _ in s.bad} == bad
+    trust(config, *changed)
     with caplog.at_level(logging.WARNING, "unit_fast.data"):
         assert_same(steps_of(with_data(config, engine="dali"), stop=20), reference)
-    assert caplog.text.count("5.jpg: changed after it was checked") == 1
+    assert caplog.text.count(line) == 1
 
 
 @needs_dali
@@ -314,9 +310,6 @@ def test_memory_stays_bounded(tmp_path):
             if number in (100, 999):
                 sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
     assert sizes[1] - sizes[0] < 40 * 2**20
-
-
-# ------------------------------------------------------------------------------------------------------- grouping
 
 
 def read_order(config, stop):

@@ -224,9 +224,6 @@ def test_the_test_split_has_images_only(tmp_path):
         dataset.coco_ground_truth()
 
 
-# ------------------------------------------------------------------------------------------------- Visual Genome
-
-
 def test_scene_graphs_become_boxes_by_the_vocabularies(tmp_path):
     root = whole_root(tmp_path)
     train, val = open_vg(root), open_vg(root, "val")

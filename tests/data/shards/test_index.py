@@ -164,9 +164,6 @@ def test_training_on_shards_gives_the_same_weights_and_pictures(world, tmp_path)
     assert "unreadable" not in log_of(runs[1])
 
 
-# ------------------------------------------------------------------------------------------------------ other readers
-
-
 def test_webdatasets_own_reader_finds_the_same_bytes(small):
     webdataset = pytest.importorskip("webdataset")
     folder, out = small
@@ -191,9 +188,6 @@ def test_dalis_sequential_reader_finds_the_same_bytes(small):
     count = pipeline.reader_meta("reader")["epoch_size"]
     found = [pipeline.run()[0].as_array()[0].tobytes() for _ in range(count)]
     assert sorted(found) == sorted(bytes_of(folder).values())
-
-
-# --------------------------------------------------------------------------------------------------------- the reader
 
 
 def test_names_with_folders_dots_and_other_letters(tmp_path):

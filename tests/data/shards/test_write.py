@@ -267,9 +267,6 @@ def test_a_shard_that_is_not_whole_is_written_again(small):
     assert [tar.read_bytes() for tar in tars] == before
 
 
-# -------------------------------------------------------------------------------------------------------- the command
-
-
 def test_the_command_says_how_to_train_and_refuses_wrong_kinds(tmp_path, capsys):
     root = coco_root(tmp_path / "root")
     out = tmp_path / "o ut"

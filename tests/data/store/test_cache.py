@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import gc
 import logging
 import os
@@ -13,9 +14,9 @@ import pytest
 
 from tests.cached_roots import Reads, about_the_cache, entries, seen, small
 from tests.data_roots import REAL, VOCABULARY, coco_file, coco_root, data, needs_real, task_config, write
-from tests.small_runs import ALL, small_config
+from tests.small_runs import ALL
 from unit_fast.config import RunConfig
-from unit_fast.data import MissingSplit, open_dataset
+from unit_fast.data import MissingSplit
 from unit_fast.data.check import check
 from unit_fast.data.errors import Findings
 from unit_fast.data.readers import sources
@@ -27,9 +28,6 @@ from unit_fast.tasks import get_task
 from unit_fast.weights import checkpoint
 
 pytestmark = pytest.mark.usefixtures("small_files_too")
-
-
-# --------------------------------------------------------------------------------------------------- same samples
 
 
 def same_three_ways(open_with, keep, monkeypatch, images=True):
@@ -44,19 +42,6 @@ def same_three_ways(open_with, keep, monkeypatch, images=True):
     assert cold == without
     assert seen(warm_dataset, images) == without
     return warm_dataset
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("task", ALL)
-def test_samples_of_the_generated_world(root, task, split, tmp_path, monkeypatch):
-    run = small_config(root, *ALL)
-    name = get_task(task).name
-
-    def open_with(keep):
-        config = dataclasses.replace(run.data, cache_dir=str(keep or ""))
-        return open_dataset(name, split, config, run.model.tasks[name], augment=False)
-
-    same_three_ways(open_with, tmp_path / "cache", monkeypatch)
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -81,28 +66,23 @@ def test_samples_facts_and_notes_of_a_root_with_oddities(world, task, split, tmp
 @pytest.mark.parametrize("task", ALL)
 def test_samples_of_real_data(task, tmp_path, monkeypatch):
     def open_with(keep):
-        settings = data(REAL, short_side=48, max_side=64, cache_dir=str(keep or ""))
-        return open_dataset(task, "train", settings, task_config(task), augment=False)
+        return small(REAL, task, keep=keep, config=task_config(task), short_side=48, max_side=64)
 
     # not every image of the sample of real data is in it
     same_three_ways(open_with, tmp_path / "cache", monkeypatch, images=get_task(task).kind == "glue")
 
 
-def _vg_authors(root):
-    write(root / "visual_genome/annotations/instances_train_split_by_coco_2017.json", _vg_instances())
-
-
-def _vg_instances():
+def _vg_instances(name, root):
     content = coco_file()
     for image, name in zip(content["images"], ("VG_100K/1.jpg", "2.jpg")):
         image.update(file_name=name, width=60, height=40)
     content["annotations"] = content["annotations"][:1]
     content["annotations"][0]["attribute_ids_max16"] = [3, 1] + [-1] * 14
-    return content
+    write(root / f"visual_genome/annotations/instances_{name}.json", content)
 
 
-def _vg_one_file(root):
-    write(root / "visual_genome/annotations/instances_from_scene_graphs.json", _vg_instances())
+_vg_authors = functools.partial(_vg_instances, "train_split_by_coco_2017")
+_vg_one_file = functools.partial(_vg_instances, "from_scene_graphs")
 
 
 def _vg_objects(root):
@@ -163,9 +143,6 @@ def test_small_sources_are_read_directly(world, tmp_path, monkeypatch):
     for task in ALL:
         small(world, task, keep=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
-
-
-# ---------------------------------------------------------------------------------------------------- stale entries
 
 
 def test_another_content_of_the_same_size_and_time_is_seen(tmp_path):
@@ -327,9 +304,6 @@ def test_errors_are_the_same_each_time_and_nothing_is_kept(tmp_path):
         with pytest.raises(UserError, match=r"annotations\[0\]: bbox must have 4 numbers"):
             small(root, "coco", keep=keep)
     assert not keep.exists()
-
-
-# ------------------------------------------------------------------------------------------------------- the folder
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(world, tmp_path, caplog):
