@@ -1,5 +1,6 @@
 """The GLUE tasks: official tables, Hugging Face's exports, and what all tasks with texts need."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -158,3 +159,16 @@ def test_text_settings(tmp_path):
     assert len(opened("sst2", root, vocab=str(root / "words.txt"))) == 2
     with pytest.raises(UserError, match="does not exist"):
         opened("sst2", root, vocab=str(root / "gone.txt"))
+
+
+def test_a_parquet_text_that_is_no_text(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    root = whole_root(tmp_path)
+    (root / "glue/SST-2/train.tsv").unlink()
+    raw = pyarrow.array([b"good", b"a f\xff\xfe film"], type=pyarrow.binary())
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())
+    (root / "glue/sst2").mkdir()
+    table = pyarrow.table({"sentence": texts, "label": np.array([1, 0])})
+    parquet.write_table(table, root / "glue/sst2/train.parquet")
+    with pytest.raises(UserError, match=r"train.parquet: a row after row 0 cannot be read \(UnicodeDecodeError"):
+        opened("sst2", root)

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data_roots import data, no_plain_file, task_config, whole_root, write
-from unit_fast.data import open_dataset
+from tests.data_roots import no_plain_file, opened, whole_root, write
 from unit_fast.data.store import files
 from unit_fast.errors import UserError
 
@@ -143,6 +142,5 @@ def test_only_plain_files_of_a_fitting_size_are_read(tmp_path, kind, task, name)
     if name.endswith("parquet"):
         (root / "glue/SST-2/train.tsv").unlink()
     no_plain_file(kind, root / name)
-    config = task_config(task, **({"outputs": 4} if task == "vqa2" else {}))
     with pytest.raises(UserError, match="not a plain file|Is a directory|more than the limit of"):
-        open_dataset(task, "train", data(root), config, augment=False)
+        opened(task, root)
