@@ -1,7 +1,8 @@
 """Execute every fenced ``sh`` and ``python`` block of Markdown files: ``python -m tests.readme README.md docs/*.md``.
 
 Blocks run in order, each in a process of its own, all in one scratch folder that sees the files beside the first
-file, with this environment's programs first on the path. A comment before a block changes it for CI and is invisible on the page:
+file, with this environment's programs first on the path. A comment before a block changes it for CI and is invisible on
+the page:
 
     <!-- ci: skip, REASON -->            the block is not run
     <!-- ci: instead COMMAND -->         COMMAND runs in its place
@@ -57,9 +58,9 @@ def run(*paths: Path) -> int:
         for entry in root.iterdir():
             if entry.name not in ("runs", ".git"):
                 (Path(scratch) / entry.name).symlink_to(entry)
-        for path, block in [(path, block) for path in paths for block in blocks(path.read_text(encoding="utf-8"))]:
+        for page, block in [(page, block) for page in paths for block in blocks(page.read_text(encoding="utf-8"))]:
             command, start = command_of(block), time.monotonic()
-            title = f"{path.name}:{block.line} {(block.code.strip().splitlines() or [''])[0]}"
+            title = f"{page.name}:{block.line} {(block.code.strip().splitlines() or [''])[0]}"
             if command is None:
                 print(f"not run  {title}  ({block.note or block.language or 'plain text'})", flush=True)
                 continue

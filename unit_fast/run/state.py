@@ -17,8 +17,8 @@ from unit_fast import numerics
 from unit_fast.config import RunConfig
 from unit_fast.config_check import check_config, check_resumable
 from unit_fast.data import MissingSplit, open_dataset
-from unit_fast.data.images.transforms import engine_of
-from unit_fast.data.loader import BadImages
+from unit_fast.data.bad_images import BadImages
+from unit_fast.data.images.engine import engine_of
 from unit_fast.data.sampler import normalised, seed_of
 from unit_fast.data.store.digests import check_same_data
 from unit_fast.errors import UserError

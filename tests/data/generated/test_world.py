@@ -44,9 +44,6 @@ def _open(folder, name, split, **data):
     return open_dataset(name, split, config, tasks[name], augment=False)
 
 
-# ------------------------------------------------------------------------------------------------------- the files
-
-
 @pytest.mark.parametrize("task", list(default_tasks(*ALL_TASKS)))
 def test_the_readers_open_both_splits(world, task):
     folder, summary = world
@@ -183,9 +180,6 @@ def test_every_text_is_made_of_words_of_the_vocabulary(world):
     assert words <= set(vocabulary)
 
 
-# ------------------------------------------------------------------------------------- what can and cannot be guessed
-
-
 def test_scenes_have_one_to_three_shapes_and_every_kind_colour_and_size():
     scenes = [synthetic_scene.draw_scene(random.Random(i)) for i in range(600)]
     counts = [len(scene.things) for scene in scenes]
@@ -318,9 +312,6 @@ def test_validation_sentences_are_new_and_their_words_are_not(world):
             assert not unseen
     genres = [{r["genre"] for r in rows(folder / f"glue/MNLI/{part}.tsv")[1]} for part in ("train", "dev_mismatched")]
     assert not genres[0] & genres[1]
-
-
-# ------------------------------------------------------------------------------------------------- the whole folder
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(world, tmp_path):

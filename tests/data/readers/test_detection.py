@@ -1,10 +1,24 @@
 """COCO and Visual Genome from their files."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 
-from tests.data_roots import REAL, box, coco_file, coco_root, data, needs_real, picture, task_config, whole_root, write
+from tests.data_roots import (
+    REAL,
+    box,
+    coco_file,
+    coco_root,
+    data,
+    needs_real,
+    opened,
+    picture,
+    task_config,
+    whole_root,
+    write,
+)
 from unit_fast.config import DataConfig
 from unit_fast.data import BadImage, MissingSplit, collate, layout, open_dataset
 from unit_fast.data.readers.visual_genome import read_vocabulary
@@ -14,8 +28,7 @@ COCO = task_config("coco")
 VG = task_config("vg")
 
 
-def open_coco(root, split="train", augment=False, **changes):
-    return open_dataset("coco", split, data(root, short_side=40, max_side=100, **changes), COCO, augment=augment)
+open_coco, open_vg = functools.partial(opened, "coco"), functools.partial(opened, "vg")
 
 
 def test_coco_targets(tmp_path):
@@ -54,8 +67,7 @@ def test_augmentation_needs_a_key_and_both_switches(tmp_path):
     assert torch.equal(first["image"], again["image"])
     assert torch.equal(first["boxes"], again["boxes"])
     settings = data(root, short_side=40, max_side=100, augment=False)
-    off = open_dataset("coco", "train", settings, COCO, augment=True)
-    assert off.get(0, 5)["image"].shape == (3, 40, 60)
+    assert open_dataset("coco", "train", settings, COCO, augment=True).get(0, 5)["image"].shape == (3, 40, 60)
 
 
 def test_ground_truth_keeps_crowds_and_loads_in_pycocotools(tmp_path, capsys):
@@ -212,13 +224,6 @@ def test_the_test_split_has_images_only(tmp_path):
         dataset.coco_ground_truth()
 
 
-# ------------------------------------------------------------------------------------------------- Visual Genome
-
-
-def open_vg(root, split="train", task=VG, **more):
-    return open_dataset("vg", split, data(root, short_side=40, max_side=100), task, augment=False, **more)
-
-
 def test_scene_graphs_become_boxes_by_the_vocabularies(tmp_path):
     root = whole_root(tmp_path)
     train, val = open_vg(root), open_vg(root, "val")
@@ -294,7 +299,7 @@ def test_one_unsplit_file_is_split_by_coco_id(tmp_path):
 def test_vocabularies_that_do_not_fit(tmp_path):
     root = whole_root(tmp_path)
     with pytest.raises(UserError, match=r"3 classes, but the task's 4 outputs allow 2"):
-        open_vg(root, task=task_config("vg", outputs=4))
+        open_vg(root, config=task_config("vg", outputs=4))
     with pytest.raises(UserError, match=r"3 attributes, but the model has 3"):
         open_vg(root, attribute_outputs=3)
     (root / "visual_genome/1600-400-20/attributes_vocab.txt").unlink()

@@ -19,32 +19,8 @@ from unit_fast.data.store import cache
 pytestmark = pytest.mark.usefixtures("small_files_too")
 
 
-# -------------------------------------------------------------------------------------------------- damaged entries
-
-
-def _truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def _zero(path):
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def _zero_the_end(path):
-    raw = path.read_bytes()
-    path.write_bytes(raw[: len(raw) // 2] + bytes(len(raw) - len(raw) // 2))
-
-
-def _garbage(path):
-    path.write_bytes(np.random.default_rng(0).bytes(path.stat().st_size))
-
-
-def _empty(path):
-    path.write_bytes(b"")
-
-
-def _delete(path):
-    path.unlink()
+def _rewritten(change):
+    return lambda path: path.write_bytes(change(path.read_bytes()))
 
 
 def _folder(path):
@@ -52,13 +28,19 @@ def _folder(path):
     path.mkdir()
 
 
-def _flip(path):
-    raw = bytearray(path.read_bytes())
-    raw[-3] ^= 1
-    path.write_bytes(bytes(raw))
+DAMAGE = {
+    "truncated": _rewritten(lambda raw: raw[:-1]),
+    "zero": _rewritten(lambda raw: bytes(len(raw))),
+    "zero at the end": _rewritten(lambda raw: raw[: len(raw) // 2] + bytes(len(raw) - len(raw) // 2)),
+    "garbage": _rewritten(lambda raw: np.random.default_rng(0).bytes(len(raw))),
+    "empty": _rewritten(lambda raw: b""),
+    "one bit": _rewritten(lambda raw: raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:]),
+    "gone": lambda path: path.unlink(),
+    "a folder": _folder,
+}
 
 
-@pytest.mark.parametrize("damage", [_truncate, _zero, _zero_the_end, _garbage, _empty, _delete, _folder, _flip])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 @pytest.mark.parametrize("task", ["coco", "vg", "vqa2", "qqp"])
 def test_damage_to_any_file_is_noticed_and_repaired(world, task, damage, tmp_path, caplog):
     keep = tmp_path / "cache"
@@ -172,9 +154,6 @@ def test_an_entry_that_cannot_be_read_now_is_left_alone(world, code, tmp_path, m
     assert seen(small(world, "coco", keep=keep)) == expected
     assert entries(keep) == names
     assert [r.getMessage().count("cannot be read") for r in about_the_cache(caplog)] == [1]
-
-
-# ------------------------------------------------------------------------------------------------ several processes
 
 
 def _open_at_once(barrier, results, root, keep):

@@ -1,24 +1,20 @@
 """What the readers leave out is heard in training, and what leaves nothing to learn is refused."""
 
+import functools
 import json
 import logging
 import sys
 
-import numpy as np
 import pytest
 
-from tests.data_roots import box, coco_file, coco_root, data, task_config, whole_root, write
+from tests.data_roots import box, coco_file, coco_root, task_config, whole_root, write
+from tests.data_roots import opened as opened_set
 from tests.small_runs import log_of, small_config
-from unit_fast.data import open_dataset
 from unit_fast.data.check import check
 from unit_fast.errors import UserError
 from unit_fast.run.train import train
 
-COCO = task_config("coco")
-
-
-def opened(root, split="train", **changes):
-    return open_dataset("coco", split, data(root, **changes), COCO, augment=False)
+opened = functools.partial(opened_set, "coco")
 
 
 def coco(*annotations, **changes):
@@ -27,7 +23,7 @@ def coco(*annotations, **changes):
 
 def kinds(root):
     """Severity and kind of what a check of the COCO train split finds."""
-    report = check(root, tasks={"detection_coco": COCO})
+    report = check(root, tasks={"detection_coco": task_config("coco")})
     return {(f.severity, f.kind): f.count for s in report.splits if s.split == "train" for f in s.findings}
 
 
@@ -108,7 +104,7 @@ def test_sides_of_images(tmp_path, key, value):
     record = {"image_id": 1, "url": "https://example.org/VG_100K_2/1.jpg", "width": 60, "height": 40, "coco_id": None}
     write(root / "visual_genome/image_data.json", [record | {key: value}])
     with pytest.raises(UserError, match=rf"image_data.json: \[0\]: {key} is {value}; a side of an image"):
-        open_dataset("vg", "train", data(root), task_config("vg"), augment=False)
+        opened_set("vg", root)
 
 
 @pytest.mark.parametrize("value", [10**400, -(10**5000), 2**1000], ids=["400", "-5000", "2^1000"])
@@ -126,16 +122,3 @@ def test_numbers_beyond_a_float(tmp_path, value, field):
     write(root / "coco/annotations/instances_train2017.json", text)
     with pytest.raises(UserError, match="must be|not valid JSON"):
         opened(root)
-
-
-def test_a_parquet_text_that_is_no_text(tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    root = whole_root(tmp_path)
-    (root / "glue/SST-2/train.tsv").unlink()
-    raw = pyarrow.array([b"good", b"a f\xff\xfe film"], type=pyarrow.binary())
-    texts = pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())
-    (root / "glue/sst2").mkdir()
-    table = pyarrow.table({"sentence": texts, "label": np.array([1, 0])})
-    parquet.write_table(table, root / "glue/sst2/train.parquet")
-    with pytest.raises(UserError, match=r"train.parquet: a row after row 0 cannot be read \(UnicodeDecodeError"):
-        open_dataset("sst2", "train", data(root), task_config("sst2"), augment=False)

@@ -23,8 +23,12 @@ from unit_fast.data.background import OneCore
 from unit_fast.data.errors import BadImage
 from unit_fast.data.images.checked import CheckedImages
 from unit_fast.data.images.dali import DecodeFailed, Pipeline, check
-from unit_fast.data.images.decode import PixelCache, load_image, read_bytes
-from unit_fast.data.images.transforms import Buffers, Picture, place
+from unit_fast.data.images.decode import load_image, read_bytes
+from unit_fast.data.images.engine import decoding_threads
+from unit_fast.data.images.geometry import Picture
+from unit_fast.data.images.memory import Buffers, KeptImages
+from unit_fast.data.images.transforms import place
+from unit_fast.data.store.cache import open_cache
 from unit_fast.errors import printable
 
 AHEAD = 2
@@ -91,12 +95,10 @@ class DecodedSteps:
     """Iterates over the ``Step`` of each request.
 
     Args:
-        fetcher: describes a request (``loader.Fetcher``).
+        fetcher: describes a request (``fetch.Fetcher``).
         requested: the requests, in order; taken a few steps ahead.
-        data: engine settings.
-        checked: what is known of the images.
+        data: engine settings; ``workers`` are DALI's threads, and as many that place pixels or decode with torchvision.
         most: largest batch.
-        threads: DALI's threads, and as many that place pixels or decode with torchvision.
         device: where the pixels are wanted. On a CUDA device the images are copied there as decoded, and placed there.
         engine: ``dali`` or ``torchvision``.
     """
@@ -106,19 +108,19 @@ class DecodedSteps:
         fetcher,
         requested: Iterable,
         data: DataConfig,
-        checked: CheckedImages,
         most: int,
-        threads: int,
         device: torch.device,
         engine: str = "dali",
     ):
         if engine == "dali":
             check(data.dali_graph, data.decoder, device)
-        self.fetcher, self.requested, self.data, self.checked = fetcher, requested, data, checked
-        self.most, self.threads, self.device, self.engine = most, threads, device, engine
+        self.fetcher, self.requested, self.data = fetcher, requested, data
+        self.most, self.device, self.engine = most, device, engine
+        self.threads = decoding_threads(data)
+        self.checked = CheckedImages(open_cache(data).folder, data.max_pixels)
         self.buffers, self.decoder, self.repairs = Buffers(), None, 0
-        self.kept = PixelCache(data.cache_mib * 2**20)
-        self.pool = one_core_threads(threads, "place")
+        self.kept = KeptImages(data.cache_mib * 2**20)
+        self.pool = one_core_threads(self.threads, "place")
         self.underway: collections.deque[_Underway] = collections.deque()
 
     def __iter__(self) -> Iterator:
@@ -140,12 +142,11 @@ class DecodedSteps:
             self.pool.shutdown(cancel_futures=True)
             self.checked.close()
 
-    # ------------------------------------------------------------------------------------------------------- begin
-
     def _begin(self, request) -> _Underway:
         """Describe a step and feed its images to the decoder."""
-        # those not yet checked, by all threads at once
-        list(self.pool.map(self._check, self.fetcher.image_paths(request)))
+        dataset, indices = self.fetcher.visited(request)
+        if dataset.task.has_image:  # those not yet checked, by all threads at once
+            list(self.pool.map(lambda index: self._check(dataset, index), indices))
         for _ in range(MOST_REPAIRS):
             step, pictures = self.fetcher.describe(request, self.checked)
             kept = [[self.kept.get(p.path, p.stamp) for p in group] for group in pictures]
@@ -166,9 +167,9 @@ class DecodedSteps:
             return _Underway(request, step, pictures, kept)
         raise BadImage(changing.path, f"changes while it is read ({changing.reason})")
 
-    def _check(self, path) -> None:
+    def _check(self, dataset, index: int) -> None:
         with contextlib.suppress(BadImage):  # the description meets it again, and replaces it
-            self.checked.facts(path)
+            self.checked.facts(dataset.image_path(index))
 
     def _encoded(self, path) -> bytes:
         """What the decoder is given: the file, or what Pillow made of it, uncompressed."""
@@ -181,8 +182,6 @@ class DecodedSteps:
         if self.engine == "torchvision":
             return TorchvisionDecoder(self.pool)
         return Pipeline(most, threads, graph, self.data.decoder, self.device)
-
-    # ------------------------------------------------------------------------------------------------------ finish
 
     def _decoded(self) -> _Underway:
         """The oldest step under way, decoded and being placed."""
@@ -211,7 +210,7 @@ class DecodedSteps:
         if self.data.cache_mib:
             for picture, pixels, before in zip(group, decoded, known):
                 if before is None and tuple(pixels.shape[:2]) == picture.geometry.stored:
-                    self.kept.put(picture.path, picture.stamp, pixels)
+                    self.kept.put(picture.path, pixels, pixels.numel(), picture.stamp)
         return decoded
 
     def _place(self, decoded: list[Tensor] | Tensor, group: list[Picture], shape, placing: list) -> Tensor:
@@ -278,6 +277,3 @@ def one_core_threads(count: int, name: str) -> concurrent.futures.ThreadPoolExec
         pool.submit(int)
     cores.end()
     return pool
-
-
-__all__ = ["DecodedSteps", "TorchvisionDecoder", "one_core_threads"]

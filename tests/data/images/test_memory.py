@@ -1,26 +1,30 @@
 """Decoded images kept in memory by the reader in threads, and the record of checked images when it is closed."""
 
+import dataclasses
 import os
 from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
 
-from tests.data.test_engines import (
-    SMALL,
-    coco_root,
-    config_for,
+from tests.data.image_roots import (
     encoded,
     needs_dali,
     opened,
+    photo_config,
     photograph,
+    photographs,
     steps_of,
     threaded,
     with_data,
-)
-from unit_fast.data.images import reader
+)  # fmt: skip
+from tests.small_runs import small_config
+from unit_fast.data import open_dataset
+from unit_fast.data.images import decoded_steps as reader
 from unit_fast.data.images.checked import FILE, CheckedImages
-from unit_fast.data.images.decode import PixelCache, Stamp, stamp
+from unit_fast.data.images.decode import Stamp, stamp
+from unit_fast.data.images.memory import Buffers, KeptImages
 from unit_fast.data.loader import Loader
 
 SIDES = (60, 80)
@@ -29,9 +33,9 @@ engines = pytest.mark.parametrize("engine", [pytest.param("decode", marks=needs_
 
 @pytest.fixture
 def config(tmp_path):
-    images = {f"{i}.jpg": encoded(photograph(*SIDES, i)) for i in range(5)}
+    images = photographs(5)
     images["5.png"] = encoded(photograph(*SIDES, 5), "PNG")  # what only Pillow decodes is kept like the others
-    return config_for(coco_root(tmp_path / "root", images), "coco", batch=4, data=SMALL)
+    return photo_config(tmp_path, images, "auto")
 
 
 @pytest.fixture
@@ -66,7 +70,7 @@ def test_kept_images_change_no_pixel_and_are_read_once(config, read, engine):
 @engines
 def test_only_what_fits_is_kept(config, read, engine, monkeypatch):
     image = 3 * SIDES[0] * SIDES[1]
-    monkeypatch.setattr(reader, "PixelCache", lambda limit: PixelCache(2 * image + 5))
+    monkeypatch.setattr(reader, "KeptImages", lambda limit: KeptImages(2 * image + 5))
     threaded(with_data(config, cache_mib=1), 20, engine)
     visits = sorted(read.values())  # about 13 of each image
     assert max(visits[:2]) < 6, "two are kept"
@@ -74,13 +78,13 @@ def test_only_what_fits_is_kept(config, read, engine, monkeypatch):
 
 
 def test_a_file_that_changed_is_read_again(config):
-    cache = PixelCache(100)
+    cache = KeptImages(100)
     pixels = torch.arange(12, dtype=torch.uint8).view(2, 2, 3)
-    cache.put("a", Stamp(5, 1), pixels)
+    cache.put("a", pixels, 12, Stamp(5, 1))
     pixels.zero_()
     assert cache.get("a", Stamp(5, 1))[0, 0, 2] == 2, "a copy"
     assert cache.get("a", Stamp(5, 2)) is None
-    cache.put("a", Stamp(5, 2), torch.ones(2, 4, 3, dtype=torch.uint8))
+    cache.put("a", torch.ones(2, 4, 3, dtype=torch.uint8), 24, Stamp(5, 2))
     assert cache.get("a", Stamp(5, 2)).shape == (2, 4, 3)
     assert cache.left == 100 - 24
 
@@ -120,3 +124,42 @@ def test_a_reader_leaves_no_file_open(config, engine):
     else:
         threaded(config, 3, engine)
     assert not _open_files(FILE)
+
+
+def test_buffers_are_used_again_only_when_nothing_refers_to_them():
+    buffers = Buffers(keep=2)
+    first = buffers.empty(4, 3, 100, 100)
+    address, part = first.data_ptr(), first[1]
+    del first
+    second = buffers.empty(4, 3, 100, 100)
+    assert second.data_ptr() != address, "a view is alive"
+    del part
+    third = buffers.empty(2, 3, 100, 100)
+    assert third.data_ptr() == address
+    kept = [buffers.empty(100) for _ in range(5)]
+    del kept, second, third
+    assert len(buffers._free) == 2
+
+
+def test_images_are_kept_up_to_the_limit():
+    cache = KeptImages(3 * 8 * 6 + 3 * 4 * 4)
+    made = {name: Image.new("RGB", size) for name, size in (("a", (8, 6)), ("b", (5, 5)), ("c", (4, 4)))}
+    for name, image in made.items():
+        cache.put(name, image, 3 * image.width * image.height)
+    assert cache.get("a") is made["a"]
+    assert cache.get("c") is made["c"]
+    assert cache.get("b") is None  # did not fit beside a
+
+
+def test_a_cache_changes_no_sample(root):
+    run = small_config(root, "coco", "vqa2", "snli_ve")
+    config = run.data
+    for name, task in run.model.tasks.items():
+        plain = open_dataset(name, "train", config, task, augment=True)
+        cached = open_dataset(name, "train", dataclasses.replace(config, cache_mib=4), task, augment=True)
+        for key in (3, 4):  # the second visit finds the image decoded
+            a, b = plain.get(1, key), cached.get(1, key)
+            assert torch.equal(a["image"], b["image"])
+            assert {k: v for k, v in a.items() if not isinstance(v, torch.Tensor)} == {
+                k: v for k, v in b.items() if not isinstance(v, torch.Tensor)
+            }

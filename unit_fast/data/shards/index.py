@@ -1,14 +1,10 @@
 """Images in tar files (shards) instead of loose files, read in any order.
 
-A shard folder is written by ``unit-fast data shard`` (``shard_writer.py``). It holds ``<name>-000000.tar`` and so on in
+A shard folder is written by ``unit-fast data shard`` (``write.py``). It holds ``<name>-000000.tar`` and so on in
 WebDataset's form, and ``index.json``: WebDataset's shard index ("wids"), in which each shard has in addition its size,
 its time and ``members``, a list of [name, offset of the bytes, number of bytes]. Shards may lie in other folders too,
 given by an absolute path or a ``file:`` URL; those folders hold a ``unit_fast_shards.json`` of the same set. Only local
 files are read.
-
-An image of a shard is a ``Member``, which stands where a ``Path`` stands for a loose file. Reading one opens the tar,
-reads at the member's place and closes it, as for a loose file: no position is shared between threads or forked
-processes, nothing is held open, and the member's tar header is compared with the index.
 """
 
 import functools
@@ -23,117 +19,21 @@ from pathlib import Path
 
 import numpy as np
 
-from unit_fast.data.errors import BadImage
-from unit_fast.data.images.decode import Stamp
+from unit_fast.data.shards.member import BLOCK, INDEX, Member, NoMember
 from unit_fast.data.store import files
 from unit_fast.errors import UserError, printable
 
-INDEX = "index.json"
 MARK = "unit_fast_shards.json"
 """In every folder with shards: the set they belong to."""
 KIND = "wids-shard-index-v1"
 OURS = "unit_fast"
 """Key of ``index.json`` under which is what WebDataset does not know; it comes first in the file."""
 VERSION = 1
-BLOCK = tarfile.BLOCKSIZE
-NOT_IN_SHARDS = "not in the shards"
 AGAIN = "copy it anew, or write the shards again with `unit-fast data shard`"
 
 _HEAD = 4096
 """Bytes of ``index.json`` in which ``OURS`` or ``KIND`` must stand."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """An image in a shard. Self-contained and small, so that it can be sent to another process."""
-
-    shard: str
-    """Path of the tar file."""
-    name: str
-    offset: int
-    """Where the image begins in the tar file, bytes."""
-    size: int
-    """Bytes of the image."""
-    shard_bytes: int
-    """Bytes the tar file must have."""
-
-    def __str__(self) -> str:
-        return f"{self.shard}::{self.name}"
-
-    def exists(self) -> bool:
-        return True
-
-    def stamp(self) -> Stamp:
-        """Bytes of the image, and time of the tar file. ``BadImage`` when that is not the one of the index."""
-        try:
-            found = os.stat(self.shard)
-        except FileNotFoundError:
-            raise BadImage(self, "its shard does not exist any more") from None
-        self._check(found)
-        return Stamp(self.size, found.st_mtime_ns)
-
-    def read(self) -> bytes:
-        """The encoded image.
-
-        Raises:
-            BadImage: the tar file is gone, or not the one of the index: of another size, or with something else at the
-                member's place.
-            OSError: the disk's.
-        """
-        try:
-            file = open(self.shard, "rb", buffering=0)  # noqa: SIM115 - closed below
-        except FileNotFoundError:
-            raise BadImage(self, "its shard does not exist any more") from None
-        with file:
-            self._check(os.fstat(file.fileno()))
-            header = _read_at(file.fileno(), BLOCK, self.offset - BLOCK)
-            content = _read_at(file.fileno(), self.size, self.offset)
-        if len(content) != self.size:  # cut off since its size was asked
-            raise BadImage(self, f"its shard ends after {len(content)} of {self.size} bytes")
-        try:
-            header = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
-            raise BadImage(self, f"its shard has no member at this place ({INDEX} is of another one)") from None
-        if (header.name, header.size) != (self.name, self.size):
-            raise BadImage(self, f"its shard has {printable(header.name)} at this place ({INDEX} is of another one)")
-        return content
-
-    def _check(self, found: os.stat_result) -> None:
-        if found.st_size != self.shard_bytes:
-            raise BadImage(self, f"its shard has {found.st_size:,} bytes, {INDEX} says {self.shard_bytes:,}")
-
-
-@dataclass(frozen=True, slots=True)
-class NoMember:
-    """A name that no shard holds: as the path of a file that does not exist."""
-
-    folder: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.folder}::{self.name}"
-
-    def exists(self) -> bool:
-        return False
-
-    def stamp(self) -> Stamp:
-        raise BadImage(self, NOT_IN_SHARDS)
-
-    def read(self) -> bytes:
-        raise BadImage(self, NOT_IN_SHARDS)
-
-
-def _read_at(descriptor: int, count: int, offset: int) -> bytes:
-    """Up to ``count`` bytes from ``offset``; fewer only at the end of the file."""
-    parts = []
-    while count > 0:
-        part = os.pread(descriptor, count, offset)
-        if not part:
-            break
-        parts.append(part)
-        count, offset = count - len(part), offset + len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,6 +269,3 @@ def opened(folder: Path) -> Shards | None:
 def _loaded(folder: str, *stamp: int) -> Shards:
     """Several data sets read the same images: one index in memory serves them all."""
     return Shards(Path(folder))
-
-
-__all__ = ["INDEX", "MARK", "Member", "NoMember", "Shard", "Shards", "opened", "read_mark", "scan"]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.cached_roots import entries, small
 from tests.data_roots import VOCABULARY, task_config, write
-from unit_fast.data.store import cache
+from unit_fast.data.store.content import Content
 from unit_fast.data.text import tokens
 from unit_fast.data.text.wordpieces import WordPieces
 from unit_fast.errors import UserError
@@ -25,7 +25,7 @@ TEXTS = st.text(st.characters(exclude_categories=()), max_size=12) | st.sampled_
 @settings(max_examples=200, deadline=None)
 @given(st.lists(TEXTS, max_size=8))
 def test_strings_come_back_as_they_went_in(texts):
-    content = cache.Content()
+    content = Content()
     content.put_strings("x", texts)
     strings = content.strings("x")
     assert list(strings) == texts
@@ -50,7 +50,7 @@ def _direct(words, row, length):
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6), st.integers(3, 20), st.booleans())
 def test_word_pieces_are_those_of_the_direct_path(words, rows, length, single):
-    content = cache.Content()
+    content = Content()
     columns = []
     for c in range(1 if single else 2):
         content.put_strings(f"c{c}", [row[c] for row in rows])
@@ -105,7 +105,7 @@ def test_long_texts_are_kept_whole_and_cut_when_asked_for(world, tmp_path):
 def test_a_large_vocabulary_takes_wider_ids(tmp_path):
     vocabulary = [*VOCABULARY, *(f"word{i}" for i in range(70_000))]
     words = WordPieces(write(tmp_path / "vocab.txt", "\n".join(vocabulary) + "\n"))
-    content = cache.Content()
+    content = Content()
     content.put_strings("c", ["word69999 a", ""])
     made = tokens.tokenise(words, (content.strings("c"),), "x")
     assert made.arrays["ids0"].dtype == np.uint32
@@ -125,7 +125,7 @@ def test_lengths_without_a_cache_are_made_once(world, monkeypatch):
 def test_a_bar_counts_every_sentence(words, monkeypatch, capsys):
     monkeypatch.setattr(tokens, "LONG", 10)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    content = cache.Content()
+    content = Content()
     content.put_strings("c", ["a b"] * 2500)
     made = tokens.tokenise(words, (content.strings("c"),), "qqp train")
     assert made.arrays["ends0"][-1] == 5000

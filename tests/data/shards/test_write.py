@@ -14,9 +14,10 @@ import pytest
 from tests.data_roots import coco_root, picture
 from tests.shard_folders import bytes_of, small_folder, written
 from unit_fast.commands import main as cli
-from unit_fast.data.images import shard_writer
-from unit_fast.data.images.shard_writer import plan_shards, write_shards
-from unit_fast.data.images.shards import INDEX, MARK, Shards, opened, scan
+from unit_fast.data.shards import plan as shard_plan
+from unit_fast.data.shards.index import INDEX, MARK, Shards, opened, scan
+from unit_fast.data.shards.plan import plan_shards
+from unit_fast.data.shards.write import write_shards
 from unit_fast.errors import UserError
 
 
@@ -74,14 +75,14 @@ def test_shards_are_spread_by_free_space_and_found_on_all_disks(small, tmp_path,
         opened(b)
 
     disks = {p: i for i, p in enumerate((tmp_path / "large", tmp_path / "little"))}
-    free = {0: 10**9, 1: shard_writer.RESERVE + 25_000}
-    monkeypatch.setattr(shard_writer, "_disk", lambda path: (disks[path], free[disks[path]]))
+    free = {0: 10**9, 1: shard_plan.RESERVE + 25_000}
+    monkeypatch.setattr(shard_plan, "_disk", lambda path: (disks[path], free[disks[path]]))
     plan = plan_shards(folder, list(disks), shard_mib=0.02)
     assert plan.places.count(1) <= 1 < plan.places.count(0)
 
 
 def test_too_little_space_is_told_before_anything_is_written(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_writer, "_disk", lambda path: (0, shard_writer.RESERVE + 20_000))
+    monkeypatch.setattr(shard_plan, "_disk", lambda path: (0, shard_plan.RESERVE + 20_000))
     with pytest.raises(UserError, match=r"need 0\.\d+ GB, but .*GB free .*another --out"):
         plan_shards(small[0], [tmp_path / "new"])
     assert list((tmp_path / "new").iterdir()) == []
@@ -89,8 +90,8 @@ def test_too_little_space_is_told_before_anything_is_written(small, tmp_path, mo
 
 def test_plans_made_together_share_the_space(small, tmp_path, monkeypatch):
     need = sum(p.stat().st_size for p in small[1].glob("*.tar"))
-    free = shard_writer.RESERVE + int(1.5 * need)
-    monkeypatch.setattr(shard_writer, "_disk", lambda path: (0, free))
+    free = shard_plan.RESERVE + int(1.5 * need)
+    monkeypatch.setattr(shard_plan, "_disk", lambda path: (0, free))
     used: dict = {}
     plan_shards(small[0], [tmp_path / "one"], shard_mib=0.02, used=used)
     assert sum(used.values()) == need
@@ -185,7 +186,7 @@ def test_a_full_disk_is_one_message_and_whole_shards_are_kept(small, tmp_path, m
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(handle)
 
-    monkeypatch.setattr(shard_writer.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     plan = plan_shards(small[0], [tmp_path / "new"], shard_mib=0.02)
     with pytest.raises(UserError, match=r"-\d{6}\.tar: cannot be written .*No space left.*whole shards are kept"):
         write_shards(plan)
@@ -264,9 +265,6 @@ def test_a_shard_that_is_not_whole_is_written_again(small):
     made = written(folder, out)
     assert made.kept == len(tars) - 3
     assert [tar.read_bytes() for tar in tars] == before
-
-
-# -------------------------------------------------------------------------------------------------------- the command
 
 
 def test_the_command_says_how_to_train_and_refuses_wrong_kinds(tmp_path, capsys):

@@ -1,27 +1,23 @@
-"""Writes the images of a folder into shards (``shards.py``).
+"""What goes where when the images of a folder are written into shards.
 
-What goes where is planned first: the images in an order drawn from the seed, so that a reader that takes the shards one
-after the other meets them mixed, cut into tar files of a size, which are spread over the out folders by free space. A
-tar file is written under a temporary name and renamed when it is whole, ``index.json`` comes last, from the tar files'
-own headers. So a run that was killed is resumed by giving the same command again: whole tar files are kept.
+The images are taken in an order drawn from the seed, so that a reader that takes the shards one after the other meets
+them mixed, and cut into tar files of a size, which are spread over the out folders by free space.
 """
 
-import contextlib
-import fcntl
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from unit_fast.data.images.shards import BLOCK, INDEX, KIND, MARK, OURS, VERSION, opened, read_mark, scan
 from unit_fast.data.sampler import order
-from unit_fast.data.store.files import describe, safe_path, sync_folder
+from unit_fast.data.shards.index import MARK, VERSION, opened, read_mark
+from unit_fast.data.shards.member import BLOCK
+from unit_fast.data.store.files import describe, safe_path
 from unit_fast.errors import UserError, printable
 
 IMAGES = (".jpg", ".jpeg", ".png")
@@ -35,10 +31,17 @@ _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class _Image:
+class Image:
+    """An image file as it was when it was listed."""
+
     name: str
     size: int
     time_ns: int
+
+    @property
+    def seconds(self) -> int:
+        """Its time as far as a tar header can hold it."""
+        return min(max(0, self.time_ns // 10**9), LARGEST_TIME)
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Plan:
     name: str
     set: str
     """Hash of all that decides what is written."""
-    shards: list[list[_Image]]
+    shards: list[list[Image]]
     places: list[int]
     """For each shard the out folder it goes to."""
     skipped: list[tuple[str, str]]
@@ -58,23 +61,6 @@ class Plan:
 
     def path(self, shard: int) -> Path:
         return self.out[self.places[shard]] / f"{self.name}-{shard:06d}.tar"
-
-
-@dataclass
-class Written:
-    """What ``write_shards`` did."""
-
-    index: Path
-    images: int = 0
-    bytes: int = 0
-    """Of the tar files."""
-    shards: int = 0
-    kept: int = 0
-    """Shards that were whole already."""
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    """Name and reason of the files that are no images."""
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
-    """Name and reason of the images that could not be read or have a name that cannot be used."""
 
 
 def plan_shards(
@@ -132,49 +118,13 @@ def plan_shards(
     return plan
 
 
-def write_shards(plan: Plan, progress: bool = False) -> Written:
-    """Write the shards that are not there yet, then the index.
-
-    Raises:
-        UserError: another process writes here, the disk is full, or an image changes while it is written.
-    """
-    content = {
-        "kind": "unit_fast shards", "version": VERSION, "set": plan.set, "source": str(plan.folder),
-        "folders": [str(path) for path in plan.out], "places": plan.places,
-    }  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        try:
-            for path in plan.out:
-                if not (path / MARK).exists():
-                    _write_json(path / MARK, content)
-            lock = stack.enter_context(open(plan.out[0] / MARK, "rb"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{printable(plan.out[0], 400)}: another process writes these shards; wait for it"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{printable(plan.out[0], 400)}: cannot be written ({describe(error)})") from None
-        for path in plan.out:  # of a run that was killed
-            for left in path.glob(".*.unit-fast-tmp"):
-                left.unlink()
-        written = Written(plan.out[0] / INDEX, skipped=plan.skipped)
-        bar = stack.enter_context(_bar(f"shards of {plan.name}", plan, progress))
-        entries = [_entry(plan, shard, written, bar) for shard in range(len(plan.shards))]
-        _write_index(plan, [entry for entry in entries if entry is not None], written)
-    return written
-
-
-# ------------------------------------------------------------------------------------------------------- the plan
-
-
-def list_images(folder: Path, within: Path | None = None) -> tuple[list[_Image], list[tuple[str, str]]]:
+def list_images(folder: Path, within: Path | None = None) -> tuple[list[Image], list[tuple[str, str]]]:
     """The images in a folder and those below it, by name, and (name, reason) of all files that are left out.
 
     Raises:
         UserError: two names have one WebDataset key, so that readers would take them for one sample.
     """
-    images: list[_Image] = []
+    images: list[Image] = []
     skipped: list[tuple[str, str]] = []
     for name, path, linked in sorted(_walk(folder, "", False, {os.path.realpath(folder)}, skipped)):
         try:
@@ -194,7 +144,7 @@ def list_images(folder: Path, within: Path | None = None) -> tuple[list[_Image],
         except (OSError, ValueError) as error:  # ValueError: too long for a tar header
             skipped.append((name, describe(error)))
         else:
-            images.append(_Image(name, state.st_size, state.st_mtime_ns))
+            images.append(Image(name, state.st_size, state.st_mtime_ns))
     keys: dict[str, str] = {}
     for image in images:
         first = keys.setdefault(_KEY.fullmatch(image.name)[1], image.name)
@@ -237,8 +187,8 @@ def _whole(members: int) -> int:
     return -(-(members + 2 * BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
-def _cut(images: list[_Image], limit: int) -> list[list[_Image]]:
-    shards: list[list[_Image]] = [[]]
+def _cut(images: list[Image], limit: int) -> list[list[Image]]:
+    shards: list[list[Image]] = [[]]
     content = 0
     for image in images:
         if shards[-1] and _whole(content + _blocks(image.size)) > limit:
@@ -301,113 +251,3 @@ def _places(plan: Plan, used: dict[int, int]) -> list[int]:
 def _disk(path: Path) -> tuple[int, int]:
     """Which file system a folder is on, and the bytes free there."""
     return os.stat(path).st_dev, shutil.disk_usage(path).free
-
-
-# ------------------------------------------------------------------------------------------------------- writing
-
-
-def _entry(plan: Plan, number: int, written: Written, bar) -> dict | None:
-    """The index's entry of a shard, which is written if it is not there; None where none of its images is readable."""
-    path, images = plan.path(number), plan.shards[number]
-    wanted = [(image.name, image.size, _seconds(image)) for image in images]
-    found = None
-    with contextlib.suppress(OSError, UserError):
-        found = scan(path)
-    if found is not None and [(name, size, seconds) for name, _, size, seconds in found] == wanted:
-        written.kept += 1
-        bar(sum(image.size for image in images))
-    else:
-        if not _write_tar(plan.folder, path, images, written, bar):
-            path.unlink(missing_ok=True)
-            return None
-        found = scan(path)
-    state = os.stat(path)
-    written.shards += 1
-    written.images += len(found)
-    written.bytes += state.st_size
-    home = plan.places[number] == 0
-    return {
-        "url": path.name if home else str(path), "nsamples": len(found), "filesize": state.st_size,
-        "time_ns": state.st_mtime_ns, "members": [[name, offset, size] for name, offset, size, _ in found],
-    }  # fmt: skip
-
-
-def _write_tar(folder: Path, path: Path, images: list[_Image], written: Written, bar) -> int:
-    """Write one tar file; the number of its members."""
-    temporary = path.with_name(f".{path.name}.unit-fast-tmp")
-    members = 0
-    try:
-        with open(temporary, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT, encoding="utf-8") as tar:
-                for image in images:
-                    bar(image.size)
-                    try:
-                        content = (folder / image.name).read_bytes()
-                    except OSError as error:
-                        written.unreadable.append((image.name, describe(error)))
-                        continue
-                    if len(content) != image.size:
-                        raise UserError(
-                            f"{printable(folder / image.name, 400)}: changed while the shards were written; give the "
-                            "same command again when it is at rest, with an empty --out"
-                        )
-                    header = tarfile.TarInfo(image.name)
-                    header.size, header.mode, header.mtime = len(content), 0o644, _seconds(image)
-                    tar.addfile(header, io.BytesIO(content))
-                    members += 1
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise UserError(
-            f"{printable(path, 400)}: cannot be written ({describe(error)}); free some space or give another --out, "
-            "then the same command again: whole shards are kept"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return members
-
-
-def _seconds(image: _Image) -> int:
-    return min(max(0, image.time_ns // 10**9), LARGEST_TIME)
-
-
-def _write_index(plan: Plan, entries: list[dict], written: Written) -> None:
-    left_out = [list(pair) for pair in (*written.unreadable, *written.skipped)]
-    # small things first: what kind of index it is is read off the beginning
-    content = {
-        "__kind__": KIND, "wids_version": 1, "name": plan.name,
-        OURS: {"version": VERSION, "set": plan.set, "source": str(plan.folder), "left_out": left_out},
-        "shardlist": entries,
-    }  # fmt: skip
-    _write_json(written.index, content)
-
-
-def _write_json(path: Path, content) -> None:
-    temporary = path.with_name(f".{path.name}.unit-fast-tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, separators=(",", ":"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-@contextlib.contextmanager
-def _bar(title: str, plan: Plan, shown: bool):
-    """A function that is told the bytes done."""
-    if not shown:
-        yield lambda size: None
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    total = sum(image.size for shard in plan.shards for image in shard)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda size: bar.advance(task, size)
-
-
-__all__ = ["Plan", "Written", "list_images", "plan_shards", "write_shards"]

@@ -9,7 +9,7 @@ import pytest
 from tests.run.test_resume import _accept
 from tests.small_runs import log_of, make_world, small_config
 from unit_fast.data import open_dataset
-from unit_fast.data.store.cache import Content
+from unit_fast.data.store.content import Content
 from unit_fast.errors import UserError
 from unit_fast.evaluation.labels import check_labels
 from unit_fast.run.train import train

@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
 import io
+import itertools
 import json
 import os
 import pickle
@@ -16,24 +16,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from tests.data_roots import REAL, coco_root, data, needs_real, picture, task_config
+from tests.cached_roots import plain
+from tests.data.image_roots import content, needs_dali, steps_of
+from tests.data_roots import REAL, coco_root, needs_real, picture, task_config
+from tests.data_roots import opened as opened_set
 from tests.shard_folders import KEYS, bytes_of, shard, small_folder, without_images, written
 from tests.small_runs import log_of, make_world, small_config, state_hash
 from unit_fast.config import DataConfig
 from unit_fast.data import BadImage, open_dataset
 from unit_fast.data.check import check
 from unit_fast.data.images.decode import load_image, read_bytes, stamp
-from unit_fast.data.images.shards import INDEX, MARK, Member, Shards, opened, scan
 from unit_fast.data.layout import Layout
-from unit_fast.data.loader import Loader
+from unit_fast.data.shards.index import INDEX, MARK, Member, Shards, opened, scan
 from unit_fast.errors import UserError
 from unit_fast.run.train import train
 from unit_fast.tasks import get_task
 
 TASKS = ("coco", "vg", "vqa2", "snli_ve")
-needs_dali = pytest.mark.skipif(importlib.util.find_spec("nvidia") is None, reason="DALI is not installed")
 engines = pytest.mark.parametrize(
     ("engine", "workers"),
     [("torchvision", 0), ("torchvision", 2), pytest.param("dali", 2, marks=needs_dali)],
@@ -54,39 +54,28 @@ def small(tmp_path):
     return small_folder(tmp_path)
 
 
-def equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    return a == b
+def samples_of(task, split, settings, config):
+    """Every sample with and without augmentation, but for where its image lies; None where there is no such split."""
+    try:
+        dataset = open_dataset(task, split, settings, config, augment=True)
+    except UserError:
+        return None
+    assert bool(dataset.shards) == bool(settings.paths)
+    found = []
+    for index, key in itertools.product(range(len(dataset)), (None, 5)):
+        sample = dataset.get(index, key)
+        name = Path(sample.pop("image_path").rpartition("::")[2]).name
+        found.append((name, plain(sample), dataset.shape(index, key)))
+    return found
 
 
 def assert_same_samples(loose: DataConfig, sharded: DataConfig, configs) -> int:
-    """Every sample of every split, with and without augmentation; the number of samples."""
+    """Of every split; the number of samples."""
     count = 0
-    for short in TASKS:
-        for split in ("train", "val"):
-            sets = []
-            for settings in (loose, sharded):
-                try:
-                    sets.append(open_dataset(short, split, settings, configs[short], augment=True))
-                except UserError:
-                    sets.append(None)
-            files, shards = sets
-            assert (files is None) == (shards is None)
-            if files is None:
-                continue
-            assert len(files) == len(shards) > 0
-            assert shards.shards
-            assert not files.shards
-            for index in range(len(files)):
-                for key in (None, 5):
-                    a, b = files.get(index, key), shards.get(index, key)
-                    name = a.pop("image_path")
-                    assert b.pop("image_path").partition("::")[2] in name
-                    assert a.keys() == b.keys()
-                    assert all(equal(a[field], b[field]) for field in a)
-                    count += 1
-                assert files.shape(index, 5) == shards.shape(index, 5)
+    for short, split in itertools.product(TASKS, ("train", "val")):
+        files, shards = (samples_of(short, split, settings, configs[short]) for settings in (loose, sharded))
+        assert files == shards != []
+        count += len(files or ())
     return count
 
 
@@ -114,32 +103,19 @@ def test_every_real_sample_is_the_same_from_shards(tmp_path):
     assert assert_same_samples(loose, dataclasses.replace(loose, root=str(bare), paths=paths), configs) > 100
 
 
-def steps(config, start=0, stop=30, counts=None, **more):
-    sets = {name: open_dataset(name, "train", config.data, task, augment=True)
-            for name, task in config.model.tasks.items()}  # fmt: skip
-    with Loader(sets, config, start, stop, counts or {}, **more) as loader:
-        return list(loader)
-
-
-def content(found):
-    return [
-        (s.task, [(b.sample_ids, {k: v.tolist() for k, v in b.tensors().items()}) for b in s.batches]) for s in found
-    ]
-
-
 @engines
 def test_the_loader_reads_the_same_batches_from_shards_and_resumes(world, engine, workers):
     root, bare, paths = world
     options = {"engine": engine, "workers": workers, "group": 2}
-    loose = content(steps(small_config(root, *TASKS, data=options)))
+    loose = content(steps_of(small_config(root, *TASKS, data=options), stop=30))
     sharded = small_config(root, *TASKS, data={**options, "root": str(bare), "paths": paths})
-    whole = steps(sharded)
+    whole = steps_of(sharded, stop=30)
     assert content(whole) == loose
-    assert {task for task, _ in loose} == set(sharded.model.tasks)
+    assert {task for task, *_ in loose} == set(sharded.model.tasks)
     counts = {}
     for step in whole[:11]:
         counts[step.task] = counts.get(step.task, 0) + step.request.samples
-    assert content(steps(sharded, 11, 30, counts)) == loose[11:]
+    assert content(steps_of(sharded, 11, 30, counts)) == loose[11:]
 
 
 @engines
@@ -151,10 +127,9 @@ def test_unreadable_images_are_replaced_alike(tmp_path, engine, workers):
     images[5].unlink()
     paths = shard(root, tmp_path / "out", keys=["coco.train_images"])
     options = {"engine": engine, "workers": workers, "cache_dir": str(tmp_path / "cache")}
-    loose = steps(small_config(root, "coco", data=options))
-    found = steps(small_config(root, "coco", data={**options, "paths": paths}))
+    loose = steps_of(small_config(root, "coco", data=options), stop=30)
+    found = steps_of(small_config(root, "coco", data={**options, "paths": paths}), stop=30)
     assert content(found) == content(loose)
-    assert [len(s.bad) for s in found] == [len(s.bad) for s in loose]
 
     def reasons(of):
         return {Path(path.rpartition("::")[2] or path).name: message.removeprefix(path) for s in of
@@ -177,9 +152,6 @@ def test_training_on_shards_gives_the_same_weights_and_pictures(world, tmp_path)
     pictures = [sorted((p.name, p.read_bytes()) for p in run.rglob("examples/*.jpg")) for run in runs]
     assert pictures[0] == pictures[1] != []
     assert "unreadable" not in log_of(runs[1])
-
-
-# ------------------------------------------------------------------------------------------------------ other readers
 
 
 def test_webdatasets_own_reader_finds_the_same_bytes(small):
@@ -206,9 +178,6 @@ def test_dalis_sequential_reader_finds_the_same_bytes(small):
     count = pipeline.reader_meta("reader")["epoch_size"]
     found = [pipeline.run()[0].as_array()[0].tobytes() for _ in range(count)]
     assert sorted(found) == sorted(bytes_of(folder).values())
-
-
-# --------------------------------------------------------------------------------------------------------- the reader
 
 
 def test_names_with_folders_dots_and_other_letters(tmp_path):
@@ -386,17 +355,13 @@ def coco(tmp_path):
     return root, place
 
 
-def open_coco(root):
-    return open_dataset("coco", "train", data(root), task_config("coco"), augment=False)
-
-
 def tar_of(place, name="000000000009.jpg"):
     return Path(Shards(place).get(name).shard)
 
 
 def test_shards_may_stand_at_the_place_of_the_folder(coco):
     root, _ = coco
-    dataset = open_coco(root)
+    dataset = opened_set("coco", root)
     assert len(dataset.shards) == 1
     assert dataset.get(0)["image_path"].endswith("::000000000009.jpg")
     report = check(root, decode=True)
@@ -458,7 +423,7 @@ def test_damage_before_training_is_told_at_its_start(coco, damage, message):
     tar = tar_of(place)
     damage(tar)
     with pytest.raises(UserError, match=message) as found:
-        open_coco(root)
+        opened_set("coco", root)
     assert str(found.value).startswith(str(tar))
     assert "copy it anew" in str(found.value)
 
@@ -471,7 +436,7 @@ def test_damage_before_training_is_told_at_its_start(coco, damage, message):
 )  # fmt: skip
 def test_damage_while_training_is_a_bad_image_with_the_path(coco, damage, message):
     root, place = coco
-    dataset = open_coco(root)
+    dataset = opened_set("coco", root)
     member = dataset.image_path(0)
     assert isinstance(member, Member)
     assert load_image(member, 10**6).size == (60, 40)
@@ -502,7 +467,7 @@ def test_the_check_of_a_root_finds_each_damaged_shard(coco, damage):
 
 def test_the_stamp_changes_with_the_tar_file(coco):
     root, _ = coco
-    member = open_coco(root).image_path(0)
+    member = opened_set("coco", root).image_path(0)
     before = stamp(member)
     os.utime(member.shard, ns=(1, 1))
     assert stamp(member) != before
@@ -516,7 +481,7 @@ def test_names_from_annotations_cannot_leave_the_shards(coco):
     content["images"][0]["file_name"] = "../val2017/000000000100.jpg"
     content["images"][1]["file_name"] = "absent.jpg"
     path.write_text(json.dumps(content))
-    dataset = open_coco(root)
+    dataset = opened_set("coco", root)
     with pytest.raises(BadImage, match="leaves its folder"):
         dataset.get(0)
     with pytest.raises(BadImage, match="not in the shards") as found:

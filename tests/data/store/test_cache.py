@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import gc
 import logging
 import os
@@ -13,10 +14,10 @@ import pytest
 
 from tests.cached_roots import Reads, about_the_cache, entries, seen, small
 from tests.data_roots import REAL, VOCABULARY, coco_file, coco_root, data, needs_real, task_config, write
-from tests.small_runs import ALL, small_config
+from tests.small_runs import ALL
 from unit_fast.config import RunConfig
 from unit_fast.config_check import check_resumable
-from unit_fast.data import MissingSplit, open_dataset
+from unit_fast.data import MissingSplit
 from unit_fast.data.check import check
 from unit_fast.data.errors import Findings
 from unit_fast.data.readers import sources
@@ -27,9 +28,6 @@ from unit_fast.errors import UserError
 from unit_fast.tasks import get_task
 
 pytestmark = pytest.mark.usefixtures("small_files_too")
-
-
-# --------------------------------------------------------------------------------------------------- same samples
 
 
 def same_three_ways(open_with, keep, monkeypatch, images=True):
@@ -44,19 +42,6 @@ def same_three_ways(open_with, keep, monkeypatch, images=True):
     assert cold == without
     assert seen(warm_dataset, images) == without
     return warm_dataset
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("task", ALL)
-def test_samples_of_the_generated_world(root, task, split, tmp_path, monkeypatch):
-    run = small_config(root, *ALL)
-    name = get_task(task).name
-
-    def open_with(keep):
-        config = dataclasses.replace(run.data, cache_dir=str(keep or ""))
-        return open_dataset(name, split, config, run.model.tasks[name], augment=False)
-
-    same_three_ways(open_with, tmp_path / "cache", monkeypatch)
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -81,28 +66,23 @@ def test_samples_facts_and_notes_of_a_root_with_oddities(world, task, split, tmp
 @pytest.mark.parametrize("task", ALL)
 def test_samples_of_real_data(task, tmp_path, monkeypatch):
     def open_with(keep):
-        settings = data(REAL, short_side=48, max_side=64, cache_dir=str(keep or ""))
-        return open_dataset(task, "train", settings, task_config(task), augment=False)
+        return small(REAL, task, keep=keep, config=task_config(task), short_side=48, max_side=64)
 
     # not every image of the sample of real data is in it
     same_three_ways(open_with, tmp_path / "cache", monkeypatch, images=get_task(task).kind == "glue")
 
 
-def _vg_authors(root):
-    write(root / "visual_genome/annotations/instances_train_split_by_coco_2017.json", _vg_instances())
-
-
-def _vg_instances():
+def _vg_instances(name, root):
     content = coco_file()
     for image, name in zip(content["images"], ("VG_100K/1.jpg", "2.jpg")):
         image.update(file_name=name, width=60, height=40)
     content["annotations"] = content["annotations"][:1]
     content["annotations"][0]["attribute_ids_max16"] = [3, 1] + [-1] * 14
-    return content
+    write(root / f"visual_genome/annotations/instances_{name}.json", content)
 
 
-def _vg_one_file(root):
-    write(root / "visual_genome/annotations/instances_from_scene_graphs.json", _vg_instances())
+_vg_authors = functools.partial(_vg_instances, "train_split_by_coco_2017")
+_vg_one_file = functools.partial(_vg_instances, "from_scene_graphs")
 
 
 def _vg_objects(root):
@@ -163,9 +143,6 @@ def test_small_sources_are_read_directly(world, tmp_path, monkeypatch):
     for task in ALL:
         small(world, task, keep=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
-
-
-# ---------------------------------------------------------------------------------------------------- stale entries
 
 
 def test_another_content_of_the_same_size_and_time_is_seen(tmp_path):
@@ -288,7 +265,7 @@ def test_files_that_change_roles_are_another_entry(world, tmp_path):
     small(world, "vg", keep=keep)
     paths = dict(zip(("vg.attribute_vocab", "vg.object_vocab"), vocabularies))
     with pytest.raises(UserError, match="no object|none of"):
-        small(world, "vg", keep=keep, data={"paths": paths})
+        small(world, "vg", keep=keep, paths=paths)
 
 
 @pytest.mark.parametrize("what", ["format", "code", "characters", "tokenizers"])
@@ -329,9 +306,6 @@ def test_errors_are_the_same_each_time_and_nothing_is_kept(tmp_path):
     assert not keep.exists()
 
 
-# ------------------------------------------------------------------------------------------------------- the folder
-
-
 def test_a_folder_that_cannot_be_written_is_one_line(world, tmp_path, caplog):
     blocked = write(tmp_path / "file", "x") / "cache"
     for task in ALL:
@@ -366,28 +340,28 @@ def test_where_the_folder_is(world, tmp_path, monkeypatch, caplog):
             small(world, "coco", keep=inside)
     monkeypatch.setenv("XDG_CACHE_HOME", str(world / "cache"))
     assert not caplog.records
-    assert len(small(world, "coco", data={"cache_dir": None})) == 2
+    assert len(small(world, "coco", cache_dir=None)) == 2
     assert not (world / "cache").exists()
     assert "lies in the data root" in caplog.text
 
 
 def test_the_default_is_to_keep(world, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    small(world, "coco", data={"cache_dir": None})
+    small(world, "coco", cache_dir=None)
     assert len(entries(tmp_path / "xdg/unit_fast")) == 1
 
 
 def test_a_check_of_the_files_reads_the_files(world, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     for task in ALL:
-        small(world, task, data={"cache_dir": None})
+        small(world, task, cache_dir=None)
     reads = Reads(monkeypatch)
     monkeypatch.setattr(cache.Cache, "_load", lambda *_: pytest.fail("cache read"))
     report = check(world)
     assert {"instances_train2017.json", "scene_graphs.json", "train.tsv", "snli_ve_train.jsonl"} <= set(reads.take())
     assert report.ok
     loose = Findings(strict=False)
-    assert len(small(world, "coco", data={"cache_dir": None}, findings=loose)) == 2
+    assert len(small(world, "coco", cache_dir=None, findings=loose)) == 2
 
 
 def test_a_resumed_run_may_have_another_folder(tmp_path):
