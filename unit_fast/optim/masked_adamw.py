@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from unit_fast import ops
 from unit_fast.config import OptimConfig
-from unit_fast.errors import UserError, nearest
+from unit_fast.errors import nearest
 from unit_fast.ops import Step, Tables, adamw_step
+from unit_fast.optim.state_dict import check_state_dict
 
 
 class StepStats(NamedTuple):
@@ -332,26 +333,8 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load what this class or ``torch.optim.AdamW`` saved, by copying. ``UserError`` where it does not fit."""
-        shapes = [tuple(p.shape) for p, _ in self._members()]
-        saved = sum(len(group["params"]) for group in state_dict["param_groups"])
-        if saved != len(shapes) or len(state_dict["param_groups"]) != len(self.param_groups):
-            raise UserError(
-                f"optimiser state: saved for {saved} parameters in {len(state_dict['param_groups'])} groups, but there "
-                f"are {len(shapes)} in {len(self.param_groups)}; build the optimiser for the model it was saved with"
-            )
-        for group in state_dict["param_groups"]:
-            for name in ("amsgrad", "maximize"):
-                if group.get(name):
-                    raise UserError(f"optimiser state: saved with {name}=True, which MaskedAdamW does not have")
-        for i, state in state_dict["state"].items():
-            for name in ("step", "exp_avg", "exp_avg_sq"):
-                if name not in state:
-                    raise UserError(f"optimiser state: parameter {i} has no {name!r}; it is not the state of an AdamW")
-                if name != "step" and tuple(state[name].shape) != shapes[i]:
-                    raise UserError(
-                        f"optimiser state: {name} of parameter {i} is {list(state[name].shape)}, the parameter "
-                        f"{list(shapes[i])}; build the optimiser for the model it was saved with"
-                    )
+        members = self._members()
+        check_state_dict(state_dict, [tuple(p.shape) for p, _ in members], len(self.param_groups))
         before = [dict(group) for group in self.param_groups]
         self._counts = None  # or the saved step counts would be replaced by views of the present ones while loading
         super().load_state_dict(state_dict)
@@ -359,8 +342,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             for name, value in old.items():
                 group.setdefault(name, value)
             group["lr"] = float(group["lr"])  # torch's may be a tensor
-        counts = [0] * len(shapes)
-        for i, (p, _) in enumerate(self._members()):
+        counts = [0] * len(members)
+        for i, (p, _) in enumerate(members):
             if p not in self.state:
                 continue
             state = self.state[p]
