@@ -10,23 +10,16 @@ from unit_fast_kernels import adamw as adamw_module
 from unit_fast_kernels.shared import capture as _capture
 from unit_fast_kernels.shared import triton as _triton
 
-from tests.captures import Recorded, Violation, watching
-from tests.models import random_batch, small_config
-from tests.small_runs import ALL, state_hash
+from tests.captures import CPU, Recorded, Violation, assert_as_eager, small_step, watching
+from tests.models import random_batch
+from tests.small_runs import ALL, log_of, run, state_hash
 from tests.small_runs import small_config as run_config
 from unit_fast import ops
-from unit_fast.buckets import Buckets, fill
-from unit_fast.model.unit import UniT
 from unit_fast.optim.masked_adamw import MaskedAdamW
 from unit_fast.run import step_graph
-from unit_fast.run.setup import used_masks
-from unit_fast.run.step_graph import StepGraphs, copied
-from unit_fast.run.train import train, train_step
-from unit_fast.schedule import lr_multiplier_tensor
 from unit_fast.tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -37,51 +30,16 @@ def as_on_a_card(monkeypatch):
         yield
 
 
-def make(backend, change=lambda model, optimizer: None, **options):
-    """Model, optimiser and ``StepGraphs`` around the step that the trainer captures."""
-    torch.manual_seed(0)
-    model = UniT(small_config()).train()
-    optimizer = MaskedAdamW(model.parameter_groups(1e-3, 1e-3), unused="skip", max_norm=0.5)
-    masks = used_masks(model, optimizer, TASKS)
-    optimizer.prepare()
-    change(model, optimizer)
-
-    def step(task, batches, done):
-        optimizer.scale_lr(lr_multiplier_tensor(done, 2, 100))
-        update = train_step(model, optimizer, task, batches, used=masks[task])
-        optimizer.zero_grad(set_to_none=True)
-        return update
-
-    buckets = Buckets(short_side=64, max_side=96, heights=1, widths=2)
-    return model, optimizer, step, StepGraphs(step, buckets, CPU, backend=backend, **options)
-
-
 @pytest.mark.parametrize("name", TASKS)
 def test_the_whole_step_replays_as_it_runs_eagerly(name):
     """Bit for bit, dropout and schedule included, on COCO with two forward passes an update."""
     with watching() as watch:
-        backend = Recorded(watch)
-        captured, first, _, graphs = make(backend)
-        eager, second, step, _ = make(backend)
-        passes = 1 + (name == "detection_coco")
-        batches = [[random_batch(name, captured.config, seed=7 * i + k) for k in range(passes)] for i in range(3)]
-        torch.manual_seed(7)
-        updates = [copied(graphs(name, pair)) for pair in batches]
-        assert (backend.eager_steps, backend.replays) == (1, 2), graphs.rows()
-        graphs.check()
-        torch.manual_seed(7)
-        done = torch.zeros((), dtype=torch.int64)
-        for pair, update in zip(batches, updates, strict=True):
-            static = [graphs.buckets.of(pair).empty(batch, CPU) for batch in pair]
-            for empty, batch in zip(static, pair, strict=True):
-                fill(empty, batch)
-            expected = step(name, static, done)
-            done += 1
-            assert torch.equal(expected.terms, update.terms)
-            assert torch.equal(expected.grad_norm, update.grad_norm)
-            assert not update.nonfinite
-        assert all(torch.equal(a, b) for a, b in zip(captured.parameters(), eager.parameters(), strict=True))
-        assert torch.equal(first.step_counts(), second.step_counts())
+        backend, passes = Recorded(watch), 1 + (name == "detection_coco")
+        captured, eager = small_step(backend), small_step(backend)
+        config = captured[0].config
+        batches = [[random_batch(name, config, seed=7 * i + k) for k in range(passes)] for i in range(3)]
+        assert_as_eager(captured, eager, [(name, micro) for micro in batches])
+    assert (backend.eager_steps, backend.replays) == (1, 2), captured[-1].rows()
 
 
 # ------------------------------------------------------------------------------------------------- plants
@@ -89,7 +47,7 @@ def test_the_whole_step_replays_as_it_runs_eagerly(name):
 
 def _steps(change, name="glue_sst2", steps=4):
     with watching() as watch:
-        model, _, _, graphs = make(Recorded(watch), change)
+        model, _, _, graphs = small_step(Recorded(watch), change)
         for i in range(steps):
             graphs(name, [random_batch(name, model.config, seed=i)])
         return graphs
@@ -127,7 +85,7 @@ def test_a_table_that_the_host_fills_after_the_capture_is_found():
 
 def test_a_write_of_the_host_to_memory_of_a_graph_is_found():
     with watching() as watch:
-        model, _, _, graphs = make(Recorded(watch))
+        model, _, _, graphs = small_step(Recorded(watch))
         for i in range(3):
             update = graphs("glue_sst2", [random_batch("glue_sst2", model.config, seed=i)])
         with pytest.raises(Violation, match=r"writes to memory \[\d\] of a captured graph from outside"):
@@ -253,10 +211,9 @@ def test_a_run_as_the_trainer_captures_it(tasks, steps, root, tmp_path, monkeypa
             return backends[-1]
 
         monkeypatch.setattr(step_graph, "CudaGraphs", backend)
-        whole = train(config, tmp_path / "whole", progress="none")
-        assert whole.status == "finished"
+        assert run(config, tmp_path / "whole").status == "finished"
         assert backends[0].replays >= steps // 3
-        train(config, tmp_path / "parts", progress="none", stop_at=6)
-        train(config, tmp_path / "parts", progress="none", resume="auto")
+        run(config, tmp_path / "parts", stop_at=6)
+        run(config, tmp_path / "parts", resume="auto")
     assert state_hash(tmp_path / "parts") == state_hash(tmp_path / "whole")
-    assert "stays eager" not in (tmp_path / "whole" / "log.txt").read_text()
+    assert "stays eager" not in log_of(tmp_path / "whole")

@@ -22,7 +22,7 @@ class Ema:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
         # On a card pieces of this size keep what is between them small, and are still few launches.
-        self.pieces = _pieces(pairs, PIECE if pairs[0][0].device.type == "cuda" else math.inf)
+        self.pieces = pieces_of(pairs, PIECE if pairs[0][0].device.type == "cuda" else math.inf)
 
     @torch.no_grad()
     def update(self, refused: Tensor) -> None:
@@ -51,7 +51,7 @@ def lerp_in_few_launches(averages: Sequence[Tensor], weights: Sequence[Tensor], 
     torch._foreach_add_(averages, moves)
 
 
-def _pieces(pairs: list[tuple[Tensor, Tensor]], most: float) -> list[tuple[list[Tensor], list[Tensor]]]:
+def pieces_of(pairs: list[tuple[Tensor, Tensor]], most: float) -> list[tuple[list[Tensor], list[Tensor]]]:
     """The pairs in groups of at most ``most`` numbers (or a single pair), each as two lists."""
     found, size = [([], [])], 0
     for average, weight in pairs:
