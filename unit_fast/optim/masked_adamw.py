@@ -52,9 +52,6 @@ class MaskedAdamW(torch.optim.Optimizer):
     gradients and step counts included.
 
     ``shadow``: bfloat16 copies of some parameters, by parameter, written whenever it moves (and filled here).
-    ``averages``: float32 averages of some parameters, by parameter; whenever it moves, average <- average_decay average
-    + (1 - average_decay) parameter, and while it does not move its average keeps every bit: an average over the
-    parameter's own updates. A run's ``ema_decay`` is another one, over all updates of the run (``setup_model.Ema``).
 
     Implementations with one meaning, chosen as for every operator (``ops.adamw``, ``unit_fast.kernels(...)``):
     ``reference`` (plain PyTorch, any device), ``cpu`` (torch's fused AdamW) and ``fused`` (three Triton launches for
@@ -70,7 +67,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     hyperparameter out of range.
     """
 
-    _OWN = ("rule", "unused", "max_norm", "clip_gradients_in_place", "shadow", "averages", "average_decay", "_counts")
+    _OWN = ("rule", "unused", "max_norm", "clip_gradients_in_place", "shadow", "_counts")
     _step_supports_amp_scaling = True
     """Tells ``torch.amp.GradScaler`` to hand over ``grad_scale`` and ``found_inf``."""
 
@@ -87,23 +84,18 @@ class MaskedAdamW(torch.optim.Optimizer):
         max_norm: float | None = None,
         clip_gradients_in_place: bool = True,
         shadow: Mapping[Tensor, Tensor] | None = None,
-        averages: Mapping[Tensor, Tensor] | None = None,
-        average_decay: float = 0.999,
     ):
         for name, value, known in (("rule", rule, adamw_step.RULES), ("unused", unused, adamw_step.POLICIES)):
             if value not in known:
                 raise ValueError(f"MaskedAdamW: {name} is {value!r}; {nearest(value, known)}")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"MaskedAdamW: max_norm is {max_norm}; give a positive number, or None not to clip")
-        if not 0 <= average_decay < 1:
-            raise ValueError(f"MaskedAdamW: average_decay is {average_decay}; it must be in [0, 1)")
         self.rule, self.unused, self.max_norm = rule, unused, max_norm
-        self.clip_gradients_in_place, self.average_decay = clip_gradients_in_place, average_decay
-        self.shadow, self.averages = dict(shadow or {}), dict(averages or {})
+        self.clip_gradients_in_place, self.shadow = clip_gradients_in_place, dict(shadow or {})
         self._counts: Tensor | None = None
         self._forget()
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
-        self._check_followers()
+        self._check_shadow()
         self.refresh_shadow()
 
     def _forget(self) -> None:
@@ -127,20 +119,17 @@ class MaskedAdamW(torch.optim.Optimizer):
             if not p.is_floating_point():
                 raise ValueError(f"MaskedAdamW: a parameter of shape {tuple(p.shape)} is {p.dtype}, not floating point")
 
-    def _check_followers(self) -> None:
+    def _check_shadow(self) -> None:
         members = {p for p, _ in self._members()}
-        for name, tensors, dtype in (
-            ("shadow", self.shadow, torch.bfloat16),
-            ("averages", self.averages, torch.float32),
-        ):
-            for p, t in tensors.items():
-                if p not in members:
-                    raise ValueError(f"MaskedAdamW: {name} has a tensor that is not one of the parameters")
-                if t.shape != p.shape or t.dtype != dtype or t.device != p.device or not adamw_step.same_layout(t, p):
-                    raise ValueError(
-                        f"MaskedAdamW: {name} of a parameter {list(p.shape)} on {p.device} is {t.dtype} "
-                        f"{list(t.shape)} on {t.device}; it must be {dtype}, of its shape, device and strides"
-                    )
+        for p, copy in self.shadow.items():
+            if p not in members:
+                raise ValueError("MaskedAdamW: shadow has a tensor that is not one of the parameters")
+            fits = copy.shape == p.shape and copy.dtype == torch.bfloat16 and copy.device == p.device
+            if not fits or not adamw_step.same_layout(copy, p):
+                raise ValueError(
+                    f"MaskedAdamW: shadow of a parameter {list(p.shape)} on {p.device} is {copy.dtype} "
+                    f"{list(copy.shape)} on {copy.device}; it must be torch.bfloat16, of its shape, device and strides"
+                )
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {name: getattr(self, name) for name in self._OWN}
@@ -198,8 +187,6 @@ class MaskedAdamW(torch.optim.Optimizer):
             found_inf=getattr(self, "found_inf", None) if found_inf is None else found_inf,
             in_place=self.clip_gradients_in_place,
             copies=[self.shadow.get(p) for p in params] if self.shadow else (),
-            averages=[self.averages.get(p) for p in params] if self.averages else (),
-            decay=self.average_decay,
         )
 
     def _possible(self, params, grads, used: Tensor | None) -> list[int] | None:
