@@ -4,6 +4,7 @@
 are on a card. (That a captured update finds its gradients is ``kernels/test_masked_adamw.py``'s, interpreted.)
 """
 
+import numpy as np
 import pytest
 import torch
 from unit_fast_kernels import adamw as adamw_module
@@ -45,14 +46,6 @@ def test_the_whole_step_replays_as_it_runs_eagerly(name):
 # ------------------------------------------------------------------------------------------------- plants
 
 
-def _steps(change, name="glue_sst2", steps=4):
-    with watching() as watch:
-        model, _, _, graphs = small_step(Recorded(watch), change)
-        for i in range(steps):
-            graphs(name, [random_batch(name, model.config, seed=i)])
-        return graphs
-
-
 def _around_losses(what):
     """A change that passes every loss through ``what``."""
 
@@ -78,72 +71,55 @@ def _table_filled_afterwards(model, optimizer):
     optimizer.step = planted
 
 
-def test_a_table_that_the_host_fills_after_the_capture_is_found():
-    with pytest.raises(Violation, match=r"left in memory of graphs after a step: aten.empty"):
-        _steps(_table_filled_afterwards)
+def _keeps(model, optimizer):
+    """Something that is made within a capture is kept."""
+    kept = []
+    _around_losses(lambda x: (kept.append(torch.zeros(3)) if _capture.capturing(CPU) else None, x)[1])(model, optimizer)
+
+
+OF_THE_HOST = "made of the host's numbers|numbers of the host become"
+LEFT = "left in memory of graphs after a step"
+PLANTS = {
+    "a table that the host fills after the capture": (_table_filled_afterwards, f"{LEFT}: aten.empty"),
+    "memory read before the replay has written it": (
+        _around_losses(lambda x: x + 0 * torch.empty(()) if _capture.capturing(CPU) else x),
+        "reads memory of the graph that this replay has not written",
+    ),
+    "a tensor of the host's": (_around_losses(lambda x: x * torch.tensor(1.0)), OF_THE_HOST),
+    "as_tensor": (_around_losses(lambda x: x * torch.as_tensor([1.0])[0]), OF_THE_HOST),
+    "new_tensor": (_around_losses(lambda x: x * x.new_tensor(1.0)), OF_THE_HOST),
+    "a constant without an operator": (
+        _around_losses(lambda x: x * torch.from_numpy(np.ones(1, np.float32))[0]),
+        OF_THE_HOST,
+    ),
+    "a value for the host": (
+        _around_losses(lambda x: x * float(x.detach()) / float(x.detach())),
+        "gives the host a value",
+    ),
+    # The optimiser itself refuses in a capture, and in an eager step they would lie in graphs' memory.
+    "moments made within a step": (lambda model, optimizer: optimizer.state.clear(), LEFT),
+    "what is made within a capture and kept": (_keeps, rf"{LEFT}: aten.zeros.default \[3\]"),
+    "gradients that are kept": (lambda model, optimizer: setattr(optimizer, "zero_grad", lambda **_: None), LEFT),
+}
+
+
+def updates(watch, change=lambda model, optimizer: None):
+    """Four updates, captured after the first; what the last returned."""
+    model, _, _, graphs = small_step(Recorded(watch), change)
+    return [graphs("glue_sst2", [random_batch("glue_sst2", model.config, seed=i)]) for i in range(4)][-1]
+
+
+@pytest.mark.parametrize(("change", "said"), PLANTS.values(), ids=PLANTS)
+def test_a_plant_is_found(change, said):
+    with watching() as watch, pytest.raises(Violation, match=said):
+        updates(watch, change)
 
 
 def test_a_write_of_the_host_to_memory_of_a_graph_is_found():
     with watching() as watch:
-        model, _, _, graphs = small_step(Recorded(watch))
-        for i in range(3):
-            update = graphs("glue_sst2", [random_batch("glue_sst2", model.config, seed=i)])
+        update = updates(watch)
         with pytest.raises(Violation, match=r"writes to memory \[\d\] of a captured graph from outside"):
             update.terms.zero_()
-
-
-def test_memory_read_before_the_replay_has_written_it_is_found():
-    with pytest.raises(Violation, match="reads memory of the graph that this replay has not written"):
-        _steps(_around_losses(lambda x: x + 0 * torch.empty(()) if _capture.capturing(CPU) else x))
-
-
-@pytest.mark.parametrize(
-    "what",
-    [lambda x: x * torch.tensor(1.0), lambda x: x * torch.as_tensor([1.0])[0], lambda x: x * x.new_tensor(1.0)],
-    ids=["tensor", "as_tensor", "new_tensor"],
-)
-def test_a_constant_uploaded_within_a_capture_is_found(what):
-    with pytest.raises(Violation, match="of the host.s? numbers|numbers of the host"):
-        _steps(_around_losses(what))
-
-
-def test_a_constant_without_an_operator_is_found():
-    import numpy as np
-
-    with pytest.raises(Violation, match="made of the host's numbers|numbers of the host become"):
-        _steps(_around_losses(lambda x: x * torch.from_numpy(np.ones(1, np.float32))[0]))
-
-
-def test_a_value_for_the_host_is_found():
-    with pytest.raises(Violation, match="gives the host a value"):
-        _steps(_around_losses(lambda x: x * float(x.detach()) / float(x.detach())))
-
-
-def test_moments_made_within_a_step_are_found():
-    """The optimiser itself refuses in a capture, and in an eager step they would lie in graphs' memory."""
-
-    def forget(model, optimizer):
-        optimizer.state.clear()
-
-    with pytest.raises(Violation, match="left in memory of graphs after a step"):
-        _steps(forget)
-
-
-def test_what_is_made_within_a_capture_and_kept_is_found():
-    kept = []
-
-    def plant(x):
-        if _capture.capturing(CPU):
-            kept.append(torch.zeros(3))
-        return x
-
-    with pytest.raises(Violation, match=r"left in memory of graphs after a step: aten.zeros.default \[3\]"):
-        _steps(_around_losses(plant))
-
-
-def test_gradients_that_are_kept_are_found():
-    with pytest.raises(Violation, match="left in memory of graphs after a step"):
-        _steps(lambda model, optimizer: setattr(optimizer, "zero_grad", lambda **_: None))
 
 
 @pytest.mark.parametrize(
