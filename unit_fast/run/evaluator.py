@@ -2,17 +2,17 @@
 
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from unit_fast.config import RunConfig
-from unit_fast.data import MissingSplit, open_dataset
+from unit_fast.data import MissingSplit
 from unit_fast.evaluation.evaluate import evaluate
 from unit_fast.run.log import RunLog
 from unit_fast.run.rows import rows_at
+from unit_fast.run.setup import open_split
 from unit_fast.run.signals import Interrupted, Stop
 from unit_fast.run.state import State
 from unit_fast.tasks import get_task
@@ -35,15 +35,7 @@ class Evaluator:
     The splits are opened at once: what is wrong with their files shows before training.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        device: torch.device,
-        folder: Path,
-        log: RunLog,
-        signals: Stop,
-        drawn: Callable[[Path, int], object] | None,
-    ):
+    def __init__(self, config: RunConfig, device: torch.device, folder: Path, log: RunLog, signals: Stop, drawn=None):
         self.config, self.device, self.folder, self.log, self.signals = config, device, folder, log, signals
         self.drawn = drawn
         self.datasets = _open_splits(config) if config.eval_every >= 0 else {}
@@ -129,12 +121,9 @@ class Evaluator:
 def _open_splits(config: RunConfig) -> dict[tuple[str, str], object]:
     """(data set key, split) -> data set, of the tasks that can be evaluated."""
     opened = {}
-    for name, task in config.model.tasks.items():
+    for name in config.model.tasks:
         try:
-            opened[name, config.eval_split] = open_dataset(
-                name, config.eval_split, config.data, task, augment=False,
-                vocab_size=config.model.text.vocab_size, attribute_outputs=config.model.loss.attribute_outputs,
-            )  # fmt: skip
+            opened[name, config.eval_split] = open_split(config, name, config.eval_split, augment=False)
         except MissingSplit as error:
             _log.warning("will not be evaluated: %s", error)
     return opened

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shlex
+import socket
 import sys
 import uuid
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from unit_fast.config import RunConfig, to_json
 from unit_fast.errors import UserError
 from unit_fast.files import replace
-from unit_fast.run.environment import environment, host
+from unit_fast.run.environment import environment
 from unit_fast.weights.checkpoint import numbered
 
 EXIT = {"finished": 0, "failed": 2, "nonfinite": 3, "out_of_memory": 5, "interrupted": 75, "killed": 130}
@@ -68,7 +69,7 @@ class RunFolder:
         _held.add(self.lock)
         self.lock.truncate(0)
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.lock.write(f"process {os.getpid()} on {host()}, started {started}\n")
+        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n")
         self.lock.flush()
 
     @property

@@ -1,4 +1,4 @@
-"""From a configuration to a model and an optimiser ready for the first update."""
+"""From a configuration to what a run needs: device, samples, model and optimiser, what each task trains."""
 
 import dataclasses
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from unit_fast.config import RunConfig
 from unit_fast.config_check import FREEZABLE
+from unit_fast.data import open_dataset
 from unit_fast.errors import UserError
 from unit_fast.model import UniT
 from unit_fast.optim.masked_adamw import MaskedAdamW, make_optimizer
@@ -27,6 +28,15 @@ def device_of(config: RunConfig) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {name!r}: this machine or this torch has no CUDA; give --device cpu")
     return device
+
+
+def open_split(config: RunConfig, name: str, split: str, *, augment: bool):
+    """A split of the data set ``name`` as the run's model takes it, see ``data.open_dataset``."""
+    model = config.model
+    return open_dataset(
+        name, split, config.data, model.tasks[name], augment=augment, vocab_size=model.text.vocab_size,
+        attribute_outputs=model.loss.attribute_outputs,
+    )  # fmt: skip
 
 
 def build(config: RunConfig, device: torch.device, *, pretrained: bool = True) -> tuple[UniT, MaskedAdamW, RunConfig]:

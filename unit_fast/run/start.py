@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from unit_fast import numerics
 from unit_fast.config import RunConfig
 from unit_fast.config_check import check_config
-from unit_fast.data import open_dataset
 from unit_fast.data.images.transforms import engine_of
 from unit_fast.data.loader import BadImages
 from unit_fast.data.sampler import normalised, seed_of
@@ -24,7 +23,7 @@ from unit_fast.run.evaluator import Evaluator
 from unit_fast.run.folder import RunFolder
 from unit_fast.run.guard import Guard
 from unit_fast.run.log import RunLog
-from unit_fast.run.setup import build, device_of, parameter_counts, used_masks
+from unit_fast.run.setup import build, device_of, open_split, parameter_counts, used_masks
 from unit_fast.run.signals import Stop
 from unit_fast.run.state import State
 from unit_fast.tasks import get_task
@@ -54,14 +53,7 @@ class Parts:
     """Whether the checkpoint's step was to be evaluated and was not."""
 
 
-def start(
-    config: RunConfig,
-    folder: RunFolder,
-    resume: str | Path | None,
-    allow_changed: Sequence[str],
-    progress: str,
-    drawn: Callable[[Path, int], object] | None,
-) -> Parts:
+def start(config: RunConfig, folder: RunFolder, resume, allow_changed: Sequence[str], progress: str, drawn) -> Parts:
     """Make a run in ``folder``, or take it up where a checkpoint left it; see ``train.train``."""
     check_config(config)
     checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
@@ -85,7 +77,8 @@ def _start(config, folder: RunFolder, resume, allow_changed, drawn, checkpoints:
     device = device_of(config)
     numerics.check(config.precision, device)
     ratios = normalised(config.ratios, config.model.tasks)
-    datasets = _open_training(config, ratios)
+    trained = [name for name in config.model.tasks if ratios[name] > 0]
+    datasets = {name: open_split(config, name, "train", augment=config.data.augment) for name in trained}
     digests = {name: dataset.digest() for name, dataset in datasets.items()}
     model, optimizer, config = build(config, device, pretrained=source is None)
     state = State(
@@ -120,18 +113,6 @@ def _start(config, folder: RunFolder, resume, allow_changed, drawn, checkpoints:
         masks=used_masks(model, optimizer, datasets), state=state, checkpoints=checkpoints, evaluator=evaluator,
         guard=guard, missed_evaluation=missed,
     )  # fmt: skip
-
-
-def _open_training(config: RunConfig, ratios: dict[str, float]) -> dict:
-    """Data set key -> training samples, of the tasks that are drawn."""
-    return {
-        name: open_dataset(
-            name, "train", config.data, task, augment=config.data.augment,
-            vocab_size=config.model.text.vocab_size, attribute_outputs=config.model.loss.attribute_outputs,
-        )
-        for name, task in config.model.tasks.items()
-        if ratios[name] > 0
-    }  # fmt: skip
 
 
 def _header(config: RunConfig, device: torch.device, state: State, ratios: dict[str, float], datasets: dict):

@@ -132,10 +132,6 @@ class Step:
         count = len(self.graphs.buckets.images)
         return f"steps are captured as CUDA graphs, images padded to one of {count} shapes"
 
-    def summary(self) -> list[str]:
-        """Lines at the end: what of the steps was captured."""
-        return [self.graphs.summary()] if self.graphs else []
-
 
 @contextlib.contextmanager
 def memory_told(state: State, config: RunConfig, device: torch.device, task: str | None = None) -> Iterator[None]:

@@ -94,7 +94,10 @@ def _run(parts: Parts, stop_at: int | None) -> Run:
     status, message, state.begun = "failed", "", time.monotonic()
     try:
         with signals, arithmetic(config.precision, config.deterministic, device), memory_told(state, config, device):
-            _make_up_for_evaluation(parts)
+            if parts.missed_evaluation:  # the best checkpoint may depend on it
+                log.line(f"the evaluation after step {state.step} was not finished: it is made up for")
+                if parts.evaluator.evaluate(state).improved:
+                    save(parts)
             if signals.requested is None:
                 loop(parts, min(config.steps, stop_at or config.steps))
             status = _finish(parts)
@@ -145,8 +148,9 @@ def loop(parts: Parts, stop: int) -> None:
                 break
         guard.judge(log.flush())
         step.check()
-    for line in (batches.summary(), *step.summary()):
-        log.line(line)
+    log.line(batches.summary())
+    if step.graphs:
+        log.line(step.graphs.summary())
 
 
 def due(step: int, every: int) -> bool:
@@ -159,14 +163,6 @@ def save(parts: Parts, *, final: bool = False) -> None:
     parts.guard.check_weights()
     parts.checkpoints.save(parts.state, parts.config, final=final)
     parts.log.restart_clock()
-
-
-def _make_up_for_evaluation(parts: Parts) -> None:
-    """Evaluate the step that a run stopped at before it was evaluated: the best checkpoint may depend on it."""
-    if parts.missed_evaluation:
-        parts.log.line(f"the evaluation after step {parts.state.step} was not finished: it is made up for")
-        if parts.evaluator.evaluate(parts.state).improved:
-            save(parts)
 
 
 def _finish(parts: Parts) -> str:
