@@ -141,17 +141,10 @@ def test_the_optimiser_refuses_what_a_capture_must_not_hold(change, said, monkey
     change(optimizer)
     monkeypatch.setattr(_capture, "capturing", lambda device: True)
     before = p.detach().clone()
-    with pytest.raises(RuntimeError, match=f"{said} within the capture of a CUDA graph"):
+    what_to_do = r"within the capture of a CUDA graph.*call MaskedAdamW.prepare\(\)"
+    with pytest.raises(RuntimeError, match=f"{said} {what_to_do}"):
         optimizer.step()
     assert torch.equal(p, before)
-
-
-def test_without_preparation_a_capture_raises(monkeypatch):
-    p = torch.nn.Parameter(torch.ones(3))
-    p.grad = torch.ones(3)
-    monkeypatch.setattr(_capture, "capturing", lambda device: True)
-    with pytest.raises(RuntimeError, match=r"within the capture of a CUDA graph.*call MaskedAdamW.prepare\(\)"):
-        MaskedAdamW([p]).step()
 
 
 def test_eager_steps_in_graphs_memory_keep_no_table_of_addresses():

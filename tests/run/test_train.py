@@ -148,8 +148,9 @@ def test_the_best_by_one_task(root, tmp_path, monkeypatch):
 
 
 def test_a_criterion_that_is_not_trained_is_replaced_and_said_so(root, tmp_path):
-    result = run(small_config(root, "sst2", steps=2, criterion="vqa2"), tmp_path / "run")
+    result = run(small_config(root, "sst2", steps=2, criterion="vqa2", eval_every=-1), tmp_path / "run")
     assert result.config.criterion == "mean"
+    assert result.metrics == {}, "never evaluated"
     assert "criterion vqa2 is not trained" in log_of(tmp_path / "run")
 
 
@@ -177,10 +178,6 @@ def test_a_failed_evaluation_does_not_end_training(root, tmp_path, monkeypatch):
     assert (found["step"], found["status"]) == (20, "failed")
     assert log_of(tmp_path / "run").count("failed: no such luck") == 4
     assert saved_step(tmp_path / "run") == 20
-
-
-def test_never_evaluating(root, tmp_path):
-    assert run(small_config(root, "sst2", eval_every=-1, steps=2), tmp_path / "run").metrics == {}
 
 
 def test_losses_are_read_once_an_interval(root, tmp_path, monkeypatch):
@@ -222,20 +219,20 @@ def _once(model, losses, *a, **k):
     return {n: v * math.nan for n, v in losses(*a, **k).items()}
 
 
-def test_one_bad_update_is_reported_and_skipped(root, tmp_path, poisoned):
-    done = poisoned({6})
-    result = run(small_config(root), tmp_path / "run")
-    assert done == [6]
-    assert result.status == "finished"
+def test_bad_updates_are_reported_and_skipped(root, tmp_path, poisoned):
+    """Two in a row, twice: no reason to end."""
+    done = poisoned({4, 5, 7, 8})
+    assert run(small_config(root), tmp_path / "run").status == "finished"
+    assert done == [4, 5, 7, 8]
     text = log_of(tmp_path / "run")
-    assert "not finite, nothing was changed: step 6, " in text
-    dumped = json.loads((tmp_path / "run" / "nonfinite" / "step_000006.json").read_text())
-    assert dumped["sample_ids"]
-    assert dumped["request"]["micro"][0][0]["index"] >= 0
-    assert str(dumped["sample_ids"][0]) in text
-    assert summary(tmp_path / "run")["nonfinite_steps"] == 1
-    assert sum(r["nonfinite"] for r in rows(tmp_path / "run")) == 1
-    assert all(v is not None for r in rows(tmp_path / "run") for v in r["terms"].values() if r["updates"] > 1)
+    for step in done:
+        assert f"not finite, nothing was changed: step {step}, " in text
+        dumped = json.loads((tmp_path / "run" / "nonfinite" / f"step_00000{step}.json").read_text())
+        assert dumped["request"]["micro"][0][0]["index"] >= 0
+        assert str(dumped["sample_ids"][0]) in text
+    assert summary(tmp_path / "run")["nonfinite_steps"] == sum(r["nonfinite"] for r in rows(tmp_path / "run")) == 4
+    averaged = [r for r in rows(tmp_path / "run") if r["updates"] > r["nonfinite"]]
+    assert all(v is not None for r in averaged for v in r["terms"].values())
 
 
 def test_three_in_a_row_end_the_run(root, tmp_path, poisoned):
@@ -249,37 +246,22 @@ def test_three_in_a_row_end_the_run(root, tmp_path, poisoned):
             assert value.isfinite().all(), name
 
 
-def test_two_and_two_do_not(root, tmp_path, poisoned):
-    poisoned({4, 5, 7, 8})
-    assert run(small_config(root), tmp_path / "run").status == "finished"
-    assert summary(tmp_path / "run")["nonfinite_steps"] == 4
-
-
 def test_a_task_that_cannot_be_trained_ends_the_run(root, tmp_path, poisoned):
-    """Also where updates of another task, which are fine, lie between."""
-    poisoned(task="glue_qqp")
-    ratios = {"glue_sst2": 0.8, "glue_qqp": 0.2}
-    with pytest.raises(
-        NonFinite, match=r"3 updates of glue_qqp in a row were not finite, the last: step \d+, glue_qqp"
-    ):
-        run(small_config(root, "sst2", "qqp", steps=60, ratios=ratios, log_every=1), tmp_path / "run")
-    found = summary(tmp_path / "run")
-    assert (found["status"], found["exit_code"], found["nonfinite_steps"]) == ("nonfinite", 3, 3)
-    assert (tmp_path / "run" / "checkpoints" / "last").exists()
-    refused = [r for r in rows(tmp_path / "run") if r["nonfinite"]]
-    assert refused[-1]["step"] - refused[0]["step"] > 2, "armed: they did not follow each other"
-
-
-def test_strikes_of_a_task_are_counted_across_a_resume(root, tmp_path, poisoned):
+    """Also where updates of another task, which are fine, lie between, and where the run was stopped between."""
     poisoned(task="glue_qqp")
     config = small_config(root, "sst2", "qqp", steps=60, ratios={"glue_sst2": 0.8, "glue_qqp": 0.2}, log_every=1)
-    with pytest.raises(NonFinite):
+    many = r"3 updates of glue_qqp in a row were not finite, the last: step \d+, glue_qqp"
+    with pytest.raises(NonFinite, match=many):
         run(config, tmp_path / "whole")
-    last = summary(tmp_path / "whole")["step"]
-    run(config, tmp_path / "parts", stop_at=last - 1)
-    with pytest.raises(NonFinite, match="3 updates of glue_qqp in a row"):
+    found = summary(tmp_path / "whole")
+    assert (found["status"], found["exit_code"], found["nonfinite_steps"]) == ("nonfinite", 3, 3)
+    assert (tmp_path / "whole" / "checkpoints" / "last").exists()
+    refused = [r for r in rows(tmp_path / "whole") if r["nonfinite"]]
+    assert refused[-1]["step"] - refused[0]["step"] > 2, "armed: they did not follow each other"
+    run(config, tmp_path / "parts", stop_at=found["step"] - 1)
+    with pytest.raises(NonFinite, match=many):
         run(config, tmp_path / "parts", resume="auto")
-    assert summary(tmp_path / "parts")["step"] == last
+    assert summary(tmp_path / "parts")["step"] == found["step"]
 
 
 def test_a_run_does_not_finish_with_a_task_that_was_never_trained(root, tmp_path, poisoned):
