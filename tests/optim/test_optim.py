@@ -13,7 +13,7 @@ from tests.model.test_criterion import PARITY, load_check
 from unit_fast import ops
 from unit_fast.config import OptimConfig
 from unit_fast.errors import UserError
-from unit_fast.optim.masked_adamw import MaskedAdamW, make_optimizer
+from unit_fast.optim import MaskedAdamW, make_optimizer
 from unit_fast.schedule import lr_multiplier
 
 SHAPES = ((7, 5), (5,), (), (3, 4, 2), (0, 3), (64,))

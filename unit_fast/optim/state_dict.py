@@ -1,9 +1,24 @@
-"""The state of an AdamW as it is saved: whether it fits, and by the names of a model's parameters."""
+"""The state of an AdamW: moments, how they are saved and loaded, and by the names of a model's parameters."""
 
 import torch
 from torch import Tensor, nn
 
 from unit_fast.errors import UserError
+from unit_fast.ops import adamw_step
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def moments_of(state: dict, p: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The moments in the ``state`` of ``p``, zeros at first; ``count`` is its element of the step counts."""
+    if not state:
+        adamw_step.refuse(p.device, "the moments of a parameter would be made")
+        state |= {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    elif state["exp_avg"].stride() != p.stride():  # the parameter was laid out anew: so must they be
+        adamw_step.refuse(p.device, "the moments of a parameter would be laid out anew")
+        for name in MOMENTS:
+            state[name] = torch.empty_like(p).copy_(state[name])
+    return state["exp_avg"], state["exp_avg_sq"]
 
 
 def check_state_dict(state_dict: dict, shapes: list[tuple[int, ...]], groups: int) -> None:
@@ -20,7 +35,7 @@ def check_state_dict(state_dict: dict, shapes: list[tuple[int, ...]], groups: in
             if group.get(name):
                 raise UserError(f"optimiser state: saved with {name}=True, which MaskedAdamW does not have")
     for i, state in state_dict["state"].items():
-        for name in ("step", "exp_avg", "exp_avg_sq"):
+        for name in ("step", *MOMENTS):
             if name not in state:
                 raise UserError(f"optimiser state: parameter {i} has no {name!r}; it is not the state of an AdamW")
             if name != "step" and tuple(state[name].shape) != shapes[i]:
@@ -28,6 +43,34 @@ def check_state_dict(state_dict: dict, shapes: list[tuple[int, ...]], groups: in
                     f"optimiser state: {name} of parameter {i} is {list(state[name].shape)}, the parameter "
                     f"{list(shapes[i])}; build the optimiser for the model it was saved with"
                 )
+
+
+def as_torch_saves(state_dict: dict, step_counts: Tensor) -> dict:
+    """``state_dict`` with ``step`` as ``torch.optim.AdamW`` writes it. Reads the device."""
+    counts = step_counts.tolist()
+    # The reference makes moments before it knows whether the parameter moves; torch lists those that have moved.
+    moved = {i: state for i, state in state_dict["state"].items() if counts[i] > 0}
+    return state_dict | {"state": {i: state | {"step": torch.tensor(float(counts[i]))} for i, state in moved.items()}}
+
+
+def complete_groups(groups: list[dict], before: list[dict]) -> None:
+    """Give loaded groups what torch's have not, and their rates as numbers, which in torch's may be tensors."""
+    for group, old in zip(groups, before, strict=True):
+        for name, value in old.items():
+            group.setdefault(name, value)
+        group["lr"] = float(group["lr"])
+
+
+def copy_moments(states: dict[Tensor, dict], params: list[Tensor]) -> list[int]:
+    """Replace loaded moments by copies: the saved tensors may be shared, read-only, or laid out in memory unlike the
+    parameter. Returns the step count of each parameter."""
+    counts = [0] * len(params)
+    for i, p in enumerate(params):
+        if p in states:
+            state = states[p]
+            counts[i] = int(state["step"])
+            states[p] = {name: torch.empty_like(p).copy_(state[name]) for name in MOMENTS}
+    return counts
 
 
 def member_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -10,7 +10,7 @@ from unit_fast.config_check import FREEZABLE
 from unit_fast.data import open_dataset
 from unit_fast.errors import UserError
 from unit_fast.model import UniT
-from unit_fast.optim.masked_adamw import MaskedAdamW, make_optimizer
+from unit_fast.optim import MaskedAdamW, make_optimizer
 from unit_fast.optim.state_dict import member_names
 from unit_fast.run.initial_weights import load_initial
 from unit_fast.tasks import get_task
