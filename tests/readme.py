@@ -58,7 +58,8 @@ def run(*paths: Path) -> int:
         for entry in root.iterdir():
             if entry.name not in ("runs", ".git"):
                 (Path(scratch) / entry.name).symlink_to(entry)
-        for page, block in [(page, block) for page in paths for block in blocks(page.read_text(encoding="utf-8"))]:
+        found = [(page, block) for page in paths for block in blocks(page.read_text(encoding="utf-8"))]
+        for page, block in found:
             command, start = command_of(block), time.monotonic()
             title = f"{page.name}:{block.line} {(block.code.strip().splitlines() or [''])[0]}"
             if command is None:
