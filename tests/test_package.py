@@ -29,6 +29,13 @@ def test_importing_the_package_is_cheap():
     assert result.stdout.strip() == "False", result.stderr
 
 
+def test_importing_the_loader_loads_neither_the_model_nor_checkpoints():
+    rooms = ("model", "detection", "weights", "evaluation", "run")
+    code = f"import sys, unit_fast.data.loader; print(*(r for r in {rooms} if 'unit_fast.' + r in sys.modules))"
+    result = _run(code, ROOT)
+    assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
+
+
 def test_package_works_without_the_optional_libraries():
     blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in OPTIONAL)
     modules = sorted(

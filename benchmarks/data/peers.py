@@ -23,7 +23,7 @@ from unit_fast.config import DataConfig, ModelConfig, RunConfig, default_tasks
 from unit_fast.data import open_dataset
 from unit_fast.data.images.transforms import MEAN, STD
 from unit_fast.data.layout import Layout
-from unit_fast.data.loader import Loader, _shapes
+from unit_fast.data.loader import Loader, sort_keys
 from unit_fast.data.readers.vqa2 import read_answers
 from unit_fast.data.sampler import requests
 
@@ -90,7 +90,7 @@ def open_data(config: RunConfig) -> dict:
 def order_of(config: RunConfig, datasets: dict) -> Iterator[list[tuple[int, int]]]:
     """(index, key) of each sample of each batch, without end: what our loader reads."""
     sizes = {name: len(dataset) for name, dataset in datasets.items()}
-    for request in requests(config, sizes, 0, {}, FOREVER, shapes=_shapes(datasets, config)):
+    for request in requests(config, sizes, 0, {}, FOREVER, shapes=sort_keys(datasets, config)):
         yield [(visit.index, visit.key) for visit in request.micro[0]]
 
 

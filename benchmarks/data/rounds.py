@@ -8,7 +8,7 @@ from benchmarks import _device, _run
 from benchmarks._processes import Child, wait_until_idle
 from benchmarks.data.peers import OURS, PEERS, Spec, open_data, settings
 from unit_fast.config import DataConfig
-from unit_fast.data.images.transforms import engine_of
+from unit_fast.data.images.engine import engine_of
 
 MODULE = "benchmarks._data_peers"
 """Module of the providers' processes."""

@@ -15,8 +15,7 @@ from benchmarks._processes import Child
 from benchmarks.data import rounds
 from benchmarks.data.peers import Spec
 from unit_fast.config import DataConfig
-from unit_fast.data.images.transforms import engine_of
-from unit_fast.data.loader import MOST_THREADS
+from unit_fast.data.images.engine import MOST_THREADS, engine_of
 
 PREFETCH = (1, 2, 4)
 FINALISTS = 3

@@ -10,7 +10,7 @@ import torch
 from tests.evaluation.common import Oracle, coco_images, save_run
 from tests.small_runs import make_world, small_config
 from unit_fast.commands import main as cli
-from unit_fast.data.loader import BadImages
+from unit_fast.data.bad_images import BadImages
 from unit_fast.errors import OutOfMemory, UserError, is_out_of_memory
 from unit_fast.evaluation.evaluate import describe, evaluate
 from unit_fast.evaluation.labels import VOCABULARY, write_labels

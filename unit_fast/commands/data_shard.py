@@ -34,8 +34,9 @@ class Options:
 
 
 def run(options: Options) -> int:
-    from unit_fast.data.images.shard_writer import plan_shards, write_shards
     from unit_fast.data.layout import PLACES, Layout
+    from unit_fast.data.shards.plan import plan_shards
+    from unit_fast.data.shards.write import write_shards
 
     layout = Layout(DataConfig(root=options.root, paths=options.paths))
     known = [key for key in PLACES if key.endswith("images")]

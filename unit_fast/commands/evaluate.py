@@ -59,7 +59,7 @@ def _evaluate(options: Options) -> int:
 
     from unit_fast.evaluation.evaluate import evaluate, open_splits
     from unit_fast.evaluation.labels import check_labels, find_labels
-    from unit_fast.run.folder import write
+    from unit_fast.files import replace
     from unit_fast.run.setup import device_of
     from unit_fast.weights import checkpoint
 
@@ -98,7 +98,7 @@ def _evaluate(options: Options) -> int:
         "metrics": metrics,
     }  # fmt: skip
     if out is not None:
-        write(out / "evaluation.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+        replace(out / "evaluation.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     if options.json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:

@@ -55,7 +55,7 @@ def evaluate(
     ``config.eval_batch`` samples are grouped by size; the device is read once in ``READ_EVERY`` of them.
 
     An unreadable image counts as an image without detections, elsewhere its samples are left out; more of them than
-    training would bear (``data.loader.BadImages``), or no readable sample at all, are a ``UserError``. So is an output
+    training would bear (``data.bad_images``), or no readable sample at all, are a ``UserError``. So is an output
     that is not finite; ``OutOfMemory`` where memory did not suffice. An error names the task. The model's training mode
     and all random number generators are as before on return.
     """

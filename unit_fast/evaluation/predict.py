@@ -8,8 +8,9 @@ from PIL import Image, ImageOps
 
 from unit_fast.config import RunConfig
 from unit_fast.data import BadImage, collate
-from unit_fast.data.images.decode import to_rgb
-from unit_fast.data.images.transforms import EvalTransform, load_image, to_tensor
+from unit_fast.data.images.decode import load_image, to_rgb
+from unit_fast.data.images.geometry import EvalTransform
+from unit_fast.data.images.transforms import to_tensor
 from unit_fast.data.text.wordpieces import WordPieces
 from unit_fast.errors import UserError, nearest, printable
 from unit_fast.evaluation.labels import VOCABULARY, TaskLabels, find_labels, read_labels

@@ -9,7 +9,6 @@ files are in the order of the data set, whatever the order in which batches were
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from unit_fast.detection.boxes import cxcywh_to_xywh, image_scale
 from unit_fast.errors import UserError, printable
 from unit_fast.evaluation.metrics import Accuracy, VqaAccuracy, best_answer, coco_average_precision
 from unit_fast.evaluation.precision import full_precision
+from unit_fast.files import replace
 from unit_fast.tasks import Task
 
 TOP = 5
@@ -247,14 +247,9 @@ def _number(sample_id):
 
 def write_aside(path: Path, text: str) -> Path:
     """Write aside and rename: a reader sees the old file or the new one. ``UserError`` where it cannot be written."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        replace(path, text)
     except OSError as error:
         raise UserError(
             f"{printable(path, 400)}: cannot be written ({error.strerror or error}); make room or take another folder"

@@ -13,8 +13,9 @@ from torch import Tensor
 from unit_fast.batch import Batch, Output
 from unit_fast.config import RunConfig
 from unit_fast.data import BadImage
-from unit_fast.data.images.transforms import engine_of, load_image
-from unit_fast.data.loader import BadImages
+from unit_fast.data.bad_images import BadImages
+from unit_fast.data.images.decode import load_image
+from unit_fast.data.images.engine import engine_of
 from unit_fast.data.split_reader import SplitReader, groups
 from unit_fast.errors import UserError, printable
 from unit_fast.evaluation.precision import autocast, finite_rows, in_full_precision, why_nonfinite
