@@ -11,6 +11,7 @@ Tables are replaced in one step, entries of other buckets stay.
 import argparse
 import functools
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -43,7 +44,7 @@ def op_of(module: str) -> str | None:
     """``benchmarks.bench_<op>`` -> the op, where a kernel module of that name says what it launches."""
     name = module.rpartition(".")[2]
     op = name.removeprefix("bench_")
-    if op == name or not (_tuned.FOLDER.parent / f"{op}.py").exists():
+    if op == name or importlib.util.find_spec(f"unit_fast_kernels.{op}") is None:
         return None
     found = importlib.import_module(f"unit_fast_kernels.{op}")
     return op if hasattr(found, "candidates") and hasattr(found, "launches") else None

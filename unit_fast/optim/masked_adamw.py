@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unit_fast import ops
-from unit_fast.ops import Step, Tables, adamw_step
+from unit_fast.ops import Tables, adamw_step
 from unit_fast.optim.rates import Rates
 from unit_fast.optim.settings import check_group, check_settings, check_shadow
 from unit_fast.optim.state_dict import as_torch_saves, check_state_dict, complete_groups, copy_moments, moments_of
@@ -131,7 +131,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         step = self._step_of(used, grad_scale, found_inf)
         return StepStats(*ops.adamw(step, lambda: self._tables_for(step)))
 
-    def _step_of(self, used: Tensor | None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> Step:
+    def _step_of(
+        self, used: Tensor | None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> adamw_step.Step:
         """What a step works on."""
         params = self._params()
         if not params:
@@ -141,7 +143,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise ValueError("MaskedAdamW: sparse gradients are not supported; build embeddings with sparse=False")
         counts = self.step_counts()
         self._rates.follow(self.param_groups)
-        return Step(
+        return adamw_step.Step(
             params=params,
             grads=grads,
             moments=lambda i: moments_of(self.state[params[i]], params[i], counts[i]),
@@ -171,7 +173,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         earlier = self.unused == "update_all"
         return [i for i, p in enumerate(params) if known[i] or (earlier and p in self.state)]
 
-    def _tables_for(self, step: Step) -> Tables:
+    def _tables_for(self, step: adamw_step.Step) -> Tables:
         """What the kernels know of the parameters, made once; and the step's rates as a tensor on their device."""
         device = step.counts.device
         if self._tables is None or self._tables.device != device:
