@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from unit_fast_kernels.attention import attention_reference
 
-from benchmarks import _run
+from benchmarks.runner.cases import Benchmark, Case, Provider
+from benchmarks.runner.marks import Marks
+from benchmarks.runner.timing import one_step
 
 BACKENDS = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
@@ -81,7 +83,7 @@ def xformers_efficient(q, k, v, mask, p, seed):
     return memory_efficient_attention(q, k, v, attn_bias=bias, p=p)
 
 
-class Attention(_run.Provider):
+class Attention(Provider):
     """Forward and backward of one function."""
 
     def __init__(self, kernel, function: Callable | None, shape: tuple, dtype: torch.dtype, device: str):
@@ -92,7 +94,7 @@ class Attention(_run.Provider):
         self.rest = [arguments[name] for name in ("key_padding_mask", "dropout_p", "seed")]
         self.upstream = torch.randn(*self.leaves[0].shape, dtype=dtype, device=device)
 
-    def step(self, marks: _run.Marks) -> None:
+    def step(self, marks: Marks) -> None:
         out = self.function(*self.leaves, *self.rest)
         marks("forward")
         torch.autograd.grad(out, self.leaves, self.upstream)
@@ -141,7 +143,7 @@ def accepts(kernel, ours: Callable, name: str, shape: tuple, dtype: torch.dtype,
         return True
     try:
         function = functions(kernel, ours, shape, dtype, device)[name]
-        _run.one_step(Attention(kernel, function, shape, dtype, device), torch.device(device))
+        one_step(Attention(kernel, function, shape, dtype, device).step, torch.device(device))
     except (RuntimeError, NotImplementedError, ValueError) as error:
         reason = str(error).strip().splitlines()
         print(f"{name} does not take {shape_of(shape)}: {reason[-1][:160] if reason else type(error).__name__}")
@@ -172,7 +174,7 @@ def build(
     shapes_are: str,
     shapes: Mapping[str, tuple],
     summary: Callable | None = None,
-) -> _run.Benchmark:
+) -> Benchmark:
     """The benchmark of ``ours`` over ``shapes``: in bfloat16 on CUDA, in float32 without a card."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -184,7 +186,7 @@ def build(
             if accepts(kernel, ours, provider, shape, dtype, device)
         }
         cases.append(
-            _run.Case(
+            Case(
                 name=case,
                 shape=shape_of(shape),
                 dtype=str(dtype).removeprefix("torch."),
@@ -198,10 +200,9 @@ def build(
                 bytes=kernel.bytes_moved(shape, dtype) + kernel.bytes_moved_bwd(shape, dtype),
             )
         )
-    return _run.Benchmark(
+    return Benchmark(
         name=name,
-        module=f"benchmarks.{name}",
-        title=title + (" (quick: small shapes)" if args.quick else ""),
+        title=title,
         method=[
             f"Shapes: batch x queries x keys. {shapes_are}",
             "Each provider drops with its own random numbers. FlexAttention's block mask is built beforehand, and it "

@@ -5,11 +5,14 @@ launch parameters for the card.
 """
 
 import argparse
+import functools
 import sys
 
 from unit_fast_kernels import attention as kernel
 
-from benchmarks import _attention, _run
+from benchmarks import _attention
+from benchmarks.runner.cases import Benchmark
+from benchmarks.runner.main import main as run
 from unit_fast import ops
 
 CPU_SHAPES = {
@@ -21,7 +24,7 @@ CPU_SHAPES = {
 QUICK_SHAPES = {"encoder": (2, 131, 131, 2, 32, True, 0.1), "bert": (2, 21, 21, 2, 64, True, 0.0)}
 
 
-def build(args: argparse.Namespace) -> _run.Benchmark:
+def build(args: argparse.Namespace) -> Benchmark:
     return _attention.build(
         args,
         kernel=kernel,
@@ -34,9 +37,7 @@ def build(args: argparse.Namespace) -> _run.Benchmark:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    return _run.main(build, arguments, options=_run.parser(__doc__.splitlines()[0]))
-
+main = functools.partial(run, build, __doc__, ops=["attention"])
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,6 +5,7 @@ writes launch parameters for the card.
 """
 
 import argparse
+import functools
 import sys
 
 import torch
@@ -13,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from unit_fast_kernels import cross_attention as kernel
 
-from benchmarks import _attention, _run
-from benchmarks._machine import peak_of
+from benchmarks import _attention
+from benchmarks.runner.cases import Benchmark
+from benchmarks.runner.machine import peak_of
+from benchmarks.runner.main import main as run
 from unit_fast import ops
 
 CPU_SHAPES = {
@@ -48,7 +51,7 @@ def floors(rows: list[dict], console: Console, shapes: dict) -> None:
         console.print(table)
 
 
-def build(args: argparse.Namespace) -> _run.Benchmark:
+def build(args: argparse.Namespace) -> Benchmark:
     shapes = _attention.shapes_of(args, kernel, quick=QUICK_SHAPES, cpu=CPU_SHAPES)
     return _attention.build(
         args,
@@ -63,9 +66,7 @@ def build(args: argparse.Namespace) -> _run.Benchmark:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    return _run.main(build, arguments, options=_run.parser(__doc__.splitlines()[0]))
-
+main = functools.partial(run, build, __doc__, ops=["cross_attention"])
 
 if __name__ == "__main__":
     sys.exit(main())
