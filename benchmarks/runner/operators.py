@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from benchmarks.runner.cases import Benchmark, Case, Provider
@@ -33,13 +34,10 @@ def shapes_of(args: argparse.Namespace, *, card: Mapping, cpu: Mapping, quick: M
 
 def installed(peers: Mapping[str, str]) -> list[str]:
     """Names of the peers (name -> package) that are installed; a line for each that is not."""
-    found = []
-    for name, package in peers.items():
-        if importlib.util.find_spec(package.partition(".")[0]) is None:
-            print(f"{name} is left out: {package} is not installed")
-        else:
-            found.append(name)
-    return found
+    missing = [name for name, package in peers.items() if importlib.util.find_spec(package.partition(".")[0]) is None]
+    for name in missing:
+        print(f"{name} is left out: {peers[name]} is not installed")
+    return [name for name in peers if name not in missing]
 
 
 def inputs_of(kernel: ModuleType, shape: tuple, dtype: torch.dtype, device: str, wide: bool = False) -> dict:
@@ -106,16 +104,24 @@ class Pass(Provider):
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorBenchmark:
-    """Forward and backward of the operator ``op``: its kernel module's SHAPES in bfloat16 on CUDA, ``cpu`` in float32
-    without a card. Called with a command line's arguments it runs and gives the exit status."""
+    """Forward and backward of the operator ``op`` in bfloat16 on CUDA, in float32 without a card. Called with a command
+    line's arguments it runs and gives the exit status."""
 
     op: str
-    """Name of the kernel module, of the public function (ours) and, behind ``bench_``, of the benchmark."""
+    """Name of the public function (ours), of its kernel module and, behind ``bench_``, of the benchmark."""
+    kernel: str = ""
+    """Name of the kernel module, if it is another."""
     about: str
     """The benchmark's docstring."""
     title: str
     method: Sequence[str]
     """Lines about the providers."""
+    notes: Sequence[str] = (
+        "Gate, without dropout: every output and gradient against the reference in float64, in the 2-norm.",
+        "% of peak: the bytes that must move, forward and backward, over the time and the card's bandwidth.",
+    )
+    """Lines about the gate and the figures."""
+    excluded: str = "the products before and after"
     eager: Callable
     """What PyTorch runs without the kernel; also compiled, and in float64 the reference of the gate."""
     peers: Mapping[str, tuple[str, Callable]] = field(default_factory=dict)
@@ -124,48 +130,75 @@ class OperatorBenchmark:
     """Inputs whose gradients are taken, as far as a shape has them."""
     shape_of: Callable[[tuple], str]
     """A shape in words."""
+    card: Mapping[str, tuple] | None = None
+    """Shapes for a card, if not all of the kernel module's SHAPES."""
     cpu: Mapping[str, tuple]
     quick: Mapping[str, tuple]
+    summary: Callable[[Sequence[dict], Console], None] | None = None
 
     def __call__(self, arguments: Sequence[str] | None = None) -> int:
-        return main(self.build, self.about, arguments, ops=[self.op])
+        return main(self.build, self.about, arguments, ops=[self.kernel or self.op])
+
+    @functools.cached_property
+    def module(self) -> ModuleType:
+        """The kernel module."""
+        return importlib.import_module(f"unit_fast_kernels.{self.kernel or self.op}")
+
+    def shapes(self, args: argparse.Namespace) -> Mapping[str, tuple]:
+        """Case -> shape."""
+        return shapes_of(args, card=self.card or self.module.SHAPES, cpu=self.cpu, quick=self.quick)
+
+    @property
+    def ours(self) -> Callable:
+        """The public function."""
+        return getattr(ops, self.op)
+
+    @functools.cached_property
+    def installed_peers(self) -> dict[str, Callable]:
+        """The peers that are installed; a line for each that is not."""
+        return {name: self.peers[name][1] for name in installed({name: p for name, (p, _) in self.peers.items()})}
+
+    def functions(self, shape: tuple, dtype: torch.dtype, device: str, quick: bool) -> dict[str, Callable]:
+        """The providers of a shape."""
+        peers = self.installed_peers
+        found = {"eager": self.eager, **(peers if device == "cuda" else {}), "ours": self.ours}
+        if device == "cuda" or not quick:  # compiling for a CPU takes longer than all the rest of a quick run
+            found["compiled"] = torch.compile(self.eager, dynamic=False)
+        return found
+
+    def provider(
+        self, function: Callable, shape: tuple, dtype: torch.dtype, device: str, wide: bool = False
+    ) -> Provider:
+        return Pass(function, inputs_of(self.module, shape, dtype, device, wide), self.wanted)
+
+    def exact(self, shape: tuple, dtype: torch.dtype, device: str) -> Provider:
+        """The reference of the gate."""
+        return self.provider(self.eager, shape, dtype, device, wide=True)
 
     def build(self, args: argparse.Namespace) -> Benchmark:
-        kernel = importlib.import_module(f"unit_fast_kernels.{self.op}")
         device, dtype = place()
-        functions = {"eager": self.eager}
-        peers = installed({name: package for name, (package, _) in self.peers.items()})
-        if device == "cuda":
-            functions |= {name: self.peers[name][1] for name in peers}
-        functions["ours"] = getattr(ops, self.op)
         cases = []
-        for case, shape in shapes_of(args, card=kernel.SHAPES, cpu=self.cpu, quick=self.quick).items():
-            taken = dict(functions)
-            if device == "cuda" or not args.quick:  # compiling for a CPU takes longer than the rest of a quick run
-                taken["compiled"] = torch.compile(self.eager, dynamic=False)
-
-            def provider(function: Callable, wide: bool = False, shape: tuple = shape) -> Pass:
-                return Pass(function, inputs_of(kernel, shape, dtype, device, wide), self.wanted)
-
+        for name, shape in self.shapes(args).items():
+            problem = shape, dtype, device
             cases.append(
                 exact_case(
                     dtype,
-                    functools.partial(provider, self.eager, wide=True),
-                    name=case,
+                    functools.partial(self.exact, *problem),
+                    name=name,
                     shape=self.shape_of(shape),
                     device=device,
-                    providers={name: functools.partial(provider, function) for name, function in taken.items()},
-                    **work_of(kernel, shape, dtype),
+                    providers={
+                        provider: functools.partial(self.provider, function, *problem)
+                        for provider, function in self.functions(*problem, args.quick).items()
+                    },
+                    **work_of(self.module, shape, dtype),
                 )
             )
         return Benchmark(
             name=f"bench_{self.op}",
             title=self.title,
-            method=[
-                *self.method,
-                "Gate, without dropout: every output and gradient against the reference in float64, in the 2-norm.",
-                "% of peak: the bytes that must move, forward and backward, over the time and the card's bandwidth.",
-            ],
-            excluded="the products before and after",
+            method=[*self.method, *self.notes],
+            excluded=self.excluded,
             cases=cases,
+            summary=self.summary,
         )

@@ -66,7 +66,6 @@ def set_loss_cpu(
     target_boxes: Tensor,
     counts: Tensor,
     num_boxes: Tensor,
-    *,
     no_object: int,
     no_object_weight: float = 0.1,
     normalisation: str = "per_image",

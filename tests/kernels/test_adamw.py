@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from unit_fast_kernels import adamw as module
-from unit_fast_kernels.adamw import CHUNK, Tables, adamw_fused, adamw_unfit
+from unit_fast_kernels.adamw import CHUNK, Tables, adamw_fused, why_not
 from unit_fast_kernels.adamw.cpu import adamw_cpu
 from unit_fast_kernels.adamw.step import POLICIES, RULES, Step, adamw_reference
 from unit_fast_kernels.assembly import assemble as _assemble
@@ -76,8 +76,8 @@ def bits(t):
 
 
 def fused(step: Step):
-    assert adamw_unfit(step) is None
-    return adamw_fused(step, Tables([p.numel() for p in step.params], step.groups, step.counts.device))
+    assert why_not(step) is None
+    return adamw_fused(step, lambda: Tables([p.numel() for p in step.params], step.groups, step.counts.device))
 
 
 def assert_close(found: Step, expected: Step, exact: Step) -> None:
@@ -314,7 +314,7 @@ def test_gradients_laid_out_unlike_their_parameters():
 def test_what_the_kernels_cannot_take_is_told(change, why):
     step = make()
     change(step)
-    assert why in adamw_unfit(step)
+    assert why in why_not(step)
 
 
 # --- Registration, launches -------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unit_fast import ops
 from unit_fast.config import OptimConfig
 from unit_fast.errors import UserError, nearest
-from unit_fast.ops import Step, Tables, adamw_step
+from unit_fast.ops import Tables, adamw_step
 
 
 class StepStats(NamedTuple):
@@ -169,7 +169,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         step = self._step_of(used, grad_scale, found_inf)
         return StepStats(*ops.adamw(step, lambda: self._tables_for(step)))
 
-    def _step_of(self, used: Tensor | None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> Step:
+    def _step_of(
+        self, used: Tensor | None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> adamw_step.Step:
         """What a step works on."""
         members = self._members()
         if not members:
@@ -180,7 +182,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise ValueError("MaskedAdamW: sparse gradients are not supported; build embeddings with sparse=False")
         counts = self.step_counts()
         self._write_rates()
-        return Step(
+        return adamw_step.Step(
             params=params,
             grads=grads,
             moments=lambda i: self._moments(params[i], counts[i]),
@@ -212,7 +214,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         earlier = self.unused == "update_all"
         return [i for i, p in enumerate(params) if known[i] or (earlier and p in self.state)]
 
-    def _tables_for(self, step: Step) -> Tables:
+    def _tables_for(self, step: adamw_step.Step) -> Tables:
         """What the kernels know of the parameters, made once; and the step's rates as a tensor on their device."""
         device = step.counts.device
         if self._tables is None or self._tables.device != device:
