@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code: machine, versions, commit, the card's peaks, this process's memory."""
+"""What a figure depends on besides the code: machine, versions, commit, the card's peaks."""
 
 import datetime
 import functools
@@ -7,15 +7,15 @@ import importlib.metadata
 import os
 import platform
 import re
-import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from unit_fast_kernels.shared.cards import CARDS
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.runner.cases import Case
+
+ROOT = Path(__file__).resolve().parents[2]
 
 PEAKS = {name.upper(): {**card.flops, "bytes": card.bandwidth} for name, card in CARDS.items()}
 """Card -> FLOP/s by dtype and bytes/s."""
@@ -23,12 +23,7 @@ PEAKS = {name.upper(): {**card.flops, "bytes": card.bandwidth} for name, card in
 
 def environment() -> dict:
     """What a figure depends on besides the code: machine, devices, threads, versions, commit."""
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "triton", "transformers", "numpy", "scipy"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+    packages = ("torch", "torchvision", "triton", "transformers", "numpy", "scipy")
     return {
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
@@ -37,11 +32,19 @@ def environment() -> dict:
         "driver": _driver() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "versions": versions,
+        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in packages},
         "commit": _commit(),
         "sources": sources(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def card_of(gpu: str) -> str:
@@ -109,11 +112,8 @@ def peak_of(gpu: str | None) -> dict[str, float] | None:
     return next((peak for card, peak in PEAKS.items() if gpu and card in gpu), None)
 
 
-def percent_of_peak(case, time_ms: float, gpu: str | None) -> float | None:
-    """Share of the card's arithmetic or memory peak, whichever is closer; None where work or peak is unknown.
-
-    case: a ``_run.Case`` with ``device``, ``dtype``, ``flops``, ``bytes``.
-    """
+def percent_of_peak(case: Case, time_ms: float, gpu: str | None) -> float | None:
+    """Share of the card's arithmetic or memory peak, whichever is closer; None where work or peak is unknown."""
     peak = peak_of(gpu)
     if peak is None or case.device != "cuda":
         return None
@@ -123,19 +123,3 @@ def percent_of_peak(case, time_ms: float, gpu: str | None) -> float | None:
     if case.bytes:
         shares.append(case.bytes / seconds / peak["bytes"])
     return round(100 * max(shares), 2) if shares else None
-
-
-def peak_resident() -> int:
-    """Bytes this process had resident at its peak: ``ru_maxrss``, as far as it is its own.
-
-    Linux carries the peak of the process that started it over into ``ru_maxrss`` (exec keeps it, and a child made by
-    vfork begins with its parent's memory), so a child of a process with two models would never report less than those.
-    ``VmHWM`` is the same quantity of the new memory alone.
-    """
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

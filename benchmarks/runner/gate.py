@@ -1,11 +1,13 @@
 """The gate of every benchmark: a provider's outputs against the reference's, before any figure is printed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from torch import Tensor
+
+from benchmarks.runner.cases import Case, Provider
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,21 @@ def compare(
     return checks
 
 
-def gate(case, providers: Mapping, console: Console) -> bool:
-    """Compare every provider with the reference; print one line each. False when one differs.
+def tell(console: Console, who: str, checks: Sequence[Check], *, to: str = "", allowed: str = ".0e") -> bool:
+    """Print whether all checks hold, and the worst. ``allowed``: the form of what is allowed."""
+    bad = sum(not check.ok for check in checks)
+    worst = max(checks, key=lambda c: (not c.ok, c.error / c.allowed if c.allowed else c.error))
+    console.print(
+        f"gate {who} {f'DIFFERS in {bad} outputs' if bad else 'equal'}{to}: {len(checks)} outputs, worst "
+        f"{worst.error:.1e} (allowed {worst.allowed:{allowed}}) at {worst.key}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return not bad
 
-    case: a ``_run.Case``; providers: name -> ``_run.Provider``.
-    """
+
+def gate(case: Case, providers: Mapping[str, Provider], console: Console) -> bool:
+    """Compare every provider with the reference; print one line each. False when one differs."""
     if case.reference in providers:
         reference = providers[case.reference]
     else:
@@ -60,14 +72,5 @@ def gate(case, providers: Mapping, console: Console) -> bool:
         if provider is reference:
             continue
         checks = compare(expected, dict(provider.outputs()), case.tolerances, case.error)
-        worst = max(checks, key=lambda c: (not c.ok, c.error / c.allowed if c.allowed else c.error))
-        bad = [c for c in checks if not c.ok]
-        fine &= not bad
-        verdict = "equal" if not bad else f"DIFFERS in {len(bad)} outputs"
-        console.print(
-            f"gate {case.name}: {name} {verdict} to {case.reference}: {len(checks)} outputs, worst {worst.error:.1e} "
-            f"(allowed {worst.allowed:.0e}) at {worst.key}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        fine &= tell(console, f"{case.name}: {name}", checks, to=f" to {case.reference}")
     return fine

@@ -27,10 +27,11 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from unit_fast_kernels.assembly import assemble as _assemble
-from unit_fast_kernels.assembly import record as _record
-from unit_fast_kernels.shared import tuned as _tuned
+from unit_fast_kernels.assembly import assemble, record
+from unit_fast_kernels.shared import tuned
 from unit_fast_kernels.shared.registration import REGISTERED
+
+from benchmarks.runner.timing import L2Flush, one_step
 
 ROUNDS = 15
 DTYPE = torch.bfloat16
@@ -40,18 +41,8 @@ _CLOSE = 0.02
 """Largest difference from the default's result, relative to its largest value: another order of sums, not a fault."""
 
 
-def op_of(module: str) -> str | None:
-    """``benchmarks.bench_<op>`` -> the op, where a kernel module of that name says what it launches."""
-    name = module.rpartition(".")[2]
-    op = name.removeprefix("bench_")
-    if op == name or importlib.util.find_spec(f"unit_fast_kernels.{op}") is None:
-        return None
-    found = importlib.import_module(f"unit_fast_kernels.{op}")
-    return op if hasattr(found, "candidates") and hasattr(found, "launches") else None
-
-
-def add_tune(parser: argparse.ArgumentParser) -> None:
-    """The option of a benchmark whose op has candidates."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a benchmark whose operators have candidates."""
     parser.add_argument(
         "--tune", action="store_true", help="time launch parameters on this card, write kernels/tuned/; nothing else"
     )
@@ -63,8 +54,8 @@ def why_not() -> str | None:
     if not torch.cuda.is_available():
         return "--tune needs a CUDA device: it times the kernels on the card; this machine has none"
     name = torch.cuda.get_device_name()
-    if not any(card in name.lower() for card in _tuned.CARDS):
-        return f"--tune writes tables for {', '.join(_tuned.CARDS)}; this card is {name}"
+    if not any(card in name.lower() for card in tuned.CARDS):
+        return f"--tune writes tables for {', '.join(tuned.CARDS)}; this card is {name}"
     return None
 
 
@@ -85,7 +76,7 @@ class Bucket:
 
 def _only(bucket: Bucket, parameters: Mapping[str, int]):
     """Within the block the entry has these parameters, the others what they had."""
-    return _tuned.trying(lambda op, name, default: parameters if (op, name) == (bucket.op, bucket.name) else None)
+    return tuned.trying(lambda op, name, default: parameters if (op, name) == (bucket.op, bucket.name) else None)
 
 
 def buckets(module, dtype: torch.dtype, device: torch.device) -> list[Bucket]:
@@ -99,7 +90,7 @@ def buckets(module, dtype: torch.dtype, device: torch.device) -> list[Bucket]:
                 bucket.candidates.append(dict(candidate["parameters"]))
         for operator, arguments in module.launches(size, dtype, device):
             asked: dict[tuple[str, str], dict[str, int]] = {}
-            with _tuned.trying(lambda op, name, default, asked=asked: asked.setdefault((op, name), dict(default))):
+            with tuned.trying(lambda op, name, default, asked=asked: asked.setdefault((op, name), dict(default))):
                 REGISTERED[operator].launch(*arguments)
             for key, default in asked.items():
                 if key in found:
@@ -125,20 +116,13 @@ def _close(found: list[list[torch.Tensor]], expected: list[list[torch.Tensor]]) 
     return True
 
 
-def cuda_timer(device: torch.device) -> Callable[[Callable[[], object]], float]:
+def cold_timer(device: torch.device) -> Callable[[Callable[[], object]], float]:
     """A function that runs its argument once with a cold L2 cache and returns milliseconds."""
-    from benchmarks._run import L2Flush
-
     flush = L2Flush(device)
 
     def milliseconds(function):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush()
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end)
+        return one_step(lambda marks: function(), device)["total"]
 
     return milliseconds
 
@@ -210,7 +194,7 @@ def walk(bucket: Bucket, timer: Callable, fitting: Callable[[list], list], round
 def fitting(module, bucket: Bucket, candidates: Sequence[dict], card: str, dtypes: Sequence[torch.dtype]) -> list[dict]:
     """The candidates with which the kernels that they change compile, do not spill (float32 may) and stay within a
     block's shared memory, in these dtypes."""
-    (arch,) = (a for a, cards in _assemble.ARCHITECTURES.items() if card in cards)
+    (arch,) = (a for a, cards in assemble.ARCHITECTURES.items() if card in cards)
     shapes = dict.fromkeys(shape for shape, *_ in bucket.cases)
 
     def launches(parameters, dtype) -> dict[str, list]:
@@ -220,7 +204,7 @@ def fitting(module, bucket: Bucket, candidates: Sequence[dict], card: str, dtype
                     REGISTERED[operator].launch(*arguments)
 
         with _only(bucket, parameters):
-            recorded = _record.record(passes, card)
+            recorded = record.record(passes, card)
         return {name: [x for x in recorded if x.name == name] for name in {x.name for x in recorded}}
 
     kept = list(candidates)
@@ -231,7 +215,7 @@ def fitting(module, bucket: Bucket, candidates: Sequence[dict], card: str, dtype
         jobs = [[x for n in found if n in changed for x in found[n]] for found in by_candidate]
         failed: dict[str, Exception] = {}
         folder = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")
-        binaries = _assemble.assemble_all(
+        binaries = assemble.assemble_all(
             [(x, arch) for wanted in jobs for x in wanted], failed=failed, triton_cache=folder
         )
 
@@ -241,7 +225,7 @@ def fitting(module, bucket: Bucket, candidates: Sequence[dict], card: str, dtype
                 return False
             found = [binaries[key] for key in keys]
             spilled = any(x.spill_bytes or x.stack_bytes for x in found) and dtype != torch.float32
-            return not spilled and all(x.shared_bytes <= _assemble.SHARED_LIMIT[arch] for x in found)
+            return not spilled and all(x.shared_bytes <= assemble.SHARED_LIMIT[arch] for x in found)
 
         kept = [parameters for parameters, wanted in zip(kept, jobs) if good(wanted)]
     return kept
@@ -250,7 +234,7 @@ def fitting(module, bucket: Bucket, candidates: Sequence[dict], card: str, dtype
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def write(card: str, entries: Mapping[tuple[str, str], Mapping[str, int]], folder: Path = _tuned.FOLDER) -> Path:
+def write(card: str, entries: Mapping[tuple[str, str], Mapping[str, int]], folder: Path = tuned.FOLDER) -> Path:
     """Put {(operator, bucket): parameters} into the table of ``card``; the file is replaced in one step."""
     path = folder / f"{card}.json"
     table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -266,13 +250,13 @@ def write(card: str, entries: Mapping[tuple[str, str], Mapping[str, int]], folde
         file.write("{\n" + ",\n".join(lines) + "\n}\n" if lines else "{}\n")
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
-    _tuned.table.cache_clear()
+    tuned.table.cache_clear()
     return path
 
 
 def tune(
     module, card: str, device: torch.device, timer: Callable, console: Console, *, fits: Callable = fitting,
-    folder: Path = _tuned.FOLDER, rounds: int = ROUNDS, minutes: float = MINUTES,
+    folder: Path = tuned.FOLDER, rounds: int = ROUNDS, minutes: float = MINUTES,
 ) -> dict[tuple[str, str], dict[str, int]]:  # fmt: skip
     """Time, choose and write the entries of ``module`` in the order of its shapes, each as soon as it is known."""
     chosen, begun = {}, time.perf_counter()
@@ -318,5 +302,5 @@ def main(op: str, minutes: float = MINUTES) -> int:
         return 2
     device = torch.device("cuda:0")
     module = importlib.import_module(f"unit_fast_kernels.{op}")
-    tune(module, _tuned.card(device), device, cuda_timer(device), Console(), minutes=minutes)
+    tune(module, tuned.card(device), device, cold_timer(device), Console(), minutes=minutes)
     return 0

@@ -1,25 +1,101 @@
-"""The benchmark of whole steps as a card runs it, on a CPU: problems, gates, counted work, rows and tables."""
+"""The benchmark of whole steps, on a CPU and (tried on one) as a card runs it: problems, gates, counted work, rows."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import _run, bench_step, tables
-from benchmarks._kernels import Profile
-from benchmarks.step import card, gate, problems, providers, updates, work
-from tests.benchmarks.test_profile import TWO_STEPS
+from benchmarks import bench_step
+from benchmarks.runner.machine import ROOT
+from benchmarks.step import card, gate, problems, providers, show, updates, work
+from tests.benchmarks.common import quick, rows_of, steps_of_a_card
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# ------------------------------------------------------------------------------------------------------------ on a CPU
+
+ON_CPU = ("--device", "cpu")
+
+
+def test_it_runs_on_a_cpu(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    assert quick(bench_step.main, path, *ON_CPU, "--case", "qnli", "--case", "coco") == 0
+    rows = rows_of(path)
+    assert [(row["case"], row["provider"]) for row in rows] == [
+        (case, provider) for case in ("coco", "qnli") for provider in ("eager", "library", "ours")
+    ]
+    for row in rows:
+        assert list(row["phases_ms"]) == ["forward", "losses", "backward", "optimiser"]
+        assert all(value > 0 for value in row["phases_ms"].values())
+    assert "ours against eager: times as fast" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["decoder.layers.1.linear2.weight", "text_encoder.layers.0.value.weight", "classifiers.glue_qnli.out.bias"]
+)
+def test_another_model_is_refused(tmp_path, capsys, monkeypatch, name):
+    """One tensor that is not the baseline's, by a twentieth, and there are no figures."""
+    build = providers.Ours.__init__
+
+    def spoilt(self, *arguments, **settings):
+        build(self, *arguments, **settings)
+        with torch.no_grad():
+            dict(self.model.named_parameters())[name].mul_(1.05)
+
+    monkeypatch.setattr(providers.Ours, "__init__", spoilt)
+    path = tmp_path / "rows.jsonl"
+    assert quick(bench_step.main, path, *ON_CPU, "--case", "qnli", "--provider", "eager") == 1
+    assert not path.exists()
+    assert "ours DIFFERS" in capsys.readouterr().out
+
+
+def test_gate_runs_the_path_that_is_timed():
+    """With the gate's probability dropout is active in the model, and drops nothing."""
+    shape, config = problems.QUICK["qnli"], problems.mmf_config(True)
+    ours = providers.Ours(shape, config, problems.mmf_state(True))
+    first, second = ours.outputs(), ours.outputs()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    decoder = ours.model.decoder
+    assert decoder.layers[0].p == 0.1  # put back
+    before = problems.set_dropout(ours.model, problems.DROPS_NOTHING)
+    assert decoder.layers[0].p > 0
+    assert len(before) > 5
+    assert torch.equal(ours.model(ours.batch).scores, ours.model(ours.batch).scores)
+    problems.set_dropout(ours.model, 0.1)
+    assert not torch.equal(ours.model(ours.batch).scores, ours.model(ours.batch).scores)
+
+
+def test_batches_are_what_they_say():
+    for shape in problems.CASES.values():
+        task, image, tokens, objects, *_ = shape
+        if task == "detection_coco" and image[1] > 400:
+            continue
+        batch = problems.make_batch(*shape[:4])
+        inputs, targets = problems.eager_inputs(batch)
+        if tokens:
+            assert batch.attention_mask.sum(1).tolist() == list(tokens)
+            assert batch.input_ids.shape[1] == max(tokens)
+            assert inputs["ids"].shape[1] == problems.TASKS[task][4]
+            assert torch.equal(inputs["input_mask"].sum(1), batch.attention_mask.sum(1))
+        if objects:
+            assert [len(t["labels"]) for t in targets] == list(objects)
+            low = batch.boxes[..., :2] - batch.boxes[..., 2:] / 2
+            high = batch.boxes[..., :2] + batch.boxes[..., 2:] / 2
+            assert bool(((low >= -1e-6) & (high <= 1 + 1e-6)).all())
+
+
+def test_memory_child():
+    command = [sys.executable, "-m", "benchmarks.bench_step", "--quick", "--threads", "1"]
+    command += ["--memory-child", "qnli", "ours"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert 0.1 < figures["host_gib"] < 4
+    assert figures["device_gib"] is None
 
 
 # ------------------------------------------------------------------------------------------------------------ problems
@@ -118,7 +194,7 @@ def test_work_is_counted_by_operator():
     with FakeTensorMode(allow_non_fake_inputs=False), ops.kernels("fused"):
         a, b = torch.empty(3, 5), torch.empty(5, 7)
         q, k, v = (torch.empty(2, n, 4, 32, dtype=torch.bfloat16, requires_grad=True) for n in (9, 11, 11))
-        with work._Counting() as counted:
+        with work.Counting() as counted:
             a @ b
             torch.relu(a)  # a pass between: not counted
             out = ops.attention(q, k, v)
@@ -142,22 +218,11 @@ def test_the_work_of_a_small_step():
     assert found.bytes > 28 * 30522 * 48  # the word table is among what is updated
 
 
-# ---------------------------------------------------------------------------------------------------------------- rows
-
-
-def rows(gpu="NVIDIA H200"):
-    """Rows as of a card: one with figures, one without."""
-    stamp = {"gpu": gpu, "cpu": "Xeon", "cores": 16, "threads": 2, "driver": "580", "commit": "abc"}
-    stamp |= {"versions": {"torch": "2.11.0"}, "date": "2026-11-27T00:00:00Z"}
-    case, least = problems.CARD["coco_b2"], work.Work({"bfloat16": 3.1e12}, 1e10)
-    device = torch.device("cuda")
-    found = Profile.of(TWO_STEPS, 2)
-    ours = card.row_of("coco_b2", case, "ours", stamp, least, device, times=[10.0, 8.0, 9.0], found=found, peak=4.0)
-    return [ours, card.row_of("coco_b2", case, "eager", stamp, least, device, status="out of memory")]
+# --------------------------------------------------------------------------------------------------------- on a card
 
 
 def test_a_row_of_a_card(capsys):
-    ours, eager = rows()
+    ours, eager = steps_of_a_card()
     assert ours["time_ms"] == 9.0
     assert ours["samples_per_s"] == pytest.approx(222.22)
     assert ours["busy_share"] == pytest.approx(1.4 / 9, abs=1e-4)
@@ -167,41 +232,20 @@ def test_a_row_of_a_card(capsys):
     assert eager["time_ms"] is eager["busy_ms"] is eager["categories"] is None
     assert eager["bound_ms"] == ours["bound_ms"]
     console = Console(width=200)
-    console.print(card.table([ours, eager]))
-    console.print(card.categories([ours, eager]))
+    console.print(show.table([ours, eager]))
+    console.print(show.categories([ours, eager]))
     printed = capsys.readouterr().out
     assert "at least 3.1 TFLOP in bfloat16, 10 GB" in printed
     assert "out of memory" in printed
     assert "AdamW (ours)" in printed
-    assert card.line(eager) == "coco_b2 eager: out of memory"
+    assert show.line(eager) == "coco_b2 eager: out of memory"
     assert json.loads(json.dumps(ours)) == ours
-
-
-def test_the_tables_of_a_card():
-    ours, eager = rows()
-    made = tables.table([ours, eager]).splitlines()
-    assert made[2].startswith(
-        "| NVIDIA H200 | detection_coco, 2 x 800x1344, 19 objects, bfloat16 | eager | out of memory"
-    )
-    assert "| ours | 222 | 9 (8.4 to 9.6) |  | 2 | 2 | 0 | 0 / 0 | 0.16 | 4 | 0.35 |" in made[3]
-    assert len({line.count("|") for line in made[:4]}) == 1
-    assert made[-1] == "Measured on NVIDIA H200; driver 580; torch 2.11.0; commit abc; 2026-11-27."
-    kernels = tables.kernels_table([ours, eager]).splitlines()
-    assert kernels[0] == "| ms (kernels) of a step on NVIDIA H200 | coco_b2, ours |"
-    assert kernels[2] == "| AdamW (ours) | 1.00 (1) |"
-    with pytest.raises(ValueError, match="one table would mix NVIDIA H200, NVIDIA H100"):
-        tables.table([ours, *rows("NVIDIA H100 80GB HBM3")])
-    with pytest.raises(ValueError, match="one table would mix NVIDIA H200, no card"):
-        tables.table([ours, {**ours, "device": "cpu", "gpu": None}])
-    with pytest.raises(ValueError, match="no row has kernels"):
-        tables.kernels_table([eager])
 
 
 def test_it_runs_small_on_a_cpu(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    arguments = ["--quick", "--threads", "1", "--rounds", "1", "--case", "qnli_b2", "--json", str(path)]
-    assert bench_step.main([*arguments, "--provider", "ours_eager"]) == 0
-    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert quick(bench_step.main, path, "--case", "qnli_b2", "--provider", "ours_eager") == 0
+    found = rows_of(path)
     assert [(r["case"], r["provider"], r["device"]) for r in found] == [
         ("qnli_b2", provider, "cpu") for provider in ("ours", "ours_eager")
     ]
@@ -268,10 +312,3 @@ def test_memory_is_refused_where_it_is_always_measured():
     args = bench_step.parser().parse_args(["--memory"])
     assert "always measured" in card.refused(args, on_card=True)
     assert card.refused(args, on_card=False) is None
-
-
-def test_results_of_a_card_have_a_file_of_their_own():
-    assert _run.results_path("bench_step", None).name == "bench_step.jsonl"
-    assert _run.results_path("bench_step", "NVIDIA H200").name == "bench_step_h200.jsonl"
-    assert _run.results_path("bench_step", "NVIDIA A100-SXM4-80GB").name == "bench_step_a100.jsonl"
-    assert _run.results_path("bench_step", "Some Card 9 (x)").name == "bench_step_some_card_9_x.jsonl"

@@ -44,6 +44,18 @@ def table(rows: Sequence[dict]) -> Table:
     return table
 
 
+def times_as_fast(ours: float | None, other: float | None) -> float | None:
+    """Ours is so many times as fast, or as small: the other's time or size over ours. None where one is missing."""
+    return other / ours if ours and other else None
+
+
+def compare(case: str, ours: Mapping, other: Mapping) -> str:
+    """The rows of two providers in a line."""
+    return (
+        f"{case}: ours is {times_as_fast(ours['time_ms'], other['time_ms']):.2f} times as fast as {other['provider']}"
+    )
+
+
 def cell(value: float | None, form: str = "{:.4g}") -> str:
     """A figure, or a dash where there is none."""
     return "-" if value is None else form.format(value)

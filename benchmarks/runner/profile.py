@@ -1,54 +1,19 @@
-"""What a profiler saw of some steps: kernels by category, launches, copies, waits, how long the card was busy.
+"""What torch's profiler sees of some steps: kernels by category, launches, copies, waits, how long the card was busy.
 
-``Profile.of`` takes plain events, so that it can be tried without a card; ``_device.profile`` makes them from torch's
-profiler. Categories go by the kernels' names: ours by their own, the libraries' by how they call theirs.
+``Profile.of`` takes plain events, so that it can be tried without a card.
 """
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-OTHER = "other"
-CATEGORIES: dict[str, tuple[str, ...]] = {
-    "attention (ours)": (r"^_attention_(fwd|bwd)",),
-    "cross-attention (ours)": (r"^_cross_attention_",),
-    "residual norm, FFN epilogue (ours)": (r"^_residual_norm_", r"^_bias_act_dropout_", r"^_dropout_"),
-    "frozen BN + act (ours)": (r"^_frozen_bn_act_",),
-    "AdamW (ours)": (r"^_adamw_",),
-    "matching and losses (ours)": (r"^_match_cost_", r"^_assignment_", r"^_set_loss_", r"^_attribute_loss_"),
-    "key lists, partial sums, memory": (r"^_key_list_", r"^_sum_partials_", r"^[Mm]emset", r"^[Mm]emcpy"),
-    "fused by torch.compile": (r"^triton_(poi|red|per|for)_",),
-    "attention (library)": (
-        r"flash_(fwd|bwd|fprop|bprop)", r"fmha", r"_sdpa_", r"[aA]ttention_?[kK]ernel", r"cudnn::fusion::",
-        r"unpack_cudnn",
-    ),
-    "convolutions": (
-        r"implicit_gemm", r"(fprop|dgrad|wgrad)", r"cudnn", r"\bconv(olution)?\d*d?\b", r"conv_depthwise", r"winograd",
-        r"nchwToNhwc", r"nhwcToNchw", r"AddPadding",
-    ),
-    "matrix products": (
-        r"^nvjet_", r"gemm", r"gemv", r"cublas", r"splitKreduce", r"cutlass.*Kernel2?<", r"dot_kernel",
-        r"^triton_(mm|tem)",
-    ),
-    "optimiser (library)": (r"multi_tensor_apply_kernel.*(Adam|LpNorm|FusedOptimizer)",),
-    "concatenation": (r"CatArrayBatchedCopy",),
-    "max pool": (r"max_pool", r"MaxPool"),
-    "softmax and dropout (library)": (r"[sS]oft[mM]ax", r"fused_dropout_kernel", r"masked_scale_kernel"),
-    "norms (library)": (r"layer_norm", r"LayerNorm", r"GammaBetaBackward", r"batch_norm", r"group_norm"),
-    "casts and copies": (
-        r"direct_copy_kernel", r"bfloat16_copy_kernel", r"float16_copy_kernel", r"(half|bfloat16).*copy_kernel",
-        r"^copy_device_to_device",
-    ),
-    "reductions": (r"reduce_kernel", r"^reduction_"),
-    "other elementwise": (
-        r"elementwise_kernel", r"multi_tensor_apply_kernel", r"distribution_elementwise",
-        r"unrolled_elementwise",
-    ),
-}  # fmt: skip
-"""Category -> beginnings or parts of kernels' names; the first category that knows a name has it."""
-_RULES = [(category, re.compile("|".join(patterns))) for category, patterns in CATEGORIES.items()]
+import torch
 
+from benchmarks.runner.kernels import category
+from benchmarks.runner.timing import synchronize
+
+PROFILED = 2
+"""Steps under the profiler."""
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchCooperativeKernel", "cudaGraphLaunch")
 """Beginnings of the host's calls that start work."""
 _WAITS = (
@@ -59,11 +24,6 @@ _WAITS = (
 pinned, and then a ``cudaStreamSynchronize`` stands beside it."""
 STEP = "benchmark: one step"
 """The range on the host that each step is run in."""
-
-
-def category(name: str) -> str:
-    """The category of a kernel, a copy or a memset by its name; ``OTHER`` where none knows it."""
-    return next((found for found, rule in _RULES if rule.search(name)), OTHER)
 
 
 @dataclass(frozen=True)
@@ -155,3 +115,32 @@ def _sums(named: Iterable[tuple[str, Event]], steps: int) -> dict[str, dict[str,
         name: {"ms": round(us * 1e-3 / steps, 5), "kernels": round(count / steps, 2)}
         for name, (us, count) in sorted(found.items(), key=lambda item: -item[1][0])
     }
+
+
+def events_of(found: Sequence) -> list[Event]:
+    """Torch's profiler events as plain ones. A range that torch draws on the card's line, as around an optimiser's
+    step, is no work of the card: it is left out (kernels within it would count twice)."""
+    ranges = {event.name for event in found if event.is_user_annotation}
+    events = []
+    for event in found:
+        on_card = event.device_type == torch.autograd.DeviceType.CUDA
+        if not (on_card and event.name in ranges):
+            events.append(Event(event.name, on_card, event.time_range.start, event.time_range.end))
+    return events
+
+
+def profile(step: Callable[[], object], device: torch.device, steps: int = PROFILED) -> Profile:
+    """What a step does, as a mean over ``steps``; on a CPU there are no kernels in it."""
+    from torch import profiler
+
+    activities = [profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(profiler.ProfilerActivity.CUDA)
+    step()
+    synchronize(device)
+    with profiler.profile(activities=activities, acc_events=True) as found:
+        for _ in range(steps):
+            with profiler.record_function(STEP):
+                step()
+        synchronize(device)
+    return Profile.of(events_of(found.events()), steps)
