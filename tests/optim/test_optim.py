@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.model.test_criterion import PARITY, load_check
+from tests import parity
+from tests.fixtures.parity import check
 from unit_fast import ops
 from unit_fast.config import OptimConfig
 from unit_fast.errors import UserError
@@ -100,11 +101,11 @@ def assert_follows(optimizer, params, loop, tolerance):
 # --------------------------------------------------------------------------------------------------- trajectories
 
 
-@pytest.mark.skipif(not (PARITY / "optimizer.json").exists(), reason="the parity kit is not in tests/fixtures")
+@pytest.mark.skipif(not (parity.FIXTURES / "optimizer.json").exists(), reason="the parity kit is not in tests/fixtures")
 @pytest.mark.parametrize(("variant", "policy"), [("skip", "skip"), ("plain", "graph")])
 @pytest.mark.parametrize(("mode", "tolerance"), [("auto", 1e-9), ("reference", 1e-12)])
 def test_authors_trajectory(variant, policy, mode, tolerance):
-    case = load_check().OptimizerCase(PARITY)
+    case = check.OptimizerCase(parity.FIXTURES)
     meta = case.meta
     params = {name: nn.Parameter(torch.from_numpy(case.initial(name))) for name in case.names}
     groups = [
