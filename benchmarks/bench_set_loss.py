@@ -113,7 +113,10 @@ class Step(Batched):
         self.logits, self.boxes = (inputs[name].requires_grad_() for name in ("logits", "boxes"))
         self.mode, self.no_object = mode, inputs["no_object"]
         self.batch = Batch(
-            task="detection_coco", labels=inputs["labels"], boxes=inputs["target_boxes"], counts=inputs["counts"]
+            task="detection_coco",
+            labels=inputs["labels"],
+            boxes=inputs["target_boxes"],
+            counts=(inputs["labels"] >= 0).sum(1, dtype=torch.int32),
         )
 
     def terms(self, marks: Callable[[str], None]) -> dict[str, Tensor]:

@@ -39,11 +39,13 @@ def _part(rows_ptr, column, inside, D: tl.constexpr, EXACT: tl.constexpr, MASKED
 def _fwd_block(
     q_a, q_b, out_a, out_b, top, total,  # [BM,DA], [BM,DB], fp32 accumulators, running maximum and sum [BM]
     k_ptr, v_ptr, order_ptr, seed_ptr,
-    k_sn, v_sn, bh, block, count, scale, limit,
+    k_sn, v_sn, bh, b, block, count, keys, scale, limit,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     LISTED: tl.constexpr, TAIL: tl.constexpr, DROP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One block of keys joins the running softmax."""
+    if LISTED:
+        order_ptr += b * keys
     start, real, at = block_keys(block, count, order_ptr, BN, LISTED, TAIL)
     at = at.to(tl.int64)
     column_a = tl.arange(0, DA)
@@ -110,14 +112,12 @@ def _cross_attention_fwd_kernel(
     k_ptr += b * k_sb + h * k_sh
     v_ptr += b * v_sb + h * v_sh
     count = real_keys(count_ptr, b, keys, LISTED)
-    if LISTED:
-        order_ptr += b * keys
     first, full_end, end = _share(split, splits, count, BN)
     for TAIL in tl.static_range(2):
         for block in range(full_end if TAIL else first, end if TAIL else full_end):
             out_a, out_b, top, total = _fwd_block(
-                q_a, q_b, out_a, out_b, top, total, k_ptr, v_ptr, order_ptr, seed_ptr, k_sn, v_sn, bh, block, count,
-                scale, limit, D, DA, DB, BM, BN, LISTED, TAIL, DROP, INTERPRET,
+                q_a, q_b, out_a, out_b, top, total, k_ptr, v_ptr, order_ptr, seed_ptr, k_sn, v_sn, bh, b, block, count,
+                keys, scale, limit, D, DA, DB, BM, BN, LISTED, TAIL, DROP, INTERPRET,
             )  # fmt: skip
     # Without a real key the sum, and so the output, is zero.
     some = tl.where(total == 0.0, 1.0, total)
@@ -172,11 +172,13 @@ def _bwd_block(
     q_a, q_b, grad_a, grad_b, dq_a, dq_b,  # [BM,DA], [BM,DB] twice, fp32 accumulators
     lse, delta,  # [BM] of base 2, without the keep scale
     k_ptr, v_ptr, dk_ptr, dv_ptr, order_ptr, seed_ptr,
-    k_sn, v_sn, g_n, bh, block, count, scale, softmax_scale, limit,
+    k_sn, v_sn, g_n, bh, b, block, count, keys, scale, softmax_scale, limit,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     LISTED: tl.constexpr, TAIL: tl.constexpr, DROP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one block of keys are written; that of the queries grows."""
+    if LISTED:
+        order_ptr += b * keys
     start, real, at = block_keys(block, count, order_ptr, BN, LISTED, TAIL)
     at = at.to(tl.int64)
     column_a = tl.arange(0, DA)
@@ -266,14 +268,12 @@ def _cross_attention_bwd_kernel(
     dk_ptr += (b * keys * heads + h) * D
     dv_ptr += (b * keys * heads + h) * D
     count = real_keys(count_ptr, b, keys, LISTED)
-    if LISTED:
-        order_ptr += b * keys
     first, full_end, end = _share(split, splits, count, BN)
     for TAIL in tl.static_range(2):
         for block in range(full_end if TAIL else first, end if TAIL else full_end):
             dq_a, dq_b = _bwd_block(
                 q_a, q_b, grad_a, grad_b, dq_a, dq_b, lse, delta, k_ptr, v_ptr, dk_ptr, dv_ptr, order_ptr, seed_ptr,
-                k_sn, v_sn, heads * D, bh, block, count, scale, softmax_scale, limit, D, DA, DB, BM, BN,
+                k_sn, v_sn, heads * D, bh, b, block, count, keys, scale, softmax_scale, limit, D, DA, DB, BM, BN,
                 LISTED, TAIL, DROP, INTERPRET,
             )  # fmt: skip
     if LISTED:  # padded keys, in turns: their gradients are zero
@@ -281,7 +281,7 @@ def _cross_attention_bwd_kernel(
         d = tl.arange(0, D_ALL)
         for start in range(count + split * BN, keys, splits * BN):
             j = start + tl.arange(0, BN)
-            at = tl.load(order_ptr + j, mask=j < keys, other=0).to(tl.int64)
+            at = tl.load(order_ptr + b * keys + j, mask=j < keys, other=0).to(tl.int64)
             to = at[:, None] * (heads * D) + d[None, :]
             zero = tl.zeros((BN, D_ALL), tl.float32)
             tl.store(dk_ptr + to, zero, mask=(j < keys)[:, None] & (d < D)[None, :])

@@ -7,10 +7,9 @@ Per layer, with t(q) the object of query q, from ``query``:
          of the images; or, balanced, 0.9 sum_positive nll / num_boxes + 0.1 sum_others nll / max(1, B Q - num_boxes),
          positive where c(q) is a class of objects
     bbox = sum_matched |b_q - b_t|_1 / num_boxes        giou = sum_matched (1 - GIoU(b_q, b_t)) / num_boxes
-    cardinality = mean over images of |queries that predict an object - objects|, without gradient
 
 Shapes: L decoder layers, B images, Q queries, K classes, N padded objects. logits [L,B,Q,K], boxes [L,B,Q,4] cx cy w h,
-query int64 [L,B,N] (-1 = none; no query twice), labels [B,N], target_boxes [B,N,4], counts [B], num_boxes a scalar on
+query int64 [L,B,N] (-1 = none; no query twice), labels [B,N], target_boxes [B,N,4], num_boxes a scalar on
 the device. Replaces, a layer, a scatter of classes, ``cross_entropy``, gathers of boxes, ``l1_loss``, a GIoU of all
 pairs, an argmax, and their backward; as batched PyTorch they are still 83 operators forward and 119 backward.
 
@@ -49,7 +48,6 @@ from unit_fast_kernels.shared.validation import (
     NORMALISATIONS,
     check_floating,
     check_int64,
-    check_integer,
     check_known,
     check_one_device,
     check_shape,
@@ -86,13 +84,13 @@ def _constants(logits: Tensor, tune: dict[str, int], settings: Settings) -> dict
 
 
 def _fwd_outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """losses [4,L]: ce, bbox, giou, cardinality; lse [L,B,Q]; float32."""
+    """losses [3,L]: ce, bbox, giou; lse [L,B,Q]; float32."""
     layers, images, queries, _ = logits.shape
-    losses = torch.empty((4, layers), dtype=torch.float32, device=logits.device)
+    losses = torch.empty((3, layers), dtype=torch.float32, device=logits.device)
     return losses, torch.empty((layers, images, queries), dtype=torch.float32, device=logits.device)
 
 
-def _fwd_launch(logits, boxes, query, labels, target_boxes, counts, num_boxes, *settings):
+def _fwd_launch(logits, boxes, query, labels, target_boxes, num_boxes, *settings):
     losses, lse = outputs = _fwd_outputs(logits)
     layers, images, queries, _ = logits.shape
     if lse.numel() == 0:
@@ -107,7 +105,6 @@ def _fwd_launch(logits, boxes, query, labels, target_boxes, counts, num_boxes, *
         query.contiguous(),
         labels.contiguous(),
         target_boxes.contiguous(),
-        counts.contiguous(),
         num_boxes,
         lse,
         torch.empty((layers, 2, images, blocks), dtype=torch.float32, device=logits.device),
@@ -120,17 +117,16 @@ def _fwd_launch(logits, boxes, query, labels, target_boxes, counts, num_boxes, *
         settings.no_object_weight,
         *settings[4:],
         **_constants(logits, tune, settings),
-        LAST=settings.no_object == logits.shape[-1] - 1,
         IB=SUM_IMAGES,
         SB=SUM_BLOCKS,
     )
     return outputs
 
 
-def _fwd_reference(logits, boxes, query, labels, target_boxes, counts, num_boxes, *settings):
+def _fwd_reference(logits, boxes, query, labels, target_boxes, num_boxes, *settings):
     logits = logits.float()
     losses, lse = _fwd_outputs(logits)
-    tensors = logits, boxes.float(), query, labels, target_boxes.float(), counts, num_boxes
+    tensors = logits, boxes.float(), query, labels, target_boxes.float(), num_boxes
     found = set_loss_reference(*tensors, Settings(*settings))
     return losses.copy_(torch.stack(found)), lse.copy_(logits.logsumexp(-1))
 
@@ -179,7 +175,7 @@ def _bwd_fake(by_ce, by_bbox, by_giou, logits, boxes, *_):
 _INPUTS = "Tensor logits, Tensor boxes, Tensor query, Tensor labels, Tensor target_boxes"
 _forward = register(
     "set_loss_fwd",
-    f"({_INPUTS}, Tensor counts, Tensor num_boxes, {_SETTINGS}) -> (Tensor losses, Tensor lse)",
+    f"({_INPUTS}, Tensor num_boxes, {_SETTINGS}) -> (Tensor losses, Tensor lse)",
     reference=_fwd_reference,
     launch=_fwd_launch,
     fake=_fwd_fake,
@@ -199,22 +195,20 @@ _backward = register(
 
 class _SetLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, boxes, query, labels, target_boxes, counts, num_boxes, *settings):
-        losses, lse = _forward(logits, boxes, query, labels, target_boxes, counts, num_boxes, *settings)
+    def forward(ctx, logits, boxes, query, labels, target_boxes, num_boxes, *settings):
+        losses, lse = _forward(logits, boxes, query, labels, target_boxes, num_boxes, *settings)
         ctx.save_for_backward(logits, boxes, query, labels, target_boxes, num_boxes, lse)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        ce, bbox, giou, cardinality = losses.unbind(0)
-        ctx.mark_non_differentiable(cardinality)
-        return ce, bbox, giou, cardinality
+        return losses.unbind(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, by_ce, by_bbox, by_giou, _):
+    def backward(ctx, by_ce, by_bbox, by_giou):
         gradients = (None, None)
         if not by_ce is by_bbox is by_giou is None:
             gradients = _backward(by_ce, by_bbox, by_giou, *ctx.saved_tensors, *ctx.settings)
-        return *gradients, *(None,) * 12
+        return *gradients, *(None,) * 11
 
 
 def why_not(logits, boxes, query, labels, target_boxes, *_) -> str | None:
@@ -230,11 +224,11 @@ def why_not(logits, boxes, query, labels, target_boxes, *_) -> str | None:
 
 
 def set_loss_fused(
-    logits, boxes, query, labels, target_boxes, counts, num_boxes, settings: Settings
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits, boxes, query, labels, target_boxes, num_boxes, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
     """``set_loss_reference`` by the kernels: float32 results, gradients in the dtypes of logits and boxes. The same
     bits every time. What does not fit: ``why_not``."""
-    return _SetLoss.apply(logits, boxes, query, labels, target_boxes, counts, num_boxes, *settings)
+    return _SetLoss.apply(logits, boxes, query, labels, target_boxes, num_boxes, *settings)
 
 
 # --- The operator ----------------------------------------------------------------------------------------------------
@@ -246,7 +240,6 @@ def validate(
     query: Tensor,
     labels: Tensor,
     target_boxes: Tensor,
-    counts: Tensor,
     num_boxes: Tensor,
     *,
     no_object: int,
@@ -255,20 +248,18 @@ def validate(
     balanced: bool = False,
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> tuple:
-    """DETR's losses of matched queries for all decoder layers at once: (ce, bbox, giou, cardinality), each [L].
+    """DETR's losses of matched queries for all decoder layers at once: (ce, bbox, giou), each [L].
 
     logits [L,B,Q,K] and boxes [L,B,Q,4] (cx cy w h), floating, get gradients; query int64 [L,B,N], the query of each
     object or -1, no query twice in an image, as ``assignment`` gives it; labels int64 [B,N] and target_boxes [B,N,4],
-    of which only objects with a query count; counts integer [B], real objects, for cardinality alone; num_boxes a
-    floating scalar on the device, at least 1.
+    of which only objects with a query count; num_boxes a floating scalar on the device, at least 1.
 
     ce is the cross-entropy, with class ``no_object`` for queries without an object: a mean weighted 1 and
     ``no_object_weight``, ``normalisation`` "per_image" (then over images) or "per_process"; or ``balanced``: 0.9 of
     the objects' sum over num_boxes and 0.1 of the others' over their number. bbox and giou are the sums of L1 distance
     and 1 - GIoU over num_boxes, zero and still connected without objects. The three are multiplied with ``weights``.
-    cardinality is |queries that predict an object - counts|, the mean over images, without gradient. In the dtype of
-    the logits, at least float32; gradients in the dtypes of logits and boxes. ``ValueError`` on arguments that do not
-    fit.
+    In the dtype of the logits, at least float32; gradients in the dtypes of logits and boxes. ``ValueError`` on
+    arguments that do not fit.
     """
     op = "set_loss"
     check_shape(op, "logits", logits, (None,) * 4, "[L,B,Q,K]")
@@ -279,18 +270,16 @@ def validate(
     check_shape(op, "query", query, (layers, images, None), "[L,B,N]")
     check_shape(op, "labels", labels, (images, query.shape[2]), "[B,N]")
     check_shape(op, "target_boxes", target_boxes, (images, query.shape[2], 4), "[B,N,4]")
-    check_shape(op, "counts", counts, (images,), "[B]")
     check_shape(op, "num_boxes", num_boxes, (), "a scalar")
     check_floating(op, logits=logits, boxes=boxes, target_boxes=target_boxes, num_boxes=num_boxes)
     check_int64(op, query=query, labels=labels)
-    check_integer(op, counts=counts)
-    tensors = {"boxes": boxes, "query": query, "labels": labels, "target_boxes": target_boxes, "counts": counts}
+    tensors = {"boxes": boxes, "query": query, "labels": labels, "target_boxes": target_boxes}
     check_one_device(op, logits, **tensors, num_boxes=num_boxes)
     if not 0 <= no_object < classes:
         refuse(op, "no_object", no_object, f"it must be one of the {classes} classes")
     check_known(op, "normalisation", normalisation, NORMALISATIONS)
     settings = Settings(no_object, no_object_weight, normalisation == "per_process", balanced, *weights)
-    return logits, boxes, query, labels, target_boxes, counts, num_boxes, settings
+    return logits, boxes, query, labels, target_boxes, num_boxes, settings
 
 
 SET_LOSS = Operator(
@@ -322,15 +311,13 @@ def make(shape: tuple, dtype: torch.dtype, device) -> dict:
     boxes = (0.1 + 0.8 * torch.rand(layers, images, queries, 4, device=device)).to(dtype)
     order = torch.rand(layers, images, queries, device=device).argsort(-1)[..., :objects]
     query = F.pad(order, (0, objects - order.shape[-1]), value=-1)
-    counts = torch.full((images,), objects, dtype=torch.int32, device=device)
     return {
         "logits": logits,
         "boxes": boxes,
         "query": query,
         "labels": torch.randint(0, classes - 1, (images, objects), device=device),
         "target_boxes": 0.1 + 0.8 * torch.rand(images, objects, 4, device=device),
-        "counts": counts,
-        "num_boxes": counts.sum(dtype=torch.float32),
+        "num_boxes": torch.tensor(float(images * objects), device=device),
         "no_object": classes - 1,
     }
 
@@ -342,8 +329,8 @@ def launches(shape: tuple, dtype: torch.dtype, device) -> list[tuple[str, tuple]
     settings = (a["no_object"], 0.1, False, False, 1.0, 5.0, 2.0)
     losses, lse = _fwd_outputs(a["logits"])
     lse.zero_()
-    gradients = tuple(torch.ones_like(loss) for loss in losses[:3].unbind(0))
-    forward = (*inputs, a["counts"], a["num_boxes"], *settings)
+    gradients = tuple(torch.ones_like(loss) for loss in losses.unbind(0))
+    forward = (*inputs, a["num_boxes"], *settings)
     return [
         ("set_loss_fwd", forward),
         ("set_loss_bwd", (*gradients, *inputs, a["num_boxes"], lse, *settings)),

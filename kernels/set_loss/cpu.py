@@ -1,8 +1,7 @@
 """``set_loss`` on a CPU: the losses and gradients of the reference, with fewer passes over the logits.
 
 The forward keeps the log-probabilities; the backward turns them into the gradient in place, where autograd writes a
-tensor of zeros, a one-hot product and a softmax's gradient after another. Whether a query predicts an object is decided
-by largest values, which take a quarter of the time of their indices.
+tensor of zeros, a one-hot product and a softmax's gradient after another.
 """
 
 import torch
@@ -18,20 +17,9 @@ from unit_fast_kernels.set_loss.reference import (
 )
 
 
-def _cardinality(logits: Tensor, counts: Tensor, no_object: int) -> Tensor:
-    """[L]; the first of the largest is the prediction."""
-    of_none = logits[..., no_object]
-    predicted = torch.zeros(of_none.shape, dtype=torch.bool)
-    if no_object > 0:
-        predicted |= logits[..., :no_object].amax(-1) >= of_none
-    if no_object + 1 < logits.shape[-1]:
-        predicted |= logits[..., no_object + 1 :].amax(-1) > of_none
-    return (predicted.sum(-1) - counts).abs().to(logits.dtype).mean(-1)
-
-
 class _SetLossCpu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, boxes, query, labels, target_boxes, counts, num_boxes, settings):
+    def forward(ctx, logits, boxes, query, labels, target_boxes, num_boxes, settings):
         no_object, *class_settings = settings[:4]
         wide = torch.promote_types(logits.dtype, torch.float32)
         ctx.dtypes, ctx.weights = (logits.dtype, boxes.dtype), settings[4:]
@@ -41,15 +29,13 @@ class _SetLossCpu(torch.autograd.Function):
         log_p = logits.log_softmax(-1)
         ce = -(factor * log_p.gather(-1, target[..., None]).squeeze(-1)).sum((1, 2))
         bbox, giou = box_losses(boxes, query, target_boxes, number)
-        cardinality = _cardinality(logits, counts, no_object)
         ctx.save_for_backward(log_p, boxes, query, target, target_boxes, number, factor)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(cardinality)
-        return *(w * x for w, x in zip(ctx.weights, (ce, bbox, giou))), cardinality
+        return tuple(w * x for w, x in zip(ctx.weights, (ce, bbox, giou)))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, by_ce, by_bbox, by_giou, _):
+    def backward(ctx, by_ce, by_bbox, by_giou):
         log_p, boxes, query, target, target_boxes, number, factor = ctx.saved_tensors
         by_ce, by_bbox, by_giou = (None if g is None else g * w for g, w in zip((by_ce, by_bbox, by_giou), ctx.weights))
         dlogits = dboxes = None
@@ -57,11 +43,11 @@ class _SetLossCpu(torch.autograd.Function):
             dlogits = class_gradient(log_p.exp(), target, factor * by_ce[:, None, None]).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1] and not by_bbox is by_giou is None:
             dboxes = box_gradient(by_bbox, by_giou, boxes, query, target_boxes, number).to(ctx.dtypes[1])
-        return dlogits, dboxes, *(None,) * 6
+        return dlogits, dboxes, *(None,) * 5
 
 
 def set_loss_cpu(
-    logits, boxes, query, labels, target_boxes, counts, num_boxes, settings: Settings
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits, boxes, query, labels, target_boxes, num_boxes, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same result as ``set_loss_reference``, up to the order of sums."""
-    return _SetLossCpu.apply(logits, boxes, query, labels, target_boxes, counts, num_boxes, settings)
+    return _SetLossCpu.apply(logits, boxes, query, labels, target_boxes, num_boxes, settings)

@@ -162,29 +162,24 @@ def _giou_gradient(ax, ay, aw, ah, bx, by, bw, bh):
 
 
 @jit
-def _layer_sums(partials_ptr, counts_ptr, images, blocks, IB: tl.constexpr, SB: tl.constexpr):
-    """(ce, bbox, giou, cardinality) of a layer from its partials [2,B,S], in an order that only the sizes decide."""
+def _layer_sums(partials_ptr, images, blocks, IB: tl.constexpr, SB: tl.constexpr):
+    """(ce, bbox, giou) of a layer from its partials [2,B,S], in an order that only the sizes decide."""
     per_result = images * blocks
     ce = tl.zeros([IB, SB], tl.float32)
     bbox = tl.zeros([IB], tl.float32)
     giou = tl.zeros([IB], tl.float32)
-    cardinality = tl.zeros([IB], tl.float32)
     for first in range(0, images, IB):
         image = first + tl.arange(0, IB)
         of_image = image * blocks
-        predicted = tl.zeros([IB, SB], tl.float32)
         for start in range(0, blocks - 1, SB):
             block = start + tl.arange(0, SB)
             mask = (image < images)[:, None] & (block < blocks - 1)[None, :]
             place = of_image[:, None] + block[None, :]
             ce += tl.load(partials_ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
-            predicted += tl.load(partials_ptr + per_result + place, mask=mask, other=0.0, cache_modifier=".cg")
         pairs_ptr = partials_ptr + blocks - 1
         bbox += tl.load(pairs_ptr + of_image, mask=image < images, other=0.0, cache_modifier=".cg")
         giou += tl.load(pairs_ptr + per_result + of_image, mask=image < images, other=0.0, cache_modifier=".cg")
-        count = tl.load(counts_ptr + image, mask=image < images, other=0).to(tl.float32)
-        cardinality += tl.abs(tl.sum(predicted, 1) - count)
-    return tl.sum(tl.sum(ce, 1), 0), tl.sum(bbox, 0), tl.sum(giou, 0), tl.sum(cardinality, 0) / images
+    return tl.sum(tl.sum(ce, 1), 0), tl.sum(bbox, 0), tl.sum(giou, 0)
 
 
 @jit
@@ -194,12 +189,11 @@ def _set_loss_fwd_kernel(
     query_ptr,  # int64 [L,B,N]
     labels_ptr,  # int64 [B,N]
     target_boxes_ptr,  # [B,N,4]
-    counts_ptr,  # integer [B]
     number_ptr,  # scalar: number of boxes
     lse_ptr,  # [L,B,Q] float32
-    partials_ptr,  # [L,2,B,S] float32: of a block of rows ce, and how many predict an object; of the last bbox, giou
+    partials_ptr,  # [L,2,B,S] float32: of a block of rows ce; of the last bbox, giou
     counters_ptr,  # int32 [L], 0
-    losses_ptr,  # [4,L] float32: ce, bbox, giou, cardinality
+    losses_ptr,  # [3,L] float32: ce, bbox, giou
     images,  # B
     queries,  # Q
     objects,  # N
@@ -213,7 +207,6 @@ def _set_loss_fwd_kernel(
     BLOCK: tl.constexpr,
     NB: tl.constexpr,
     PAIRS: tl.constexpr,
-    LAST: tl.constexpr,
     PER_PROCESS: tl.constexpr,
     BALANCED: tl.constexpr,
     POSITIVE: tl.constexpr,
@@ -241,18 +234,12 @@ def _set_loss_fwd_kernel(
         of_none = tl.load(logits_ptr + at * K + no_object, mask=inside, other=0.0).to(tl.float32)
         top = tl.maximum(of_none, -3.0e38)  # minus infinity less itself would be NaN
         total = tl.zeros([R], tl.float32)
-        best = tl.full([R], float("-inf"), tl.float32)  # of the classes of objects
-        before = tl.full([R], float("-inf"), tl.float32)  # of those before no-object
         for first in range(0, K, BLOCK):
             column = first + tl.arange(0, BLOCK)
             mask = inside[:, None] & (column < K)[None, :]
             x = tl.load(logits_ptr + at[:, None] * K + column[None, :], mask=mask, other=float("-inf"))
             x = x.to(tl.float32)
-            here = tl.max(tl.where((column == no_object)[None, :], float("-inf"), x), 1)
-            best = tl.maximum(best, here)
-            if not LAST:
-                before = tl.maximum(before, tl.max(tl.where((column < no_object)[None, :], x, float("-inf")), 1))
-            above = tl.maximum(top, here)
+            above = tl.maximum(top, tl.max(x, 1))
             total = total * tl.exp(top - above) + tl.sum(tl.exp(x - above[:, None]), 1)
             top = above
         lse = top + tl.log(tl.where(inside, total, 1.0))
@@ -265,13 +252,7 @@ def _set_loss_fwd_kernel(
             PER_PROCESS, BALANCED, POSITIVE, NEGATIVE,
         )  # fmt: skip
         ce = tl.where(inside, factor * (lse - of_target), 0.0)
-        # The first of the largest is the prediction.
-        if LAST:
-            is_object = best >= of_none
-        else:
-            is_object = (before >= of_none) | (best > of_none)
         tl.store(place, tl.sum(ce, 0))
-        tl.store(place + images * blocks, tl.sum(tl.where(inside & is_object, 1.0, 0.0), 0))
     else:
         bbox = tl.zeros([PAIRS], tl.float32)
         giou = tl.zeros([PAIRS], tl.float32)
@@ -285,11 +266,10 @@ def _set_loss_fwd_kernel(
         tl.store(place, tl.sum(bbox, 0))
         tl.store(place + images * blocks, tl.sum(giou, 0))
     if is_last(counters_ptr + layer, images * blocks):
-        ce, bbox, giou, cardinality = _layer_sums(partials_ptr, counts_ptr, images, blocks, IB, SB)
+        ce, bbox, giou = _layer_sums(partials_ptr, images, blocks, IB, SB)
         tl.store(losses_ptr + layer, ce * weight_ce)
         tl.store(losses_ptr + layers + layer, bbox / number * weight_bbox)
         tl.store(losses_ptr + 2 * layers + layer, giou / number * weight_giou)
-        tl.store(losses_ptr + 3 * layers + layer, cardinality)
 
 
 @jit

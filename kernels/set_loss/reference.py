@@ -67,17 +67,11 @@ def box_losses(boxes: Tensor, query: Tensor, target_boxes: Tensor, number: Tenso
     return bbox, (1 - pairwise_giou(predicted, wanted)).sum((1, 2)) / number
 
 
-@torch.no_grad()
-def _cardinality(logits: Tensor, counts: Tensor, no_object: int, dtype: torch.dtype) -> Tensor:
-    predicted = (logits.max(-1).indices != no_object).sum(-1)
-    return (predicted - counts).abs().to(dtype).mean(-1)
-
-
 def set_loss_reference(
-    logits, boxes, query, labels, target_boxes, counts, num_boxes, settings: Settings
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The specification: (ce, bbox, giou, cardinality) [L], the first three times their weights; in the dtype of
-    the logits, at least float32. Without any object bbox and giou are zero, connected, with gradients of zero."""
+    logits, boxes, query, labels, target_boxes, num_boxes, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification: (ce, bbox, giou) [L], times their weights; in the dtype of the logits, at least float32.
+    Without any object bbox and giou are zero, connected, with gradients of zero."""
     no_object, no_object_weight, per_process, balanced, *weights = settings
     wide = torch.promote_types(logits.dtype, torch.float32)
     number = num_boxes.to(wide)
@@ -88,8 +82,7 @@ def set_loss_reference(
     else:
         ce = _weighted_mean(nll, target == no_object, no_object_weight, per_process)
     bbox, giou = box_losses(boxes.to(wide), query, target_boxes.to(wide), number)
-    ce, bbox, giou = (x if w == 1.0 else w * x for x, w in zip((ce, bbox, giou), weights, strict=True))
-    return ce, bbox, giou, _cardinality(logits, counts, no_object, wide)
+    return tuple(x if w == 1.0 else w * x for x, w in zip((ce, bbox, giou), weights, strict=True))
 
 
 # --- Its gradient -----------------------------------------------------------------------------------------------------

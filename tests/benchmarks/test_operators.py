@@ -160,7 +160,7 @@ def test_problems_of_matching_are_what_they_say():
     ("case", "name", "spoil"),
     [
         ("unit_coco", "set_loss", lambda out: (out[0] * 1.001, *out[1:])),
-        ("crowded", "set_loss", lambda out: (*out[:2], out[2].flip(0) + 0.01, out[3])),
+        ("crowded", "set_loss", lambda out: (*out[:2], out[2].flip(0) + 0.01)),
         # The value stays, the gradient goes: what a wrong backward looks like.
         ("unit_coco_step", "set_loss", lambda out: (out[0].detach() + 0.5 * (out[0] - out[0].detach()), *out[1:])),
         ("unit_coco_step", "assignment", lambda out: (out[0].roll(1, -1), out[1])),

@@ -101,7 +101,7 @@ def test_gradcheck_on_strided_input(act):
 @pytest.mark.parametrize("act", ACTS)
 def test_far_out(act, dtype):
     x = torch.linspace(-12, 12, 512, dtype=torch.float64).bfloat16().double()[None]
-    check(CASES, Problem({"x": x}, {"bias": None, "act": act}), "fused", dtype)
+    check(CASES, Problem({"x": x}, {"bias": None, "act": act, "dropout_p": 0.0, "seed": SEED}), "fused", dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

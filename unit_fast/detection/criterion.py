@@ -103,13 +103,12 @@ def detection_losses(
         logits, boxes, hidden, query = logits[-1:], boxes[-1:], hidden[-1:], query[-1:]
     wide = torch.promote_types(logits.dtype, torch.float32)
     factor = loss.detection_loss_weight
-    loss_ce, loss_bbox, loss_giou, _ = ops.set_loss(
+    loss_ce, loss_bbox, loss_giou = ops.set_loss(
         logits,
         boxes,
         query,
         batch.labels,
         batch.boxes,
-        batch.counts,
         num_boxes(batch.counts, wide) if share is None else share.num_boxes.to(wide),
         no_object=no_object,
         no_object_weight=loss.no_object_weight,
