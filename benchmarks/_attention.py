@@ -1,6 +1,6 @@
 """What the benchmarks of attention and cross-attention share: the peers, one forward and backward pass, the cases.
 
-``kernel`` is the kernel module that is measured (``SHAPES``, ``make``, bytes and FLOPs), ``ours`` its public operator.
+``ours`` is the public operator that is measured: two names of one, whose regimes have a benchmark each.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from unit_fast_kernels.attention import attention_reference
+from unit_fast_kernels import attention as kernel
+from unit_fast_kernels.attention.reference import attention_reference
 
 from benchmarks import _run
 
@@ -84,7 +85,7 @@ def xformers_efficient(q, k, v, mask, p, seed):
 class Attention(_run.Provider):
     """Forward and backward of one function."""
 
-    def __init__(self, kernel, function: Callable | None, shape: tuple, dtype: torch.dtype, device: str):
+    def __init__(self, function: Callable | None, shape: tuple, dtype: torch.dtype, device: str):
         torch.manual_seed(0)
         self.function = function
         arguments = kernel.make(shape, dtype, device)
@@ -118,7 +119,7 @@ class Exact(Attention):
         return dict(zip(("out", "dq", "dk", "dv"), (torch.cat(x, 2) for x in zip(*found))))
 
 
-def functions(kernel, ours: Callable, shape: tuple, dtype: torch.dtype, device: str) -> dict[str, Callable]:
+def functions(ours: Callable, shape: tuple, dtype: torch.dtype, device: str) -> dict[str, Callable]:
     """Every provider that may take this case."""
     _, queries, keys, _, _, _, dropout_p = shape
     found = {"eager": eager}
@@ -135,13 +136,13 @@ def functions(kernel, ours: Callable, shape: tuple, dtype: torch.dtype, device: 
 
 
 @functools.cache
-def accepts(kernel, ours: Callable, name: str, shape: tuple, dtype: torch.dtype, device: str) -> bool:
+def accepts(ours: Callable, name: str, shape: tuple, dtype: torch.dtype, device: str) -> bool:
     """Whether a provider runs this case; ours and eager must."""
     if device == "cpu" or name in ("ours", "eager"):
         return True
     try:
-        function = functions(kernel, ours, shape, dtype, device)[name]
-        _run.one_step(Attention(kernel, function, shape, dtype, device), torch.device(device))
+        function = functions(ours, shape, dtype, device)[name]
+        _run.one_step(Attention(function, shape, dtype, device), torch.device(device))
     except (RuntimeError, NotImplementedError, ValueError) as error:
         reason = str(error).strip().splitlines()
         print(f"{name} does not take {shape_of(shape)}: {reason[-1][:160] if reason else type(error).__name__}")
@@ -155,9 +156,9 @@ def shape_of(shape: tuple) -> str:
     return f"{batch} x {queries} x {keys}, {heads} heads of {width}{mask}, dropout {dropout_p}"
 
 
-def shapes_of(args: argparse.Namespace, kernel, *, quick: Mapping[str, tuple], cpu: Mapping[str, tuple]) -> dict:
+def shapes_of(args: argparse.Namespace, *, card: Mapping, quick: Mapping, cpu: Mapping) -> dict[str, tuple]:
     """Case -> shape, as the options choose: to know which providers take a case each must be tried."""
-    shapes = quick if args.quick else kernel.SHAPES if torch.cuda.is_available() else cpu
+    shapes = quick if args.quick else card if torch.cuda.is_available() else cpu
     wanted = args.memory_child[:1] if args.memory_child else args.case
     return {name: shapes[name] for name in wanted} if wanted and set(wanted) <= set(shapes) else dict(shapes)
 
@@ -165,7 +166,6 @@ def shapes_of(args: argparse.Namespace, kernel, *, quick: Mapping[str, tuple], c
 def build(
     args: argparse.Namespace,
     *,
-    kernel,
     ours: Callable,
     name: str,
     title: str,
@@ -179,9 +179,9 @@ def build(
     cases = []
     for case, shape in shapes.items():
         providers = {
-            provider: lambda function=function, shape=shape: Attention(kernel, function, shape, dtype, device)
-            for provider, function in functions(kernel, ours, shape, dtype, device).items()
-            if accepts(kernel, ours, provider, shape, dtype, device)
+            provider: lambda function=function, shape=shape: Attention(function, shape, dtype, device)
+            for provider, function in functions(ours, shape, dtype, device).items()
+            if accepts(ours, provider, shape, dtype, device)
         }
         cases.append(
             _run.Case(
@@ -191,7 +191,7 @@ def build(
                 device=device,
                 providers=providers,
                 reference="exact",
-                references={"exact": lambda shape=shape: Exact(kernel, None, shape, dtype, device)},
+                references={"exact": lambda shape=shape: Exact(None, shape, dtype, device)},
                 tolerances={"": 1e-4 if dtype == torch.float32 else 2e-2},
                 error="l2",
                 flops=kernel.flops(shape) + kernel.flops_bwd(shape),

@@ -7,7 +7,7 @@ launch parameters for the card.
 import argparse
 import sys
 
-from unit_fast_kernels import attention as kernel
+from unit_fast_kernels.attention import SELF_SHAPES
 
 from benchmarks import _attention, _run
 from unit_fast import ops
@@ -24,13 +24,12 @@ QUICK_SHAPES = {"encoder": (2, 131, 131, 2, 32, True, 0.1), "bert": (2, 21, 21, 
 def build(args: argparse.Namespace) -> _run.Benchmark:
     return _attention.build(
         args,
-        kernel=kernel,
         ours=ops.attention,
         name="bench_attention",
         title="Self-attention, forward and backward",
         shapes_are="The mask pads the last image at the end of each row; FLOPs count padded keys too, 14 B H Sq Sk D, "
         "whatever a provider computes.",
-        shapes=_attention.shapes_of(args, kernel, quick=QUICK_SHAPES, cpu=CPU_SHAPES),
+        shapes=_attention.shapes_of(args, card=SELF_SHAPES, quick=QUICK_SHAPES, cpu=CPU_SHAPES),
     )
 
 

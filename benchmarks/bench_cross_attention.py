@@ -11,7 +11,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from unit_fast_kernels import cross_attention as kernel
+from unit_fast_kernels import attention as kernel
 
 from benchmarks import _attention, _run
 from benchmarks._machine import peak_of
@@ -49,10 +49,9 @@ def floors(rows: list[dict], console: Console, shapes: dict) -> None:
 
 
 def build(args: argparse.Namespace) -> _run.Benchmark:
-    shapes = _attention.shapes_of(args, kernel, quick=QUICK_SHAPES, cpu=CPU_SHAPES)
+    shapes = _attention.shapes_of(args, card=kernel.CROSS_SHAPES, quick=QUICK_SHAPES, cpu=CPU_SHAPES)
     return _attention.build(
         args,
-        kernel=kernel,
         ours=ops.cross_attention,
         name="bench_cross_attention",
         title="Cross-attention, forward and backward",

@@ -53,9 +53,9 @@ UNCOMPILED = ("library", "ours_eager", "eager", "ours_deterministic")
 """The peers of all of them but the last: compiling a model takes minutes of a lease."""
 FIRST = ("attention", "cross_attention", "match", "set_loss", "optimizer", "residual_norm", "frozen_bn_act")
 """Ops in the order of what they decide; others follow by name."""
-OF_SEVERAL_OPS = ("match", "optimizer")
+OF_SEVERAL_OPS = ("match", "optimizer", "cross_attention")
 """Benchmarks that are not named after one op: matching is its cost and the assignment, the optimiser is more than its
-kernels."""
+kernels, cross-attention is a regime of attention."""
 OF_NO_OP = {"data": ("--case", "detection_train", "--provider", "torchvision_v2", "--batches", "12", "--rounds", "5")}
 """Benchmarks without a kernel, and what they are told so as to end in time: reading images, and how long a real step
 waits for them."""

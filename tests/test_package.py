@@ -78,7 +78,7 @@ def _imports(path: Path) -> set[str]:
 KERNEL_LAYERS = (
     {"shared"},
     {"adamw", "assignment", "attention", "attribute_loss", "dropout", "frozen_bn_act", "match_cost"},
-    {"bias_act_dropout", "cross_attention", "residual_norm", "set_loss"},
+    {"bias_act_dropout", "residual_norm", "set_loss"},
     {"assembly"},
 )
 """Rooms of the kernels, from the bottom: no operator imports another but those that build on it."""

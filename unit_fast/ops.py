@@ -25,10 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from unit_fast_kernels.adamw import ADAMW, Tables, prepare
 from unit_fast_kernels.adamw import step as adamw_step
 from unit_fast_kernels.assignment import ASSIGNMENT
-from unit_fast_kernels.attention import ATTENTION
+from unit_fast_kernels.attention import ATTENTION, CROSS_ATTENTION
 from unit_fast_kernels.attribute_loss import ATTRIBUTE_LOSS
 from unit_fast_kernels.bias_act_dropout import BIAS_ACT_DROPOUT
-from unit_fast_kernels.cross_attention import CROSS_ATTENTION
 from unit_fast_kernels.dropout import DROPOUT
 from unit_fast_kernels.frozen_bn_act import FROZEN_BN_ACT
 from unit_fast_kernels.match_cost import MATCH_COST

@@ -31,7 +31,7 @@ from unit_fast.optim.masked_adamw import MaskedAdamW
 from unit_fast.run.train import train_step
 from unit_fast.weights import convert
 
-_PRODUCTS = {"attention_fwd": 2, "attention_bwd": 5, "cross_attention_fwd": 2, "cross_attention_bwd": 5}
+_PRODUCTS = {"attention_fwd": 2, "attention_bwd": 5}
 """Operators of ours with matrix products inside -> how many of 2 B H Sq Sk D FLOPs."""
 _BYTES_A_PARAMETER = 28
 """float32: gradient read, p, m and v read and written."""

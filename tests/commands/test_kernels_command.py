@@ -72,17 +72,20 @@ def test_the_table_says_the_same(capsys):
 
 @needs_compiler
 def test_instructions_per_score_are_shown_where_there_are_scores(capsys):
-    code, out, _ = call(capsys, "--op", "cross_attention", "--arch", "sm_80", "--dtype", "bfloat16", "--json")
+    code, out, _ = call(capsys, "--op", "attention", "--arch", "sm_80", "--dtype", "bfloat16", "--json")
     assert code == 0
     rows = [row for row in json.loads(out) if row["per_score"]]
-    assert {row["kernel"] for row in rows} == {"_cross_attention_fwd_kernel", "_cross_attention_bwd_kernel"}
+    assert {row["kernel"] for row in rows} == {
+        "_attention_fwd_kernel", "_attention_bwd_q_kernel", "_attention_bwd_kv_kernel", "_cross_attention_fwd_kernel",
+        "_cross_attention_bwd_kernel",
+    }  # fmt: skip
     for row in rows:
         assert list(row["per_score"]) == list(bounds.PIPES)
         assert sum(row["per_score"].values()) == pytest.approx(row["instructions_per_score"], abs=0.01)
         assert 0 < row["issue_us"]["a100"] < row["pipes_us"]["a100"]
         assert row["per_score"]["tensor"] > 0.5
-    _, out, _ = call(capsys, "--op", "cross_attention", "--arch", "sm_80", "--dtype", "bfloat16")
-    assert "cross_attention, sm_80: instructions per score" in out
+    _, out, _ = call(capsys, "--op", "attention", "--arch", "sm_80", "--dtype", "bfloat16")
+    assert "attention, sm_80: instructions per score" in out
     assert f"{rows[0]['instructions_per_score']:.2f}" in out
 
 

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 from unit_fast_kernels import adamw as module
 from unit_fast_kernels.adamw import CHUNK, Tables, adamw_fused, why_not
 from unit_fast_kernels.adamw.cpu import adamw_cpu
@@ -18,7 +17,7 @@ from unit_fast_kernels.shared import capture as _capture
 from unit_fast_kernels.shared.triton import INTERPRETING
 
 from benchmarks import _tune
-from tests.kernels.common import guarded, poison_new_memory
+from tests.kernels.common import Canaries, assert_fake_is_real, guarded
 from tests.planted_kernels import needs_compiler
 
 SHAPES = {
@@ -251,7 +250,7 @@ def test_reads_inside_and_writes_everything(monkeypatch):
     rows = {name: [guarded(t) for t in getattr(step, name)] for name in ("params", "grads", "copies", "averages")}
     step = dataclasses.replace(step, moments=lambda i: moments[i], **rows)
     norm = fused(plain)[0]
-    poison_new_memory(monkeypatch)
+    Canaries(monkeypatch)
     assert torch.equal(fused(step)[0], norm)
     for name, row in state(step).items():
         assert all((a is None) or torch.equal(a, b) for a, b in zip(row, state(plain)[name])), name
@@ -338,19 +337,7 @@ def test_registration(policy):
 
 
 def test_the_fake_is_as_the_operator():
-    arguments = _arguments()
-    mode = FakeTensorMode()
-
-    def faked(a):
-        if isinstance(a, torch.Tensor):
-            return mode.from_tensor(a)
-        return [faked(x) for x in a] if isinstance(a, list) and a and isinstance(a[0], torch.Tensor) else a
-
-    real = module._operator(*arguments)
-    with mode:
-        fake = module._operator(*map(faked, arguments))
-    for a, b in zip(real, fake, strict=True):
-        assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+    assert_fake_is_real(module._operator, *_arguments())
 
 
 class Record:
