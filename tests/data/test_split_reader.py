@@ -10,7 +10,8 @@ import torch
 from tests.data_roots import coco_file, picture, whole_root, write
 from unit_fast.config import DataConfig, default_tasks
 from unit_fast.data import collate, open_dataset
-from unit_fast.data.images.transforms import STD, has_dali
+from unit_fast.data.images.engine import has_dali
+from unit_fast.data.images.transforms import STD
 from unit_fast.data.split_reader import SplitReader, groups
 from unit_fast.errors import UserError
 from unit_fast.tasks import get_task

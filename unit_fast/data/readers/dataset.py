@@ -9,10 +9,15 @@ import torch
 from unit_fast.config import DataConfig, TaskConfig
 from unit_fast.data.errors import BadImage, EmptySplit, Findings, MissingSplit
 from unit_fast.data.images.checked import CheckedImages
-from unit_fast.data.images.shards import Member, NoMember, Shards, opened
-from unit_fast.data.images.transforms import EvalTransform, Geometry, ImageCache, Picture, image_size, to_tensor
+from unit_fast.data.images.decode import image_size, load_image
+from unit_fast.data.images.geometry import EvalTransform, Geometry, Picture
+from unit_fast.data.images.memory import KeptImages
+from unit_fast.data.images.transforms import to_tensor
 from unit_fast.data.layout import Layout
-from unit_fast.data.store.cache import Cache, Content, Strings, open_cache
+from unit_fast.data.shards.index import Shards, opened
+from unit_fast.data.shards.member import Member, NoMember
+from unit_fast.data.store.cache import Cache, open_cache
+from unit_fast.data.store.content import Content, Strings
 from unit_fast.data.store.files import safe_path
 from unit_fast.data.text.tokens import Tokens, cached_tokens, lengths, tokenise
 from unit_fast.data.text.wordpieces import WordPieces
@@ -68,7 +73,7 @@ class Dataset:
         """The shards that images come from, by folder; empty for loose files."""
         self._sizes: dict[str, tuple[int, int]] = {}
         self._lengths: np.ndarray | None = None
-        self.decoded = ImageCache(data.cache_mib * 2**20)
+        self.kept = KeptImages(data.cache_mib * 2**20)
         self.transform = EvalTransform(data, floor=task.has_text)
         # a check of the files reads the files
         self.cache = open_cache(data) if self.findings.strict else Cache(None)
@@ -128,7 +133,7 @@ class Dataset:
         return self._sample(index, key, self._pixels)
 
     def describe(self, index: int, key: int | None, checked: CheckedImages) -> dict:
-        """As ``get``, but with ``picture`` (``images.Picture``), which is still to be read, instead of ``image``."""
+        """As ``get``, but with ``picture`` (``geometry.Picture``), which is still to be read, instead of ``image``."""
 
         def picture(path, stated, key):
             facts = checked.facts(path)
@@ -182,8 +187,6 @@ class Dataset:
             self._tokens = Tokens(tokenise(self.words, self.columns, self.task.short), len(self.columns))
         return lengths(self._tokens.counts(), self.config.text_length)
 
-    # ------------------------------------------------------------------------------------------------- helpers
-
     def _word_pieces(self, vocab_size):
         if self.config.text_length < 3:
             raise UserError(
@@ -208,6 +211,14 @@ class Dataset:
             "token_type_ids": torch.tensor(segments, dtype=torch.int64),
             "text": text,
         }
+
+    def _file(self, key: str) -> Path:
+        """The annotation file of a layout key, noted among the facts."""
+        path = self.layout.find(key)
+        if path is None:
+            raise self._missing(key)
+        self.facts["file"] = str(path)
+        return path
 
     def _missing(self, *keys: str) -> MissingSplit:
         """The error for a split whose files are not there."""
@@ -242,7 +253,10 @@ class Dataset:
         return {**fields, "orig_size": geometry.stored, "image_path": str(path)}, geometry
 
     def _pixels(self, path, stated, key):
-        image = self.decoded.load(path, self.data.max_pixels)
+        image = self.kept.get(path)
+        if image is None:
+            image = load_image(path, self.data.max_pixels)
+            self.kept.put(path, image, 3 * image.width * image.height)
         geometry = self._geometry(path, (image.height, image.width), stated, key)
         return {"image": to_tensor(geometry.apply_image(image))}, geometry
 
