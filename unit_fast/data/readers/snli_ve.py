@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from unit_fast.data.errors import BadImage
+from unit_fast.data.images.geometry import Geometry
 from unit_fast.data.readers.dataset import Dataset
 from unit_fast.data.readers.sources import read_through
 from unit_fast.data.store import files
@@ -65,10 +66,9 @@ class SnliVe(Dataset):
     def sample_id(self, index: int) -> str:
         return self.ids[index]
 
-    def _sample(self, index: int, key: int | None, image) -> dict:
-        """``image``, ``input_ids`` and so on of the hypothesis, and ``label``."""
+    def _fields(self, index: int, geometry: Geometry) -> dict:
+        """``input_ids`` and so on of the hypothesis, and ``label``."""
         return {
-            **self._image(index, key, image)[0],
             **self._encode(index),
             "label": int(self.labels[index]),
             "image_id": self.images[index],

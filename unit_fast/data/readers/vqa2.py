@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from unit_fast.data.images.geometry import Geometry
 from unit_fast.data.readers.dataset import Dataset
 from unit_fast.data.readers.sources import existing, read_through
 from unit_fast.data.readers.visual_genome import coco_image_ids
@@ -183,10 +184,9 @@ class Vqa2(Dataset):
     def sample_id(self, index: int) -> int:
         return int(self.question_ids[index])
 
-    def _sample(self, index: int, key: int | None, image) -> dict:
-        """``image``, ``input_ids`` and so on, and ``answer_scores`` float32 [answers] where the split has answers."""
+    def _fields(self, index: int, geometry: Geometry) -> dict:
+        """``input_ids`` and so on, and ``answer_scores`` float32 [answers] where the split has answers."""
         sample = {
-            **self._image(index, key, image)[0],
             **self._encode(index),
             "image_id": int(self.image_ids[index]),
             "sample_id": self.sample_id(index),
