@@ -1,6 +1,6 @@
 """What all data sets have in common: split, texts, images, the book of oddities."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -179,7 +179,11 @@ class Dataset:
 
     def image_paths(self):
         """(path, stated (height, width) or None) of every image of the split, each once."""
-        return iter(())
+        for index in self._images() if self.task.has_image else ():
+            try:
+                yield self.image_path(index), self._stated_size(index)
+            except BadImage as error:
+                self.findings.error("file name outside the data root", str(error))
 
     def text(self, index: int) -> str | tuple[str, str]:
         """The sentence of row ``index``, or the two of a pair."""
@@ -262,6 +266,10 @@ class Dataset:
     def _fields(self, index: int, geometry: Geometry | None) -> dict:
         """What a sample holds besides its image, to which ``geometry`` happens."""
         raise NotImplementedError
+
+    def _images(self) -> Iterable[int]:
+        """One sample of each image."""
+        return range(len(self))
 
     def _stated_size(self, index: int) -> tuple[int, int] | None:
         """(height, width) of an image as its annotation says, where it does."""

@@ -1,12 +1,11 @@
 """What COCO and Visual Genome share: targets, ground truth, and what is asked of boxes and classes (SPEC 4.2)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from unit_fast.data.errors import BadImage
 from unit_fast.data.images.geometry import Geometry, TrainTransform
 from unit_fast.data.readers.dataset import Dataset
 from unit_fast.data.readers.objects import Objects, corners, pack
@@ -35,13 +34,6 @@ class Detection(Dataset):
     def class_names(self) -> dict[int, str]:
         """Class -> name."""
         return self.objects.names
-
-    def image_paths(self) -> Iterator[tuple[Path, tuple[int, int]]]:
-        for index in range(len(self)):
-            try:
-                yield self.image_path(index), tuple(self.objects.sizes[index].tolist())
-            except BadImage as error:
-                self.findings.error("file name outside the data root", str(error))
 
     def _stated_size(self, index: int) -> tuple[int, int]:
         return tuple(self.objects.sizes[index].tolist())
