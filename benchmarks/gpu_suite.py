@@ -27,8 +27,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks._goals import judge
-from benchmarks._machine import ROOT, environment
+from benchmarks.runner.goals import judge
+from benchmarks.runner.machine import ROOT, environment
 
 MINUTES = 10.0
 _RESERVE_SECONDS = 10.0
@@ -53,9 +53,9 @@ UNCOMPILED = ("library", "ours_eager", "eager", "ours_deterministic")
 """The peers of all of them but the last: compiling a model takes minutes of a lease."""
 FIRST = ("attention", "cross_attention", "match", "set_loss", "optimizer", "residual_norm", "frozen_bn_act")
 """Ops in the order of what they decide; others follow by name."""
-OF_SEVERAL_OPS = ("match", "optimizer")
+OF_SEVERAL_OPS = ("match", "optimizer", "cross_attention")
 """Benchmarks that are not named after one op: matching is its cost and the assignment, the optimiser is more than its
-kernels."""
+kernels, cross-attention is a regime of attention."""
 OF_NO_OP = {"data": ("--case", "detection_train", "--provider", "torchvision_v2", "--batches", "12", "--rounds", "5")}
 """Benchmarks without a kernel, and what they are told so as to end in time: reading images, and how long a real step
 waits for them."""
@@ -118,7 +118,8 @@ def steps(
         command = pytest_command(out, os.cpu_count() or 1, has("xdist", extra), folder)
         tests.append(Step("pytest", command, TEST_SECONDS))
     ops = {p.stem.removeprefix("bench_") for p in (folder / "benchmarks").glob("bench_*.py")}
-    ops = {op for op in ops if op in (*OF_SEVERAL_OPS, *OF_NO_OP) or (folder / "kernels" / f"{op}.py").exists()}
+    kernels = {path.stem for path in (folder / "kernels").iterdir()}
+    ops = {op for op in ops if op in (*OF_SEVERAL_OPS, *OF_NO_OP) or op in kernels}
     single = [
         benchmark(
             f"bench_{op}", f"bench_{op}", OF_NO_OP.get(op, ()), NO_OP_SECONDS if op in OF_NO_OP else BENCHMARK_SECONDS

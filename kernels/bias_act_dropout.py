@@ -20,12 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from unit_fast_kernels.dropout import drop, dropout_cpu, dropout_reference
+from unit_fast_kernels.shared.operator import Operator
 from unit_fast_kernels.shared.philox import keep_elements, keep_rows, limit
 from unit_fast_kernels.shared.random import keep_scale
 from unit_fast_kernels.shared.registration import DTYPES, register
 from unit_fast_kernels.shared.sums import sum_partials
 from unit_fast_kernels.shared.triton import cdiv, jit, power_of_two, tl
 from unit_fast_kernels.shared.tuned import launch_parameters, multiprocessors
+from unit_fast_kernels.shared.validation import (
+    check_dropout,
+    check_floating,
+    check_known,
+    check_one_device,
+    check_shape,
+)
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 MAX_WIDTH = 2**20
@@ -340,7 +348,7 @@ class _BiasActDropout(torch.autograd.Function):
         return dx, None if bias is None else dbias, None, None, None
 
 
-def bias_act_dropout_unfit(x: Tensor, bias: Tensor | None) -> str | None:
+def why_not(x: Tensor, bias: Tensor | None = None, *_) -> str | None:
     """Why the kernels cannot take these arguments, or None."""
     for name, tensor in (("x", x), ("bias", bias)):
         if tensor is not None and tensor.dtype not in DTYPES:
@@ -360,9 +368,38 @@ def bias_act_dropout_fused(
     """``bias_act_dropout_reference`` in one pass each way, with the decisions of ``keep_elements``.
 
     x [...,C] and bias [C] of DTYPES; the result has the wider of their dtypes, as the reference's. What does not fit:
-    ``bias_act_dropout_unfit``.
+    ``why_not``.
     """
     return _BiasActDropout.apply(x, bias, act, dropout_p, seed if dropout_p > 0.0 else None)
+
+
+# --- The operator ----------------------------------------------------------------------------------------------------
+
+
+def validate(x: Tensor, bias: Tensor | None, act: str, dropout_p: float = 0.0, seed: Tensor | None = None) -> tuple:
+    """dropout(act(x + bias)); act is ``relu`` or ``gelu`` (erf).
+
+    x [...,C], floating; bias [C] or None; seed int64[2] where dropout_p > 0. ``ValueError`` on arguments that do not
+    fit.
+    """
+    op = "bias_act_dropout"
+    check_known(op, "act", act, ACTIVATIONS)
+    check_floating(op, x=x)
+    if bias is not None:
+        check_shape(op, "bias", bias, tuple(x.shape[-1:]), "[C]")
+        check_one_device(op, x, bias=bias)
+    check_dropout(op, dropout_p, seed)
+    return x, bias, act, dropout_p, seed
+
+
+BIAS_ACT_DROPOUT = Operator(
+    name="bias_act_dropout",
+    validate=validate,
+    reference=bias_act_dropout_reference,
+    cpu=bias_act_dropout_cpu,
+    fused=bias_act_dropout_fused,
+    why_not=why_not,
+)
 
 
 # --- For benchmarks and assembly ------------------------------------------------------------------------------------

@@ -10,11 +10,13 @@ float16.
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from unit_fast_kernels.shared.operator import Operator
 from unit_fast_kernels.shared.philox import keep_elements, keep_rows, limit
 from unit_fast_kernels.shared.random import RandomBits, SavedBits, cut, draw, keep_mask, keep_scale
 from unit_fast_kernels.shared.registration import DTYPES, register
 from unit_fast_kernels.shared.triton import cdiv, jit, tl
 from unit_fast_kernels.shared.tuned import launch_parameters
+from unit_fast_kernels.shared.validation import check_dropout, check_floating
 
 # Elements worked on at a time, so that their random numbers stay in cache.
 CHUNK = 1 << 18
@@ -174,9 +176,32 @@ def dropout_fused(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     return x if dropout_p == 0.0 else _Dropout.apply(x, dropout_p, seed)
 
 
-def dropout_unfit(x: Tensor) -> str | None:
+def why_not(x: Tensor, *_) -> str | None:
     """Why the kernel cannot take x, or None."""
     return None if x.dtype in DTYPES else f"x is {x.dtype}; the kernel takes float32, bfloat16, float16"
+
+
+# --- The operator ----------------------------------------------------------------------------------------------------
+
+
+def validate(x: Tensor, dropout_p: float, seed: Tensor | None) -> tuple:
+    """x with elements zeroed with probability dropout_p and the rest scaled by 1/(1 - p_eff), |p_eff - p| <= 2^-17.
+
+    x of any shape, floating; seed int64[2] where dropout_p > 0. ``ValueError`` on arguments that do not fit.
+    """
+    check_floating("dropout", x=x)
+    check_dropout("dropout", dropout_p, seed)
+    return x, dropout_p, seed
+
+
+DROPOUT = Operator(
+    name="dropout",
+    validate=validate,
+    reference=dropout_reference,
+    cpu=dropout_cpu,
+    fused=dropout_fused,
+    why_not=why_not,
+)
 
 
 SHAPES: dict[str, tuple[int, ...]] = {

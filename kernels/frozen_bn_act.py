@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from unit_fast_kernels.shared.operator import Operator
 from unit_fast_kernels.shared.registration import DTYPES, register
 from unit_fast_kernels.shared.triton import cdiv, jit, power_of_two, tl
 from unit_fast_kernels.shared.tuned import launch_parameters
+from unit_fast_kernels.shared.validation import check_floating, check_one_device, check_shape, refuse
 
 
 def frozen_bn_act_reference(
@@ -241,9 +243,9 @@ class _FrozenBnAct(torch.autograd.Function):
         return dx, None, None, dresidual, None
 
 
-def frozen_bn_act_unfit(x: Tensor, *others: Tensor | None) -> str | None:
+def why_not(x: Tensor, scale=None, shift=None, residual=None, relu=True) -> str | None:
     """Why the kernels cannot take x and the other tensors, or None."""
-    for tensor in (x, *others):
+    for tensor in (x, scale, shift, residual):
         if tensor is not None and tensor.dtype not in DTYPES:
             return f"a tensor is {tensor.dtype}: convert it to float32, bfloat16 or float16"
     if x.shape[:1].numel() * x.shape[2:].numel() >= 2**31:
@@ -257,9 +259,45 @@ def frozen_bn_act_fused(
     """``frozen_bn_act_reference`` in one pass each way; the result is channels last.
 
     x, residual [B,C,H,W] and scale, shift [C] of DTYPES; the result has the wider dtype of x and residual. scale and
-    shift get no gradient. What does not fit: ``frozen_bn_act_unfit``.
+    shift get no gradient. What does not fit: ``why_not``.
     """
     return _FrozenBnAct.apply(x, scale, shift, residual, relu)
+
+
+# --- The operator ----------------------------------------------------------------------------------------------------
+
+
+def validate(
+    x: Tensor, scale: Tensor | None, shift: Tensor, residual: Tensor | None = None, relu: bool = True
+) -> tuple:
+    """relu(x * scale + shift + residual): a frozen batch norm with what follows it, one pass over a feature map.
+
+    x, residual [B,C,H,W], floating, channels last where it shall be fast; scale (None: 1), shift [C] constants that get
+    no gradient. The result has the wider dtype of x and residual. ``ValueError`` on arguments that do not fit.
+    """
+    op = "frozen_bn_act"
+    check_shape(op, "x", x, (None,) * 4, "[B,C,H,W]")
+    check_floating(op, x=x)
+    for argument, constant in (("scale", scale), ("shift", shift)):
+        if constant is not None:
+            check_shape(op, argument, constant, (x.shape[1],), "[C]")
+            check_floating(op, **{argument: constant})
+            if constant.requires_grad:
+                refuse(op, argument, "a tensor that requires a gradient", "it gets none here: detach it")
+    if residual is not None:
+        check_shape(op, "residual", residual, tuple(x.shape), "the shape of x")
+        check_floating(op, residual=residual)
+    check_one_device(op, x, scale=scale, shift=shift, residual=residual)
+    return x, scale, shift, residual, relu
+
+
+FROZEN_BN_ACT = Operator(
+    name="frozen_bn_act",
+    validate=validate,
+    reference=frozen_bn_act_reference,
+    fused=frozen_bn_act_fused,
+    why_not=why_not,
+)
 
 
 # --- For benchmarks and assembly ------------------------------------------------------------------------------------

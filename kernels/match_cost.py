@@ -18,9 +18,11 @@ the view [L,B,Q,N].
 
 import torch
 from torch import Tensor
+from unit_fast_kernels.shared.operator import Operator
 from unit_fast_kernels.shared.registration import DTYPES, register
 from unit_fast_kernels.shared.triton import cdiv, jit, power_of_two, tl
 from unit_fast_kernels.shared.tuned import launch_parameters
+from unit_fast_kernels.shared.validation import check_floating, check_integer, check_one_device, check_shape
 
 
 def corners(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -43,6 +45,7 @@ def pairwise_giou(a: Tensor, b: Tensor) -> Tensor:
     return intersection / union - (hull - union) / hull
 
 
+@torch.no_grad()
 def match_cost_reference(
     logits: Tensor,
     boxes: Tensor,
@@ -70,6 +73,7 @@ def match_cost_reference(
 # --- On a CPU -------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def match_cost_cpu(
     logits: Tensor,
     boxes: Tensor,
@@ -283,7 +287,7 @@ _operator = register(
 )
 
 
-def match_cost_unfit(logits, boxes, labels, target_boxes, counts) -> str | None:
+def why_not(logits, boxes, labels, target_boxes, *_) -> str | None:
     """Why the kernel cannot take these arguments, or None."""
     for name, tensor in (("logits", logits), ("boxes", boxes), ("target_boxes", target_boxes)):
         if tensor.dtype not in DTYPES:
@@ -295,6 +299,7 @@ def match_cost_unfit(logits, boxes, labels, target_boxes, counts) -> str | None:
     return None
 
 
+@torch.no_grad()
 def match_cost_fused(
     logits: Tensor,
     boxes: Tensor,
@@ -310,11 +315,55 @@ def match_cost_fused(
 
     logits, boxes, target_boxes of DTYPES, which may differ; labels and counts of any integer dtype. Nothing is read on
     the host, so that a label outside 0..K-1 of a real target, or a count outside 0..N, is taken as the nearest legal
-    one. What does not fit: ``match_cost_unfit``.
+    one. What does not fit: ``why_not``.
     """
     return _operator(
         logits, boxes, labels, target_boxes, counts, cost_class, cost_bbox, cost_giou, log_softmax
     ).transpose(-1, -2)
+
+
+# --- The operator ----------------------------------------------------------------------------------------------------
+
+
+def validate(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    counts: Tensor,
+    *,
+    cost_class: float = 1.0,
+    cost_bbox: float = 5.0,
+    cost_giou: float = 2.0,
+    log_softmax: bool = False,
+) -> tuple:
+    """Matching cost [L,B,Q,N] of DETR for all layers and images, each with its own image's targets. No gradient.
+
+    logits [L,B,Q,K]; boxes [L,B,Q,4] and target_boxes [B,N,4] cx cy w h; labels [B,N] int64, -1 on padding; counts [B]
+    real targets. ``log_softmax`` takes log-probabilities. Columns at and beyond counts are zero. At least float32;
+    strides may be those of [L,B,N,Q]. ``ValueError`` on arguments that do not fit.
+    """
+    op = "match_cost"
+    check_shape(op, "logits", logits, (None,) * 4, "[L,B,Q,K]")
+    layers, batch, queries, _ = logits.shape
+    check_shape(op, "boxes", boxes, (layers, batch, queries, 4), "[L,B,Q,4]")
+    check_shape(op, "labels", labels, (batch, None), "[B,N]")
+    check_shape(op, "target_boxes", target_boxes, (batch, labels.shape[1], 4), "[B,N,4]")
+    check_shape(op, "counts", counts, (batch,), "[B]")
+    check_floating(op, logits=logits, boxes=boxes, target_boxes=target_boxes)
+    check_integer(op, labels=labels, counts=counts)
+    check_one_device(op, logits, boxes=boxes, labels=labels, target_boxes=target_boxes, counts=counts)
+    return logits, boxes, labels, target_boxes, counts, cost_class, cost_bbox, cost_giou, log_softmax
+
+
+MATCH_COST = Operator(
+    name="match_cost",
+    validate=validate,
+    reference=match_cost_reference,
+    cpu=match_cost_cpu,
+    fused=match_cost_fused,
+    why_not=why_not,
+)
 
 
 # --- For benchmarks and assembly ------------------------------------------------------------------------------------

@@ -20,11 +20,12 @@ parameters in float32, dense in memory; gradients in one of float32, bfloat16, f
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from unit_fast_kernels.adamw.cpu import adamw_cpu, adamw_cpu_unfit
 from unit_fast_kernels.adamw.kernels import (
     CHUNK,
     GRADIENT_ROW,
@@ -34,7 +35,8 @@ from unit_fast_kernels.adamw.kernels import (
     _adamw_update_kernel,
 )
 from unit_fast_kernels.adamw.step import Stats, Step, adamw_reference, is_dense, same_layout, upload
-from unit_fast_kernels.shared import capture as _capture
+from unit_fast_kernels.shared import capture
+from unit_fast_kernels.shared.operator import Operator
 from unit_fast_kernels.shared.registration import DTYPES, register
 from unit_fast_kernels.shared.triton import cdiv, tl
 from unit_fast_kernels.shared.tuned import launch_parameters
@@ -81,9 +83,9 @@ class Tables:
         """``values`` on the device. ``RuntimeError`` within a capture if they are not there yet."""
         if self._hosts.get(name) != values:
             if not isinstance(self.layout, FakeTensor):
-                _capture.refuse(self.device, f"AdamW's {name} would be copied to the device")
+                capture.refuse(self.device, f"AdamW's {name} would be copied to the device")
             self._hosts[name], self._tensors[name] = values, upload(values, dtype, self.device)
-        if self._real(_capture.capturing):
+        if self._real(capture.capturing):
             self._held.append(self._tensors[name])
         return self._tensors[name]
 
@@ -91,7 +93,7 @@ class Tables:
         """The table [ROWS,n] of where the tensors are."""
         values = addresses_of(rows)
         homes = self._homes(values)
-        if not self._real(_capture.in_graph_memory):
+        if not self._real(capture.in_graph_memory):
             return self.kept("addresses", values, torch.int64)
         table = homes.clone()
         present = [i for i, address in enumerate(values[GRADIENT_ROW]) if address]
@@ -250,7 +252,7 @@ _operator = register(
 # --- The fused implementation ---------------------------------------------------------------------------------------
 
 
-def adamw_unfit(step: Step) -> str | None:
+def why_not(step: Step, *_) -> str | None:
     """Why the kernels cannot take this step, or None."""
     device = step.params[0].device
     for p in step.params:
@@ -279,7 +281,7 @@ def _arguments(step: Step, grads: Sequence[Tensor | None], tables: Tables) -> tu
     used = step.used
     if used is not None:
         if used.device != device:
-            _capture.refuse(device, f"AdamW's mask of what was used, which is on {used.device}, would be copied")
+            capture.refuse(device, f"AdamW's mask of what was used, which is on {used.device}, would be copied")
         used = used.to(device, non_blocking=True).contiguous().view(torch.uint8)
     present = [[i for i, t in enumerate(row) if t is not None] for row in (grads, copies, averages)]
     grad_dtype = grads[present[0][0]].dtype if present[0] else torch.float32
@@ -295,25 +297,50 @@ def _arguments(step: Step, grads: Sequence[Tensor | None], tables: Tables) -> tu
 
 def prepare(step: Step, tables: Tables) -> None:
     """Make and copy all that ``adamw_fused`` keeps from one call to the next, so that a step can be captured."""
-    with _capture.graph_memory():  # as a captured step: gradients are not here yet, and each step has its own
+    with capture.graph_memory():  # as a captured step: gradients are not here yet, and each step has its own
         _arguments(step, [None] * len(step.params), tables)
 
 
 @torch.no_grad()
-def adamw_fused(step: Step, tables: Tables) -> Stats:
-    """``adamw_reference`` in three launches, for what is not ``adamw_unfit``; every parameter gets moments.
+def adamw_fused(step: Step, tables: Callable[[], Tables]) -> Stats:
+    """``adamw_reference`` in three launches, for what ``why_not`` has nothing against; every parameter gets moments.
 
-    ``tables`` belongs to the same parameters in the same order; ``step.lr`` is a float64 tensor on the device.
+    ``tables()`` belongs to the same parameters in the same order, and makes ``step.lr`` a float64 tensor on the device.
     """
     grads = list(step.grads)
     moved = [i for i, g in enumerate(grads) if g is not None and not same_layout(step.params[i], g)]
     for i in moved:  # elements are paired by their place in memory
         grads[i] = torch.empty_like(step.params[i], dtype=grads[i].dtype).copy_(grads[i])
-    stats = _operator(*_arguments(step, grads, tables))
+    stats = _operator(*_arguments(step, grads, tables()))
     if step.in_place:
         for i in moved:
             step.grads[i].copy_(grads[i])
     return stats
+
+
+# --- The operator ----------------------------------------------------------------------------------------------------
+
+
+def validate(step: Step, tables: Callable[[], Tables]) -> tuple[Step, Callable[[], Tables]]:
+    """One step of AdamW over the tensors of ``step``, in place: (norm before clipping, int32 1 if nothing was changed).
+
+    ``tables`` gives what the kernels know of the tensors, and makes ``step.lr`` a tensor on the device; it is called
+    only where they run. ``unit_fast.MaskedAdamW`` is the optimiser around it. ``ValueError`` as every operator where
+    the mode is fused and the kernels cannot take the step.
+    """
+    return step, tables
+
+
+ADAMW = Operator(
+    name="adamw",
+    validate=validate,
+    reference=adamw_reference,
+    cpu=adamw_cpu,
+    fused=adamw_fused,
+    why_not=why_not,
+    why_not_cpu=adamw_cpu_unfit,
+    tensor=lambda step, *_: step.params[0],
+)
 
 
 # --- For benchmarks and assembly ------------------------------------------------------------------------------------

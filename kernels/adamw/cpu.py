@@ -11,7 +11,7 @@ from torch import Tensor
 from unit_fast_kernels.adamw.step import CLIP_EPS, Stats, Step, flags_of, is_dense, joint, norm_of, same_layout
 
 
-def adamw_cpu_unfit(step: Step) -> str | None:
+def adamw_cpu_unfit(step: Step, *_) -> str | None:
     """Why torch's fused AdamW cannot take this step, or None."""
     dtype = step.params[0].dtype
     if not hasattr(torch, "_fused_adamw_"):
@@ -32,7 +32,7 @@ def _rates(step: Step) -> list[float]:
 
 
 @torch.no_grad()
-def adamw_cpu(step: Step) -> Stats:
+def adamw_cpu(step: Step, *_) -> Stats:
     """``adamw_reference`` for what is not ``adamw_cpu_unfit``."""
     flags, before, n = flags_of(step).tolist(), step.counts.tolist(), len(step.params)
     wide = torch.promote_types(step.params[0].dtype, torch.float32)

@@ -61,7 +61,7 @@ Stats = tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def adamw_reference(step: Step) -> Stats:
+def adamw_reference(step: Step, *_) -> Stats:
     """The specification, in place: one tensor after the other, nothing read on the host."""
     possible = range(len(step.params)) if step.possible is None else step.possible
     flags = flags_of(step)

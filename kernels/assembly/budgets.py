@@ -22,9 +22,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from unit_fast_kernels.assembly import bounds
 from unit_fast_kernels.assembly.assemble import ARCHITECTURES, SHARED_LIMIT, Assembled, assemble_all
 from unit_fast_kernels.assembly.record import Launch, record
-from unit_fast_kernels.shared import cards
+from unit_fast_kernels.shared.cards import CARDS
 from unit_fast_kernels.shared.registration import REGISTERED
 
 PATH = Path(__file__).resolve().parent / "budgets.json"
@@ -141,7 +142,7 @@ class Row:
     @cached_property
     def loop(self) -> Mapping[str, int]:
         """Opcodes of the hot loop."""
-        return cards.hot_loop(self.assembled.loops, self.assembled.instructions)
+        return bounds.hot_loop(self.assembled.loops, self.assembled.instructions)
 
     @cached_property
     def scores_per_thread(self) -> float | None:
@@ -156,7 +157,7 @@ class Row:
         """Instructions per score by pipe, of the hot loop."""
         if self.scores_per_thread is None:
             return None
-        return {pipe: n / self.scores_per_thread for pipe, n in cards.by_pipe(self.loop).items()}
+        return {pipe: n / self.scores_per_thread for pipe, n in bounds.by_pipe(self.loop).items()}
 
     @cached_property
     def instructions_per_score(self) -> float | None:
@@ -165,7 +166,7 @@ class Row:
 
     def bound_us(self, card: str) -> float:
         """The roofline of the whole pass."""
-        return cards.roofline_us(self.bytes, self.flops, self.planned.dtype, cards.CARDS[card])
+        return bounds.roofline_us(self.bytes, self.flops, self.planned.dtype, CARDS[card])
 
     @cached_property
     def warp_instructions(self) -> float | None:
@@ -191,13 +192,13 @@ class Row:
     def issue_us(self, card: str) -> float | None:
         """Time to issue ``warp_instructions``."""
         count = self.warp_instructions
-        return None if count is None else cards.issue_us(count, cards.CARDS[card])
+        return None if count is None else bounds.issue_us(count, CARDS[card])
 
     def pipes_us(self, card: str) -> float | None:
         """The sum of the pipes for all scores; None where the op has no scores."""
         if self.scores_per_thread is None:
             return None
-        return cards.pipes_us(self.loop, self._warp_turns, cards.CARDS[card])
+        return bounds.pipes_us(self.loop, self._warp_turns, CARDS[card])
 
     def figures(self) -> dict[str, float]:
         """The figures that a budget limits."""

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 from torch._subclasses import FakeTensorMode
-from unit_fast_kernels.assembly import worker as _assemble_worker
-from unit_fast_kernels.shared import tuned as _tuned
+from unit_fast_kernels.assembly import worker
+from unit_fast_kernels.shared import tuned
 from unit_fast_kernels.shared.triton import INTERPRETING, WHY_NOT, triton
 
 
@@ -81,7 +81,7 @@ class Launch:
 @functools.cache
 def _taker() -> str:
     """The source of the child process: another one may take other figures."""
-    return Path(_assemble_worker.__file__).read_text(encoding="utf-8")
+    return Path(worker.__file__).read_text(encoding="utf-8")
 
 
 def _plain(value):
@@ -181,7 +181,7 @@ def record(function: Callable[[], object], card: str, into: list[Launch] | None 
     original = JITFunction.run
     JITFunction.run = run
     try:
-        with _tuned.assume(card), FakeTensorMode():
+        with tuned.assume(card), FakeTensorMode():
             function()
     finally:
         JITFunction.run = original

@@ -20,9 +20,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from unit_fast_kernels.assignment.kernels import _assignment_kernel
+from unit_fast_kernels.shared.operator import Operator
 from unit_fast_kernels.shared.registration import DTYPES, register
 from unit_fast_kernels.shared.triton import power_of_two
 from unit_fast_kernels.shared.tuned import launch_parameters
+from unit_fast_kernels.shared.validation import check_floating, check_integer, check_one_device, check_shape
 
 MAX_COLUMNS = 1024
 
@@ -35,7 +37,7 @@ def assignment_reference(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     reported as flag 1; SciPy alone would raise. ``ValueError`` for a count outside 0..T.
     """
     # SciPy solves for the shorter side, and would transpose (copy) each problem with fewer targets than queries.
-    host = cost.detach().mT.to("cpu", torch.float64).contiguous()
+    host = cost.detach().flatten(0, -3).mT.to("cpu", torch.float64).contiguous()
     all_finite = math.isfinite(host.sum())  # a sum that is not finite may yet have finite terms only
     by_target = host.numpy()
     problems, targets, queries = by_target.shape
@@ -60,7 +62,8 @@ def assignment_reference(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         else:
             rows, columns = linear_sum_assignment(problem.T)
             query[p, columns] = rows
-    return torch.from_numpy(query).to(cost.device), torch.from_numpy(flag).to(cost.device)
+    query, flag = (torch.from_numpy(found).to(cost.device) for found in (query, flag))
+    return query.view(*cost.shape[:-2], targets), flag.view(cost.shape[:-2])
 
 
 # --- Launcher, registration -----------------------------------------------------------------------------------------
@@ -122,13 +125,13 @@ _operator = register(
 )
 
 
-def assignment_unfit(cost, counts) -> str | None:
+def why_not(cost: Tensor, counts: Tensor) -> str | None:
     """Why the kernel cannot take these arguments, or None."""
     if cost.dtype not in (*DTYPES, torch.float64):
         return f"cost is {cost.dtype}: convert it to float32, bfloat16, float16 or float64"
-    if max(cost.shape[1:]) > MAX_COLUMNS:
-        return f"the larger of queries and targets is {max(cost.shape[1:])}: the kernel takes up to {MAX_COLUMNS}"
-    if cost.shape[0] >= 2**31:
+    if max(cost.shape[-2:]) > MAX_COLUMNS:
+        return f"the larger of queries and targets is {max(cost.shape[-2:])}: the kernel takes up to {MAX_COLUMNS}"
+    if cost.shape[:-2].numel() >= 2**31:
         return "cost has 2^31 problems or more: split it"
     return None
 
@@ -138,9 +141,46 @@ def assignment_fused(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
     cost of any strides (fastest where those of Q, the queries, are 1), of DTYPES or float64; counts of any integer
     dtype. Nothing is read on the host, so that a count outside 0..T is no error but taken as the nearest legal one.
-    What does not fit: ``assignment_unfit``.
+    What does not fit: ``why_not``.
     """
-    return _operator(cost.detach(), counts)
+    query, flag = _operator(cost.detach().flatten(0, -3), counts)
+    return query.unflatten(0, cost.shape[:-2]), flag.unflatten(0, cost.shape[:-2])
+
+
+# --- The operator ----------------------------------------------------------------------------------------------------
+
+
+def validate(cost: Tensor, counts: Tensor) -> tuple:
+    """Exact batched assignment: the cheapest one-to-one pairing of queries and targets in each of P problems.
+
+    For any DETR: what ``scipy.optimize.linear_sum_assignment`` does image by image, ties included, for all images and
+    decoder layers at once. On CUDA one launch, and the host reads nothing, so that a graph can hold it.
+
+    cost [P,Q,T] floating, any strides, of which problem p uses the first counts[p] columns; counts [P] integer, 0..T
+    (on CUDA a count outside is taken as the nearest of these). Returns query [P,T] int64: the query of each target, -1
+    beyond counts, and for the targets left over where there are more than Q; flag [P] int32: 1 where the problem held
+    non-finite costs, which count as dearer than every finite one. No gradient.
+
+    With cost [L,B,Q,T] and counts [B] for L layers of the same B images the results are [L,B,T] and [L,B].
+    ``ValueError`` on arguments that do not fit.
+    """
+    op = "assignment"
+    layered = cost.dim() == 4
+    check_shape(op, "cost", cost, (None,) * (4 if layered else 3), "[P,Q,T]")
+    check_shape(op, "counts", counts, tuple(cost.shape[-3:-2]), "[B]" if layered else "[P]")
+    check_floating(op, cost=cost)
+    check_integer(op, counts=counts)
+    check_one_device(op, cost, counts=counts)
+    return cost, counts
+
+
+ASSIGNMENT = Operator(
+    name="assignment",
+    validate=validate,
+    reference=assignment_reference,
+    fused=assignment_fused,
+    why_not=why_not,
+)
 
 
 # --- For benchmarks and assembly ------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def attention_keep(
     keep = ((0xFC00 - drawn) & 0xFFFF) >= threshold(p)
     if key_padding_mask is None:
         return keep
-    order, _ = _key_list_reference(key_padding_mask)
+    order, _ = key_list_reference(key_padding_mask)
     place = order.long()[:, None, None, :].expand(keep.shape)
     return torch.empty_like(keep).scatter_(-1, place, keep)
 
@@ -83,7 +83,7 @@ def _key_list_launch(mask: Tensor) -> tuple[Tensor, Tensor]:
     return order, count
 
 
-def _key_list_reference(mask: Tensor) -> tuple[Tensor, Tensor]:
+def key_list_reference(mask: Tensor) -> tuple[Tensor, Tensor]:
     keys = mask.shape[1]
     rank = (~mask).cumsum(1) - (~mask).long()
     key = torch.arange(keys, device=mask.device).expand(mask.shape)
@@ -99,7 +99,7 @@ def _key_list_fake(mask: Tensor) -> tuple[Tensor, Tensor]:
 key_list = register(
     "attention_key_list",
     "(Tensor mask) -> (Tensor, Tensor)",
-    reference=_key_list_reference,
+    reference=key_list_reference,
     launch=_key_list_launch,
     fake=_key_list_fake,
 )
@@ -148,6 +148,32 @@ def blocks_of(count, BN: tl.constexpr):
     """(number of blocks whose keys are all real, number of blocks with a real key)."""
     full = (count // 128) * (128 // BN)
     return full, full + tl.minimum(tl.cdiv(count % 128, BN // 2), 128 // BN)
+
+
+@jit
+def real_keys(count_ptr, b, keys, LISTED: tl.constexpr):
+    """How many keys of batch entry b are real."""
+    if LISTED:
+        count = tl.load(count_ptr + b)
+    else:
+        count = keys
+    return count
+
+
+@jit
+def block_keys(t, count, order_ptr, BN: tl.constexpr, LISTED: tl.constexpr, TAIL: tl.constexpr):
+    """Block t as columns: (first key, which are real, their rows in k and v). ``order_ptr`` is that of the batch entry;
+    only blocks with TAIL may have keys that are not real."""
+    first = first_key(t, BN)
+    key = first + columns(BN)
+    inside = key < count
+    row = key
+    if LISTED:
+        if TAIL:
+            row = tl.load(order_ptr + key, mask=inside, other=0)
+        else:
+            row = tl.load(order_ptr + key)
+    return first, inside, row
 
 
 # --- Dropout inside a block -----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from unit_fast_kernels.attention import attention_reference
+from unit_fast_kernels.attention.reference import attention_reference
 from unit_fast_kernels.shared.random import RandomBits, cut, keep_mask, keep_scale
 
 # Scores of one block: 2 MiB in float32, so that scores, gradients and random numbers share the second-level cache.

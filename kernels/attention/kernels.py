@@ -1,21 +1,22 @@
-"""The Triton kernels of ``attention``: forward; backward to q; backward to k and v.
+"""The Triton kernels of attention in tiles: forward; backward to q; backward to k and v.
 
 One program computes a tile of BM queries (or BN keys) of one head and runs over the other side in blocks, the last of
 which is a loop of its own so that the main one masks nothing. Blocks of keys, their order and dropout's decisions are
-those of ``_attention_blocks``. Scores are in units of log 2: ``scale`` = log2(e) / sqrt(D). Heads are padded to DP
+those of ``blocks``. Scores are in units of log 2: ``scale`` = log2(e) / sqrt(D). Heads are padded to DP
 columns. DROP is 0 where nothing is dropped, 1 where decisions come one by one, 2 two by two.
 """
 
 from unit_fast_kernels.attention.blocks import (
+    block_keys,
     blocks_of,
     column_of_query,
-    columns,
     drop_pairs,
     first_key,
     keep_block,
     query_columns,
     random_words,
     random_words_t,
+    real_keys,
     rows,
     select_pairs,
 )
@@ -37,27 +38,12 @@ def _rows_of(base, row, stride, inside, D: tl.constexpr, DP: tl.constexpr, MASKE
 
 
 @jit
-def _keys_of(t, count, order_ptr, BN: tl.constexpr, LISTED: tl.constexpr, TAIL: tl.constexpr):
-    """Block t as columns: (first key, which are real, their rows in k and v)."""
-    first = first_key(t, BN)
-    key = first + columns(BN)
-    inside = key < count
-    row = key
-    if LISTED:
-        if TAIL:
-            row = tl.load(order_ptr + key, mask=inside, other=0)
-        else:
-            row = tl.load(order_ptr + key)
-    return first, inside, row
-
-
-@jit
 def _fwd_block(
     acc, top, total, q, t, count, k_ptr, v_ptr, order_ptr, seed_ptr, scale, limit, head, query,
     K_S: tl.constexpr, V_S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     LISTED: tl.constexpr, DROP: tl.constexpr, INTERPRET: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    first, inside, row = _keys_of(t, count, order_ptr, BN, LISTED, TAIL)
+    first, inside, row = block_keys(t, count, order_ptr, BN, LISTED, TAIL)
     k = _rows_of(k_ptr, row, K_S, inside, D, DP, TAIL)
     v = _rows_of(v_ptr, row, V_S, inside, D, DP, TAIL)
     scores = dot(q, tl.trans(k), tl.zeros((BM, BN), tl.float32), INTERPRET)
@@ -106,9 +92,8 @@ def _attention_fwd_kernel(
 ):  # fmt: skip
     query, head = tl.program_id(0) * BM, tl.program_id(1)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    count = keys
+    count = real_keys(count_ptr, b, keys, LISTED)
     if LISTED:
-        count = tl.load(count_ptr + b)
         order_ptr += b * keys
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
@@ -118,16 +103,12 @@ def _attention_fwd_kernel(
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     full, some = blocks_of(count, BN)
-    for t in range(full):
-        acc, top, total = _fwd_block(
-            acc, top, total, q, t, count, k_ptr, v_ptr, order_ptr, seed_ptr, scale, limit, head, query,
-            K_S, V_S, D, DP, BM, BN, LISTED, DROP, INTERPRET, False,
-        )  # fmt: skip
-    for t in range(full, some):
-        acc, top, total = _fwd_block(
-            acc, top, total, q, t, count, k_ptr, v_ptr, order_ptr, seed_ptr, scale, limit, head, query,
-            K_S, V_S, D, DP, BM, BN, LISTED, DROP, INTERPRET, True,
-        )  # fmt: skip
+    for TAIL in tl.static_range(2):
+        for t in range(full * TAIL, some if TAIL else full):
+            acc, top, total = _fwd_block(
+                acc, top, total, q, t, count, k_ptr, v_ptr, order_ptr, seed_ptr, scale, limit, head, query,
+                K_S, V_S, D, DP, BM, BN, LISTED, DROP, INTERPRET, TAIL,
+            )  # fmt: skip
     # Without a key: zeros, and a logsumexp that makes every probability of the backward zero.
     none = total == 0.0
     total = tl.where(none, 1.0, total)
@@ -145,7 +126,7 @@ def _dq_block(
     K_S: tl.constexpr, V_S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     LISTED: tl.constexpr, DROP: tl.constexpr, INTERPRET: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    first, inside, row = _keys_of(t, count, order_ptr, BN, LISTED, TAIL)
+    first, inside, row = block_keys(t, count, order_ptr, BN, LISTED, TAIL)
     k = _rows_of(k_ptr, row, K_S, inside, D, DP, TAIL)
     v = _rows_of(v_ptr, row, V_S, inside, D, DP, TAIL)
     scores = dot(q, tl.trans(k), tl.zeros((BM, BN), tl.float32), INTERPRET)
@@ -200,9 +181,8 @@ def _attention_bwd_q_kernel(
 ):  # fmt: skip
     query, head = tl.program_id(0) * BM, tl.program_id(1)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    count = keys
+    count = real_keys(count_ptr, b, keys, LISTED)
     if LISTED:
-        count = tl.load(count_ptr + b)
         order_ptr += b * keys
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
@@ -219,16 +199,12 @@ def _attention_bwd_q_kernel(
     tl.store(stats_ptr + padded, less, mask=inside)
     acc = tl.zeros((BM, DP), tl.float32)
     full, some = blocks_of(count, BN)
-    for t in range(full):
-        acc = _dq_block(
-            acc, q, grad, lse, less, t, count, k_ptr, v_ptr, order_ptr, seed_ptr, scale, limit, head, query,
-            K_S, V_S, D, DP, BM, BN, LISTED, DROP, INTERPRET, False,
-        )  # fmt: skip
-    for t in range(full, some):
-        acc = _dq_block(
-            acc, q, grad, lse, less, t, count, k_ptr, v_ptr, order_ptr, seed_ptr, scale, limit, head, query,
-            K_S, V_S, D, DP, BM, BN, LISTED, DROP, INTERPRET, True,
-        )  # fmt: skip
+    for TAIL in tl.static_range(2):
+        for t in range(full * TAIL, some if TAIL else full):
+            acc = _dq_block(
+                acc, q, grad, lse, less, t, count, k_ptr, v_ptr, order_ptr, seed_ptr, scale, limit, head, query,
+                K_S, V_S, D, DP, BM, BN, LISTED, DROP, INTERPRET, TAIL,
+            )  # fmt: skip
     d = tl.arange(0, DP)
     at = grad_q_ptr + ((b * queries + i)[:, None] * heads + h) * D + d[None, :]
     tl.store(at, (acc * grad_scale).to(grad_q_ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
@@ -307,10 +283,10 @@ def _attention_bwd_kv_kernel(
     first, head = first_key(tl.program_id(0), BN), tl.program_id(1)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     j = first + rows(BN)
-    row, count = j, keys
+    row = j
     if LISTED:
         row = tl.load(order_ptr + b * keys + j, mask=j < keys, other=0)
-        count = tl.load(count_ptr + b)
+    count = real_keys(count_ptr, b, keys, LISTED)
     real = j < count
     k = _rows_of(k_ptr + b * k_b + h * k_h, row, k_s, real, D, DP, True)
     v = _rows_of(v_ptr + b * v_b + h * v_h, row, v_s, real, D, DP, True)
@@ -320,16 +296,12 @@ def _attention_bwd_kv_kernel(
     acc_k, acc_v = tl.zeros((BN, DP), tl.float32), tl.zeros((BN, DP), tl.float32)
     wanted = tl.where(first < count, queries, 0)
     full = wanted // BM * BM
-    for query in range(0, full, BM):
-        acc_k, acc_v = _dkv_block(
-            acc_k, acc_v, k, v, query, queries, q_ptr, grad_ptr, stats_ptr, padded, seed_ptr, scale, limit,
-            head, first, Q_S, G_S, D, DP, BM, BN, DROP, INTERPRET, False,
-        )  # fmt: skip
-    for query in range(full, wanted, BM):
-        acc_k, acc_v = _dkv_block(
-            acc_k, acc_v, k, v, query, queries, q_ptr, grad_ptr, stats_ptr, padded, seed_ptr, scale, limit,
-            head, first, Q_S, G_S, D, DP, BM, BN, DROP, INTERPRET, True,
-        )  # fmt: skip
+    for TAIL in tl.static_range(2):
+        for query in range(full * TAIL, wanted if TAIL else full, BM):
+            acc_k, acc_v = _dkv_block(
+                acc_k, acc_v, k, v, query, queries, q_ptr, grad_ptr, stats_ptr, padded, seed_ptr, scale, limit,
+                head, first, Q_S, G_S, D, DP, BM, BN, DROP, INTERPRET, TAIL,
+            )  # fmt: skip
     d = tl.arange(0, DP)
     at = ((b * keys + row)[:, None] * heads + h) * D + d[None, :]
     mask = (j < keys)[:, None] & (d < D)[None, :]

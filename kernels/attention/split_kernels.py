@@ -1,25 +1,13 @@
-"""The Triton kernels of ``cross_attention``: forward, backward, and the joining of the splits.
+"""The Triton kernels of attention with split keys: forward, backward, and the joining of the splits.
 
 A program takes one (b, h), all queries (one tile of BM) and one share of the blocks of keys. Blocks, the list of real
-keys and dropout's decisions are those of ``_attention_blocks``; blocks without a real key are not visited. The head is
+keys and dropout's decisions are those of ``blocks``; blocks without a real key are not visited. The head is
 one part of DA columns, or two of DA + DB (96 = 64 + 32, where 128 would compute 32 columns of zeros). Scores are in
 units of log 2: ``scale`` = log2(e) / sqrt(D). DROP: 0 nothing, 1 by selects, 2 two at a time.
 """
 
-from unit_fast_kernels.attention.blocks import blocks_of, columns, drop_pairs, first_key, keep_block, random_words
+from unit_fast_kernels.attention.blocks import block_keys, blocks_of, drop_pairs, keep_block, random_words, real_keys
 from unit_fast_kernels.shared.triton import dot, jit, tl
-
-# --- Shared -----------------------------------------------------------------------------------------------------------
-
-
-@jit
-def _real_keys(count_ptr, b, keys, LISTED: tl.constexpr):
-    """How many keys of batch entry b are real."""
-    if LISTED:
-        count = tl.load(count_ptr + b)
-    else:
-        count = keys
-    return count
 
 
 @jit
@@ -28,19 +16,6 @@ def _share(split, splits, count, BN: tl.constexpr):
     full, all_blocks = blocks_of(count, BN)
     first, end = split * all_blocks // splits, (split + 1) * all_blocks // splits
     return first, tl.maximum(first, tl.minimum(full, end)), end
-
-
-@jit
-def _key_rows(order_ptr, b, keys, start, count, BN: tl.constexpr, LISTED: tl.constexpr, TAIL: tl.constexpr):
-    """Where the keys of the block at ``start`` lie, int64 [BN], and which of them are real, bool [BN]."""
-    j = start + columns(BN)
-    real = j < count
-    if LISTED:
-        if TAIL:
-            j = tl.load(order_ptr + b * keys + j, mask=real, other=0)
-        else:
-            j = tl.load(order_ptr + b * keys + j)
-    return j.to(tl.int64), real
 
 
 @jit
@@ -64,13 +39,13 @@ def _part(rows_ptr, column, inside, D: tl.constexpr, EXACT: tl.constexpr, MASKED
 def _fwd_block(
     q_a, q_b, out_a, out_b, top, total,  # [BM,DA], [BM,DB], fp32 accumulators, running maximum and sum [BM]
     k_ptr, v_ptr, order_ptr, seed_ptr,
-    k_sn, v_sn, bh, b, block, count, keys, scale, limit,
+    k_sn, v_sn, bh, block, count, scale, limit,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     LISTED: tl.constexpr, TAIL: tl.constexpr, DROP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One block of keys joins the running softmax."""
-    start = first_key(block, BN)
-    at, real = _key_rows(order_ptr, b, keys, start, count, BN, LISTED, TAIL)
+    start, real, at = block_keys(block, count, order_ptr, BN, LISTED, TAIL)
+    at = at.to(tl.int64)
     column_a = tl.arange(0, DA)
     k_a = _part(k_ptr + at * k_sn, column_a, real, D, D >= DA, TAIL)
     s = dot(q_a, tl.trans(k_a), tl.zeros((BM, BN), tl.float32), INTERPRET)
@@ -134,18 +109,16 @@ def _cross_attention_fwd_kernel(
         q_b, out_b = q_a, top
     k_ptr += b * k_sb + h * k_sh
     v_ptr += b * v_sb + h * v_sh
-    count = _real_keys(count_ptr, b, keys, LISTED)
+    count = real_keys(count_ptr, b, keys, LISTED)
+    if LISTED:
+        order_ptr += b * keys
     first, full_end, end = _share(split, splits, count, BN)
-    for block in range(first, full_end):
-        out_a, out_b, top, total = _fwd_block(
-            q_a, q_b, out_a, out_b, top, total, k_ptr, v_ptr, order_ptr, seed_ptr, k_sn, v_sn, bh, b, block, count,
-            keys, scale, limit, D, DA, DB, BM, BN, LISTED, False, DROP, INTERPRET,
-        )  # fmt: skip
-    for block in range(full_end, end):
-        out_a, out_b, top, total = _fwd_block(
-            q_a, q_b, out_a, out_b, top, total, k_ptr, v_ptr, order_ptr, seed_ptr, k_sn, v_sn, bh, b, block, count,
-            keys, scale, limit, D, DA, DB, BM, BN, LISTED, True, DROP, INTERPRET,
-        )  # fmt: skip
+    for TAIL in tl.static_range(2):
+        for block in range(full_end if TAIL else first, end if TAIL else full_end):
+            out_a, out_b, top, total = _fwd_block(
+                q_a, q_b, out_a, out_b, top, total, k_ptr, v_ptr, order_ptr, seed_ptr, k_sn, v_sn, bh, block, count,
+                scale, limit, D, DA, DB, BM, BN, LISTED, TAIL, DROP, INTERPRET,
+            )  # fmt: skip
     # Without a real key the sum, and so the output, is zero.
     some = tl.where(total == 0.0, 1.0, total)
     norm = (keep_scale / some)[:, None]
@@ -199,13 +172,13 @@ def _bwd_block(
     q_a, q_b, grad_a, grad_b, dq_a, dq_b,  # [BM,DA], [BM,DB] twice, fp32 accumulators
     lse, delta,  # [BM] of base 2, without the keep scale
     k_ptr, v_ptr, dk_ptr, dv_ptr, order_ptr, seed_ptr,
-    k_sn, v_sn, g_n, bh, b, block, count, keys, scale, softmax_scale, limit,
+    k_sn, v_sn, g_n, bh, block, count, scale, softmax_scale, limit,
     D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     LISTED: tl.constexpr, TAIL: tl.constexpr, DROP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one block of keys are written; that of the queries grows."""
-    start = first_key(block, BN)
-    at, real = _key_rows(order_ptr, b, keys, start, count, BN, LISTED, TAIL)
+    start, real, at = block_keys(block, count, order_ptr, BN, LISTED, TAIL)
+    at = at.to(tl.int64)
     column_a = tl.arange(0, DA)
     k_a = _part(k_ptr + at * k_sn, column_a, real, D, D >= DA, TAIL)
     v_a = _part(v_ptr + at * v_sn, column_a, real, D, D >= DA, TAIL)
@@ -292,26 +265,23 @@ def _cross_attention_bwd_kernel(
     v_ptr += b * v_sb + h * v_sh
     dk_ptr += (b * keys * heads + h) * D
     dv_ptr += (b * keys * heads + h) * D
-    count = _real_keys(count_ptr, b, keys, LISTED)
+    count = real_keys(count_ptr, b, keys, LISTED)
+    if LISTED:
+        order_ptr += b * keys
     first, full_end, end = _share(split, splits, count, BN)
-    for block in range(first, full_end):
-        dq_a, dq_b = _bwd_block(
-            q_a, q_b, grad_a, grad_b, dq_a, dq_b, lse, delta, k_ptr, v_ptr, dk_ptr, dv_ptr, order_ptr, seed_ptr,
-            k_sn, v_sn, heads * D, bh, b, block, count, keys, scale, softmax_scale, limit, D, DA, DB, BM, BN, LISTED,
-            False, DROP, INTERPRET,
-        )  # fmt: skip
-    for block in range(full_end, end):
-        dq_a, dq_b = _bwd_block(
-            q_a, q_b, grad_a, grad_b, dq_a, dq_b, lse, delta, k_ptr, v_ptr, dk_ptr, dv_ptr, order_ptr, seed_ptr,
-            k_sn, v_sn, heads * D, bh, b, block, count, keys, scale, softmax_scale, limit, D, DA, DB, BM, BN, LISTED,
-            True, DROP, INTERPRET,
-        )  # fmt: skip
+    for TAIL in tl.static_range(2):
+        for block in range(full_end if TAIL else first, end if TAIL else full_end):
+            dq_a, dq_b = _bwd_block(
+                q_a, q_b, grad_a, grad_b, dq_a, dq_b, lse, delta, k_ptr, v_ptr, dk_ptr, dv_ptr, order_ptr, seed_ptr,
+                k_sn, v_sn, heads * D, bh, block, count, scale, softmax_scale, limit, D, DA, DB, BM, BN,
+                LISTED, TAIL, DROP, INTERPRET,
+            )  # fmt: skip
     if LISTED:  # padded keys, in turns: their gradients are zero
         D_ALL: tl.constexpr = 2 * DA if DB else DA
         d = tl.arange(0, D_ALL)
         for start in range(count + split * BN, keys, splits * BN):
             j = start + tl.arange(0, BN)
-            at = tl.load(order_ptr + b * keys + j, mask=j < keys, other=0).to(tl.int64)
+            at = tl.load(order_ptr + j, mask=j < keys, other=0).to(tl.int64)
             to = at[:, None] * (heads * D) + d[None, :]
             zero = tl.zeros((BN, D_ALL), tl.float32)
             tl.store(dk_ptr + to, zero, mask=(j < keys)[:, None] & (d < D)[None, :])

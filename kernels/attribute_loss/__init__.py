@@ -24,10 +24,19 @@ from unit_fast_kernels.attribute_loss.kernels import (
     _attribute_loss_bwd_kernel,
     _attribute_loss_fwd_kernel,
 )
+from unit_fast_kernels.shared.operator import Operator
 from unit_fast_kernels.shared.registration import DTYPES, register
 from unit_fast_kernels.shared.ticket import counters
 from unit_fast_kernels.shared.triton import cdiv, power_of_two
 from unit_fast_kernels.shared.tuned import launch_parameters
+from unit_fast_kernels.shared.validation import (
+    NORMALISATIONS,
+    check_floating,
+    check_int64,
+    check_known,
+    check_one_device,
+    check_shape,
+)
 
 SCALE = 0.5
 """Constant factor of the authors' attribute loss (SPEC quirk 7)."""
@@ -51,7 +60,7 @@ def _factors(k: Tensor, normalisation: str, dtype: torch.dtype) -> Tensor:
 
 
 def attribute_loss_reference(
-    logits: Tensor, query: Tensor, attributes: Tensor, *, normalisation: str = "per_image", weight: float = 1.0
+    logits: Tensor, query: Tensor, attributes: Tensor, normalisation: str = "per_image", weight: float = 1.0
 ) -> Tensor:
     """The specification: [L], times ``weight``, in the dtype of the logits, at least float32."""
     wide = torch.promote_types(logits.dtype, torch.float32)
@@ -200,7 +209,7 @@ class _AttributeLoss(torch.autograd.Function):
         return _backward(by_loss, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
-def attribute_loss_unfit(logits: Tensor, attributes: Tensor) -> str | None:
+def why_not(logits: Tensor, query: Tensor, attributes: Tensor, *_) -> str | None:
     """Why the kernels cannot take these arguments, or None."""
     if logits.dtype not in DTYPES:
         return f"logits is {logits.dtype}: convert it to float32, bfloat16 or float16"
@@ -212,10 +221,44 @@ def attribute_loss_unfit(logits: Tensor, attributes: Tensor) -> str | None:
 
 
 def attribute_loss_fused(
-    logits: Tensor, query: Tensor, attributes: Tensor, *, normalisation: str = "per_image", weight: float = 1.0
+    logits: Tensor, query: Tensor, attributes: Tensor, normalisation: str = "per_image", weight: float = 1.0
 ) -> Tensor:
     """``attribute_loss_reference`` by the kernels: float32, the gradient in the dtype of the logits."""
     return _AttributeLoss.apply(logits, query, attributes, normalisation == "per_process", weight)
+
+
+# --- The operator ----------------------------------------------------------------------------------------------------
+
+
+def validate(
+    logits: Tensor, query: Tensor, attributes: Tensor, *, normalisation: str = "per_image", weight: float = 1.0
+) -> tuple:
+    """Visual Genome's attribute loss for all decoder layers at once: [L].
+
+    logits [L,B,N,A], floating, those of the query of each object, get a gradient; query int64 [L,B,N] (-1 = none);
+    attributes int64 [B,N,M] (-1 = empty slot). An object counts if it has a query and attributes, with 0.5 of the mean
+    cross-entropy of its attributes; the loss is the mean over the objects that count, ``normalisation`` "per_image"
+    (then over images) or "per_process", times ``weight``; zero and still connected where none does. In the dtype of
+    the logits, at least float32. ``ValueError`` on arguments that do not fit.
+    """
+    op = "attribute_loss"
+    check_shape(op, "logits", logits, (None,) * 4, "[L,B,N,A]")
+    check_shape(op, "query", query, tuple(logits.shape[:3]), "[L,B,N]")
+    check_shape(op, "attributes", attributes, (*logits.shape[1:3], None), "[B,N,M]")
+    check_floating(op, logits=logits)
+    check_int64(op, query=query, attributes=attributes)
+    check_one_device(op, logits, query=query, attributes=attributes)
+    check_known(op, "normalisation", normalisation, NORMALISATIONS)
+    return logits, query, attributes, normalisation, weight
+
+
+ATTRIBUTE_LOSS = Operator(
+    name="attribute_loss",
+    validate=validate,
+    reference=attribute_loss_reference,
+    fused=attribute_loss_fused,
+    why_not=why_not,
+)
 
 
 # --- For benchmarks and assembly ------------------------------------------------------------------------------------

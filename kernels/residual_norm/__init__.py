@@ -19,12 +19,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from unit_fast_kernels.dropout import FEW, drop, dropout_reference, numbers_to_save
 from unit_fast_kernels.residual_norm.kernels import _residual_norm_bwd_kernel, _residual_norm_fwd_kernel
+from unit_fast_kernels.shared.operator import Operator
 from unit_fast_kernels.shared.philox import keep_elements, limit
 from unit_fast_kernels.shared.random import keep_scale
 from unit_fast_kernels.shared.registration import DTYPES, register
 from unit_fast_kernels.shared.sums import sum_partials
 from unit_fast_kernels.shared.triton import cdiv, power_of_two
 from unit_fast_kernels.shared.tuned import launch_parameters, multiprocessors
+from unit_fast_kernels.shared.validation import check_dropout, check_floating, check_one_device, check_shape, refuse
 
 MAX_WIDTH = 4096
 
@@ -283,7 +285,7 @@ class _ResidualNorm(torch.autograd.Function):
         return dx, dbranch, dweight, dbias, dpos, None, None, None, None
 
 
-def residual_norm_unfit(x, branch, weight, bias, pos=None) -> str | None:
+def why_not(x, branch, weight, bias, eps, dropout_p=0.0, pos=None, seed=None) -> str | None:
     """Why the kernels cannot take these arguments, or None."""
     tensors = {"x": x, "branch": branch, "weight": weight, "bias": bias, "pos": pos}
     for name, tensor in tensors.items():
@@ -311,7 +313,7 @@ def residual_norm_fused(
     """``residual_norm_reference`` in one pass each way, with the decisions of ``keep_elements``.
 
     x, branch [...,C] of DTYPES, which may differ; weight, bias [C] of one dtype; pos broadcasts to x. The dtypes of
-    (y, y + pos) are the reference's, also under autocast. What does not fit: ``residual_norm_unfit``.
+    (y, y + pos) are the reference's, also under autocast. What does not fit: ``why_not``.
     """
     dtype = torch.promote_types(x.dtype, branch.dtype)
     if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
@@ -319,6 +321,48 @@ def residual_norm_fused(
     seed = seed if dropout_p > 0.0 else None
     out = _ResidualNorm.apply(x, branch, weight, bias, pos, seed, eps, dropout_p, dtype)
     return (out, None) if pos is None else out
+
+
+# --- The operator ----------------------------------------------------------------------------------------------------
+
+
+def validate(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout_p: float = 0.0,
+    pos: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> tuple:
+    """(y, y + pos) with y = LayerNorm(x + dropout(branch)); the second is None without ``pos``.
+
+    x, branch [...,C], floating, of dtypes that may differ (float32 stream, bfloat16 branch); weight, bias [C]; pos
+    broadcasts to x; seed int64[2] where dropout_p > 0. ``ValueError`` on arguments that do not fit.
+    """
+    op = "residual_norm"
+    check_shape(op, "branch", branch, tuple(x.shape), "the shape of x")
+    check_shape(op, "weight", weight, tuple(x.shape[-1:]), "[C]")
+    check_shape(op, "bias", bias, tuple(x.shape[-1:]), "[C]")
+    check_floating(op, x=x, branch=branch, weight=weight, bias=bias)
+    if pos is not None and (
+        pos.dim() > x.dim() or any(p not in (1, n) for p, n in zip(reversed(pos.shape), reversed(x.shape)))
+    ):
+        refuse(op, "pos", f"of shape {list(pos.shape)}", f"it must broadcast to x, {list(x.shape)}")
+    check_one_device(op, x, branch=branch, weight=weight, bias=bias, pos=pos)
+    check_dropout(op, dropout_p, seed)
+    return x, branch, weight, bias, eps, dropout_p, pos, seed
+
+
+RESIDUAL_NORM = Operator(
+    name="residual_norm",
+    validate=validate,
+    reference=residual_norm_reference,
+    cpu=residual_norm_cpu,
+    fused=residual_norm_fused,
+    why_not=why_not,
+)
 
 
 # --- For benchmarks and assembly ------------------------------------------------------------------------------------

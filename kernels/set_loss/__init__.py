@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from unit_fast_kernels.set_loss.cpu import set_loss_cpu
 from unit_fast_kernels.set_loss.kernels import (
     OBJECTS,
     SUM_BLOCKS,
@@ -34,15 +35,26 @@ from unit_fast_kernels.set_loss.kernels import (
 )
 from unit_fast_kernels.set_loss.reference import (
     NEGATIVE_SHARE,
-    NORMALISATIONS,
     POSITIVE_SHARE,
+    Settings,
     set_loss_bwd_reference,
     set_loss_reference,
 )
+from unit_fast_kernels.shared.operator import Operator
 from unit_fast_kernels.shared.registration import DTYPES, register
 from unit_fast_kernels.shared.ticket import counters
 from unit_fast_kernels.shared.triton import cdiv, power_of_two
 from unit_fast_kernels.shared.tuned import launch_parameters
+from unit_fast_kernels.shared.validation import (
+    NORMALISATIONS,
+    check_floating,
+    check_int64,
+    check_integer,
+    check_known,
+    check_one_device,
+    check_shape,
+    refuse,
+)
 
 MAX_CLASSES = 65536
 
@@ -65,11 +77,11 @@ def _parameters(op: str, logits: Tensor) -> dict[str, int]:
     return launch_parameters(op, f"classes{power_of_two(classes)}", defaults(classes), logits.device)
 
 
-def _constants(logits: Tensor, tune: dict[str, int], per_process: bool, balanced: bool) -> dict:
+def _constants(logits: Tensor, tune: dict[str, int], settings: Settings) -> dict:
     return {
         "K": logits.shape[-1], "R": tune["rows"], "BLOCK": tune["block"], "NB": OBJECTS, "PAIRS": 32 * tune["warps"],
-        "PER_PROCESS": per_process, "BALANCED": balanced, "POSITIVE": POSITIVE_SHARE, "NEGATIVE": NEGATIVE_SHARE,
-        "num_warps": tune["warps"],
+        "PER_PROCESS": settings.per_process, "BALANCED": settings.balanced, "POSITIVE": POSITIVE_SHARE,
+        "NEGATIVE": NEGATIVE_SHARE, "num_warps": tune["warps"],
     }  # fmt: skip
 
 
@@ -80,15 +92,13 @@ def _fwd_outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
     return losses, torch.empty((layers, images, queries), dtype=torch.float32, device=logits.device)
 
 
-def _fwd_launch(
-    logits, boxes, query, labels, target_boxes, counts, num_boxes, no_object, no_object_weight, per_process, balanced,
-    *weights,
-):  # fmt: skip
+def _fwd_launch(logits, boxes, query, labels, target_boxes, counts, num_boxes, *settings):
     losses, lse = outputs = _fwd_outputs(logits)
     layers, images, queries, _ = logits.shape
     if lse.numel() == 0:
         losses.fill_(float("nan"))  # means of nothing
         return outputs
+    settings = Settings(*settings)
     tune = _parameters("set_loss_fwd", logits)
     blocks = cdiv(queries, tune["rows"]) + 1  # of rows, and the boxes
     _set_loss_fwd_kernel[(blocks, images, layers)](
@@ -106,28 +116,22 @@ def _fwd_launch(
         images,
         queries,
         query.shape[2],
-        no_object,
-        no_object_weight,
-        *weights,
-        **_constants(logits, tune, per_process, balanced),
-        LAST=no_object == logits.shape[-1] - 1,
+        settings.no_object,
+        settings.no_object_weight,
+        *settings[4:],
+        **_constants(logits, tune, settings),
+        LAST=settings.no_object == logits.shape[-1] - 1,
         IB=SUM_IMAGES,
         SB=SUM_BLOCKS,
     )
     return outputs
 
 
-def _fwd_reference(
-    logits, boxes, query, labels, target_boxes, counts, num_boxes, no_object, no_object_weight, per_process, balanced,
-    *weights,
-):  # fmt: skip
+def _fwd_reference(logits, boxes, query, labels, target_boxes, counts, num_boxes, *settings):
     logits = logits.float()
     losses, lse = _fwd_outputs(logits)
-    found = set_loss_reference(
-        logits, boxes.float(), query, labels, target_boxes.float(), counts, num_boxes, no_object=no_object,
-        no_object_weight=no_object_weight, normalisation=NORMALISATIONS[per_process], balanced=balanced,
-        weights=weights,
-    )  # fmt: skip
+    tensors = logits, boxes.float(), query, labels, target_boxes.float(), counts, num_boxes
+    found = set_loss_reference(*tensors, Settings(*settings))
     return losses.copy_(torch.stack(found)), lse.copy_(logits.logsumexp(-1))
 
 
@@ -139,14 +143,12 @@ def _bwd_outputs(logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (logits, boxes))
 
 
-def _bwd_launch(
-    by_ce, by_bbox, by_giou, logits, boxes, query, labels, target_boxes, num_boxes, lse, no_object, no_object_weight,
-    per_process, balanced, *weights,
-):  # fmt: skip
+def _bwd_launch(by_ce, by_bbox, by_giou, logits, boxes, query, labels, target_boxes, num_boxes, lse, *settings):
     dlogits, dboxes = outputs = _bwd_outputs(logits, boxes)
     layers, images, queries, _ = logits.shape
     if lse.numel() == 0:
         return outputs
+    settings = Settings(*settings)
     tune = _parameters("set_loss_bwd", logits)
     _set_loss_bwd_kernel[(cdiv(queries, tune["rows"]) + 1, images, layers)](
         *(None if g is None else g.contiguous() for g in (by_ce, by_bbox, by_giou)),
@@ -162,10 +164,10 @@ def _bwd_launch(
         images,
         queries,
         query.shape[2],
-        no_object,
-        no_object_weight,
-        *weights,
-        **_constants(logits, tune, per_process, balanced),
+        settings.no_object,
+        settings.no_object_weight,
+        *settings[4:],
+        **_constants(logits, tune, settings),
     )
     return outputs
 
@@ -215,7 +217,7 @@ class _SetLoss(torch.autograd.Function):
         return *gradients, *(None,) * 12
 
 
-def set_loss_unfit(logits, boxes, target_boxes) -> str | None:
+def why_not(logits, boxes, query, labels, target_boxes, *_) -> str | None:
     """Why the kernels cannot take these arguments, or None."""
     for name, tensor in (("logits", logits), ("boxes", boxes), ("target_boxes", target_boxes)):
         if tensor.dtype not in DTYPES:
@@ -228,6 +230,17 @@ def set_loss_unfit(logits, boxes, target_boxes) -> str | None:
 
 
 def set_loss_fused(
+    logits, boxes, query, labels, target_boxes, counts, num_boxes, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``set_loss_reference`` by the kernels: float32 results, gradients in the dtypes of logits and boxes. The same
+    bits every time. What does not fit: ``why_not``."""
+    return _SetLoss.apply(logits, boxes, query, labels, target_boxes, counts, num_boxes, *settings)
+
+
+# --- The operator ----------------------------------------------------------------------------------------------------
+
+
+def validate(
     logits: Tensor,
     boxes: Tensor,
     query: Tensor,
@@ -241,11 +254,53 @@ def set_loss_fused(
     normalisation: str = "per_image",
     balanced: bool = False,
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``set_loss_reference`` by the kernels: float32 results, gradients in the dtypes of logits and boxes. The same
-    bits every time. What does not fit: ``set_loss_unfit``."""
-    settings = no_object, no_object_weight, normalisation == "per_process", balanced, *weights
-    return _SetLoss.apply(logits, boxes, query, labels, target_boxes, counts, num_boxes, *settings)
+) -> tuple:
+    """DETR's losses of matched queries for all decoder layers at once: (ce, bbox, giou, cardinality), each [L].
+
+    logits [L,B,Q,K] and boxes [L,B,Q,4] (cx cy w h), floating, get gradients; query int64 [L,B,N], the query of each
+    object or -1, no query twice in an image, as ``assignment`` gives it; labels int64 [B,N] and target_boxes [B,N,4],
+    of which only objects with a query count; counts integer [B], real objects, for cardinality alone; num_boxes a
+    floating scalar on the device, at least 1.
+
+    ce is the cross-entropy, with class ``no_object`` for queries without an object: a mean weighted 1 and
+    ``no_object_weight``, ``normalisation`` "per_image" (then over images) or "per_process"; or ``balanced``: 0.9 of
+    the objects' sum over num_boxes and 0.1 of the others' over their number. bbox and giou are the sums of L1 distance
+    and 1 - GIoU over num_boxes, zero and still connected without objects. The three are multiplied with ``weights``.
+    cardinality is |queries that predict an object - counts|, the mean over images, without gradient. In the dtype of
+    the logits, at least float32; gradients in the dtypes of logits and boxes. ``ValueError`` on arguments that do not
+    fit.
+    """
+    op = "set_loss"
+    check_shape(op, "logits", logits, (None,) * 4, "[L,B,Q,K]")
+    layers, images, queries, classes = logits.shape
+    if logits.numel() == 0:
+        refuse(op, "logits", f"of shape {list(logits.shape)}", "there is no loss of nothing: no size may be 0")
+    check_shape(op, "boxes", boxes, (layers, images, queries, 4), "[L,B,Q,4]")
+    check_shape(op, "query", query, (layers, images, None), "[L,B,N]")
+    check_shape(op, "labels", labels, (images, query.shape[2]), "[B,N]")
+    check_shape(op, "target_boxes", target_boxes, (images, query.shape[2], 4), "[B,N,4]")
+    check_shape(op, "counts", counts, (images,), "[B]")
+    check_shape(op, "num_boxes", num_boxes, (), "a scalar")
+    check_floating(op, logits=logits, boxes=boxes, target_boxes=target_boxes, num_boxes=num_boxes)
+    check_int64(op, query=query, labels=labels)
+    check_integer(op, counts=counts)
+    tensors = {"boxes": boxes, "query": query, "labels": labels, "target_boxes": target_boxes, "counts": counts}
+    check_one_device(op, logits, **tensors, num_boxes=num_boxes)
+    if not 0 <= no_object < classes:
+        refuse(op, "no_object", no_object, f"it must be one of the {classes} classes")
+    check_known(op, "normalisation", normalisation, NORMALISATIONS)
+    settings = Settings(no_object, no_object_weight, normalisation == "per_process", balanced, *weights)
+    return logits, boxes, query, labels, target_boxes, counts, num_boxes, settings
+
+
+SET_LOSS = Operator(
+    name="set_loss",
+    validate=validate,
+    reference=set_loss_reference,
+    cpu=set_loss_cpu,
+    fused=set_loss_fused,
+    why_not=why_not,
+)
 
 
 # --- For benchmarks and assembly ------------------------------------------------------------------------------------

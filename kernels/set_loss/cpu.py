@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from unit_fast_kernels.set_loss.reference import (
+    Settings,
     box_gradient,
     box_losses,
     class_factors,
@@ -30,12 +31,13 @@ def _cardinality(logits: Tensor, counts: Tensor, no_object: int) -> Tensor:
 
 class _SetLossCpu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, boxes, query, labels, target_boxes, counts, num_boxes, no_object, settings, weights):
+    def forward(ctx, logits, boxes, query, labels, target_boxes, counts, num_boxes, settings):
+        no_object, *class_settings = settings[:4]
         wide = torch.promote_types(logits.dtype, torch.float32)
-        ctx.dtypes, ctx.weights = (logits.dtype, boxes.dtype), weights
+        ctx.dtypes, ctx.weights = (logits.dtype, boxes.dtype), settings[4:]
         logits, boxes, target_boxes, number = (x.to(wide) for x in (logits, boxes, target_boxes, num_boxes))
         target = target_classes(query, labels, logits.shape[2], no_object)
-        factor = class_factors(target != no_object, number, *settings)
+        factor = class_factors(target != no_object, number, *class_settings)
         log_p = logits.log_softmax(-1)
         ce = -(factor * log_p.gather(-1, target[..., None]).squeeze(-1)).sum((1, 2))
         bbox, giou = box_losses(boxes, query, target_boxes, number)
@@ -43,7 +45,7 @@ class _SetLossCpu(torch.autograd.Function):
         ctx.save_for_backward(log_p, boxes, query, target, target_boxes, number, factor)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(cardinality)
-        return *(w * x for w, x in zip(weights, (ce, bbox, giou))), cardinality
+        return *(w * x for w, x in zip(ctx.weights, (ce, bbox, giou))), cardinality
 
     @staticmethod
     @once_differentiable
@@ -55,25 +57,11 @@ class _SetLossCpu(torch.autograd.Function):
             dlogits = class_gradient(log_p.exp(), target, factor * by_ce[:, None, None]).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1] and not by_bbox is by_giou is None:
             dboxes = box_gradient(by_bbox, by_giou, boxes, query, target_boxes, number).to(ctx.dtypes[1])
-        return dlogits, dboxes, *(None,) * 8
+        return dlogits, dboxes, *(None,) * 6
 
 
 def set_loss_cpu(
-    logits: Tensor,
-    boxes: Tensor,
-    query: Tensor,
-    labels: Tensor,
-    target_boxes: Tensor,
-    counts: Tensor,
-    num_boxes: Tensor,
-    *,
-    no_object: int,
-    no_object_weight: float = 0.1,
-    normalisation: str = "per_image",
-    balanced: bool = False,
-    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    logits, boxes, query, labels, target_boxes, counts, num_boxes, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same result as ``set_loss_reference``, up to the order of sums."""
-    settings = no_object_weight, normalisation == "per_process", balanced
-    inputs = logits, boxes, query, labels, target_boxes, counts, num_boxes
-    return _SetLossCpu.apply(*inputs, no_object, settings, weights)
+    return _SetLossCpu.apply(logits, boxes, query, labels, target_boxes, counts, num_boxes, settings)

@@ -1,13 +1,26 @@
 """``set_loss`` in plain PyTorch: the specification, and its gradient by hand as the registered backward gives it."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from unit_fast_kernels.match_cost import corners, pairwise_giou
 
-NORMALISATIONS = ("per_image", "per_process")
 POSITIVE_SHARE, NEGATIVE_SHARE = 0.9, 0.1
 """Weights of the matched and of the other queries in the balanced class loss (SPEC 2.1, ``use_bcl``)."""
+
+
+class Settings(NamedTuple):
+    """What the losses depend on beside the tensors, as the registered operators take it."""
+
+    no_object: int
+    no_object_weight: float
+    per_process: bool
+    balanced: bool
+    weight_ce: float
+    weight_bbox: float
+    weight_giou: float
 
 
 def target_classes(query: Tensor, labels: Tensor, queries: int, no_object: int) -> Tensor:
@@ -19,10 +32,10 @@ def target_classes(query: Tensor, labels: Tensor, queries: int, no_object: int) 
     return target[..., :queries].contiguous()
 
 
-def _weighted_mean(nll: Tensor, unmatched: Tensor, no_object_weight: float, normalisation: str) -> Tensor:
+def _weighted_mean(nll: Tensor, unmatched: Tensor, no_object_weight: float, per_process: bool) -> Tensor:
     """[L]: weighted mean of nll [L,B,Q] per process, or per image and then over images."""
     weight = torch.ones_like(nll).masked_fill(unmatched, no_object_weight)
-    if normalisation == "per_process":
+    if per_process:
         return (weight * nll).sum((1, 2)) / weight.sum((1, 2))
     return ((weight * nll).sum(2) / weight.sum(2)).mean(1)
 
@@ -61,22 +74,11 @@ def _cardinality(logits: Tensor, counts: Tensor, no_object: int, dtype: torch.dt
 
 
 def set_loss_reference(
-    logits: Tensor,
-    boxes: Tensor,
-    query: Tensor,
-    labels: Tensor,
-    target_boxes: Tensor,
-    counts: Tensor,
-    num_boxes: Tensor,
-    *,
-    no_object: int,
-    no_object_weight: float = 0.1,
-    normalisation: str = "per_image",
-    balanced: bool = False,
-    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    logits, boxes, query, labels, target_boxes, counts, num_boxes, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The specification: (ce, bbox, giou, cardinality) [L], the first three times ``weights``; in the dtype of the
-    logits, at least float32. Without any object bbox and giou are zero, connected, with gradients of zero."""
+    """The specification: (ce, bbox, giou, cardinality) [L], the first three times their weights; in the dtype of
+    the logits, at least float32. Without any object bbox and giou are zero, connected, with gradients of zero."""
+    no_object, no_object_weight, per_process, balanced, *weights = settings
     wide = torch.promote_types(logits.dtype, torch.float32)
     number = num_boxes.to(wide)
     target = target_classes(query, labels, logits.shape[2], no_object)
@@ -84,7 +86,7 @@ def set_loss_reference(
     if balanced:
         ce = _balanced(nll, target != no_object, number)
     else:
-        ce = _weighted_mean(nll, target == no_object, no_object_weight, normalisation)
+        ce = _weighted_mean(nll, target == no_object, no_object_weight, per_process)
     bbox, giou = box_losses(boxes.to(wide), query, target_boxes.to(wide), number)
     ce, bbox, giou = (x if w == 1.0 else w * x for x, w in zip((ce, bbox, giou), weights, strict=True))
     return ce, bbox, giou, _cardinality(logits, counts, no_object, wide)
@@ -154,11 +156,11 @@ def box_gradient(
 
 
 def set_loss_bwd_reference(
-    by_ce, by_bbox, by_giou, logits, boxes, query, labels, target_boxes, num_boxes, lse, no_object, no_object_weight,
-    per_process, balanced, weight_ce, weight_bbox, weight_giou,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    by_ce, by_bbox, by_giou, logits, boxes, query, labels, target_boxes, num_boxes, lse, *settings
+) -> tuple[Tensor, Tensor]:
     """(dlogits, dboxes) for the gradients by_ce, by_bbox, by_giou [L] of the three losses, any of them None; lse
     [L,B,Q] is the log-sum-exp of the logits. Computed in float32, in the dtypes of logits and boxes."""
+    no_object, no_object_weight, per_process, balanced, weight_ce, weight_bbox, weight_giou = settings
     dlogits, dboxes = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (logits, boxes))
     number = num_boxes.float()
     if by_ce is None:

@@ -22,7 +22,7 @@ import threading
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from unit_fast_kernels.shared import capture as _capture
+from unit_fast_kernels.shared import capture
 from unit_fast_kernels.shared.triton import cdiv, jit, tl
 
 LINE = 32
@@ -76,7 +76,7 @@ def reserve(device: torch.device) -> None:
 def _stream(device: torch.device) -> tuple[int, bool]:
     """(the current stream, whether it is being captured)."""
     number = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return number, _capture.capturing(device)
+    return number, capture.capturing(device)
 
 
 def _eager(device: torch.device, stream: int, count: int) -> Tensor:

@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from unit_fast_kernels.shared import cards
+from unit_fast_kernels.shared.cards import CARDS
 
 FOLDER = Path(__file__).resolve().parents[1] / "tuned"
-CARDS = tuple(cards.CARDS)
 _assumed: contextvars.ContextVar[str | None] = contextvars.ContextVar("unit_fast_card", default=None)
 _tried: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("unit_fast_tried", default=None)
 
@@ -65,7 +64,7 @@ def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of ``device``, from the real card where there is one."""
     if _assumed.get() is None and device.type == "cuda":
         return _multiprocessors_of(device.index or 0)
-    return cards.CARDS[card(device)].multiprocessors
+    return CARDS[card(device)].multiprocessors
 
 
 @functools.cache

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from unit_fast_kernels.assembly import bounds
 from unit_fast_kernels.assembly import budgets as _budgets
 from unit_fast_kernels.assembly import record as _record
-from unit_fast_kernels.shared import cards
+from unit_fast_kernels.shared.cards import CARDS
 
 from tests.planted_kernels import needs_compiler
 from unit_fast.commands import main as cli
@@ -50,7 +51,7 @@ def test_json(capsys):
         assert row["flops"] == getattr(module, "flops" + work)(size)
         assert list(row["bound_us"]) == row["cards"]
         for card, us in row["bound_us"].items():
-            assert us == pytest.approx(1e6 * row["bytes"] / cards.CARDS[card].bandwidth, abs=1e-3)  # memory-bound
+            assert us == pytest.approx(1e6 * row["bytes"] / CARDS[card].bandwidth, abs=1e-3)  # memory-bound
         assert row["per_score"] is None
 
 
@@ -71,17 +72,20 @@ def test_the_table_says_the_same(capsys):
 
 @needs_compiler
 def test_instructions_per_score_are_shown_where_there_are_scores(capsys):
-    code, out, _ = call(capsys, "--op", "cross_attention", "--arch", "sm_80", "--dtype", "bfloat16", "--json")
+    code, out, _ = call(capsys, "--op", "attention", "--arch", "sm_80", "--dtype", "bfloat16", "--json")
     assert code == 0
     rows = [row for row in json.loads(out) if row["per_score"]]
-    assert {row["kernel"] for row in rows} == {"_cross_attention_fwd_kernel", "_cross_attention_bwd_kernel"}
+    assert {row["kernel"] for row in rows} == {
+        "_attention_fwd_kernel", "_attention_bwd_q_kernel", "_attention_bwd_kv_kernel", "_cross_attention_fwd_kernel",
+        "_cross_attention_bwd_kernel",
+    }  # fmt: skip
     for row in rows:
-        assert list(row["per_score"]) == list(cards.PIPES)
+        assert list(row["per_score"]) == list(bounds.PIPES)
         assert sum(row["per_score"].values()) == pytest.approx(row["instructions_per_score"], abs=0.01)
         assert 0 < row["issue_us"]["a100"] < row["pipes_us"]["a100"]
         assert row["per_score"]["tensor"] > 0.5
-    _, out, _ = call(capsys, "--op", "cross_attention", "--arch", "sm_80", "--dtype", "bfloat16")
-    assert "cross_attention, sm_80: instructions per score" in out
+    _, out, _ = call(capsys, "--op", "attention", "--arch", "sm_80", "--dtype", "bfloat16")
+    assert "attention, sm_80: instructions per score" in out
     assert f"{rows[0]['instructions_per_score']:.2f}" in out
 
 

@@ -1,6 +1,5 @@
 """Prediction from a run folder alone: results, their drawings and the errors."""
 
-import dataclasses
 import json
 import shutil
 
@@ -10,35 +9,27 @@ import torch
 from PIL import Image
 
 from tests.data_roots import VOCABULARY, picture, whole_root
-from tests.models import small_config
-from unit_fast.config import DataConfig, RunConfig
+from tests.evaluation.common import save_run, whole_config
 from unit_fast.data import open_dataset
 from unit_fast.errors import UserError
 from unit_fast.evaluation.evaluate import evaluate
 from unit_fast.evaluation.labels import LABELS, read_labels, write_labels
 from unit_fast.evaluation.labels import VOCABULARY as VOCABULARY_FILE
-from unit_fast.evaluation.predict import Prediction, load
+from unit_fast.evaluation.predict import load
+from unit_fast.evaluation.prediction import Prediction
 from unit_fast.model import UniT
 from unit_fast.report.predictions import chosen
-from unit_fast.weights import checkpoint
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(run folder, its configuration, its model); the data root is not part of the run."""
     root = whole_root(tmp_path_factory.mktemp("data"))
-    model_config = small_config()
-    tasks = {n: dataclasses.replace(t, outputs=4 if n == "vqa2" else t.outputs) for n, t in model_config.tasks.items()}
-    text = dataclasses.replace(model_config.text, vocab_size=len(VOCABULARY))
-    config = RunConfig(
-        model=dataclasses.replace(model_config, tasks=tasks, text=text),
-        data=DataConfig(root=str(root), short_side=48, max_side=80),
-    )
+    config = whole_config(root, data={"short_side": 48, "max_side": 80})
     torch.manual_seed(0)
     model = UniT(config.model).eval()
     folder = tmp_path_factory.mktemp("run")
-    checkpoint.save(folder / "checkpoints", "step_000001", model.state_dict(), config)
-    checkpoint.point(folder / "checkpoints", "last", "step_000001")
+    save_run(folder, model.state_dict(), config)
     datasets = {n: open_dataset(n, "train", config.data, t, augment=False) for n, t in config.model.tasks.items()}
     write_labels(folder, config, datasets)
     return folder, config, model
@@ -252,8 +243,7 @@ def test_loading_weights_that_are_not_finite_says_so(made, tmp_path, caplog):
     folder, config, model = made
     weights = {n: x.clone() for n, x in model.state_dict().items()}
     weights["query_embeds.glue_sst2.weight"][0] = float("inf")
-    checkpoint.save(tmp_path / "checkpoints", "step_000001", weights, config)
-    checkpoint.point(tmp_path / "checkpoints", "last", "step_000001")
+    save_run(tmp_path, weights, config)
     shutil.copy(folder / LABELS, tmp_path)
     load(tmp_path)
     assert "weight tensors are not finite (first: query_embeds.glue_sst2.weight)" in caplog.text

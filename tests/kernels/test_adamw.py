@@ -7,9 +7,8 @@ import math
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 from unit_fast_kernels import adamw as module
-from unit_fast_kernels.adamw import CHUNK, Tables, adamw_fused, adamw_unfit
+from unit_fast_kernels.adamw import CHUNK, Tables, adamw_fused, why_not
 from unit_fast_kernels.adamw.cpu import adamw_cpu
 from unit_fast_kernels.adamw.step import POLICIES, RULES, Step, adamw_reference
 from unit_fast_kernels.assembly import assemble as _assemble
@@ -17,8 +16,8 @@ from unit_fast_kernels.assembly import record as _record
 from unit_fast_kernels.shared import capture as _capture
 from unit_fast_kernels.shared.triton import INTERPRETING
 
-from benchmarks import _tune
-from tests.kernels.common import guarded, poison_new_memory
+from benchmarks.runner import tune
+from tests.kernels.common import Canaries, assert_fake_is_real, guarded
 from tests.planted_kernels import needs_compiler
 
 SHAPES = {
@@ -76,8 +75,8 @@ def bits(t):
 
 
 def fused(step: Step):
-    assert adamw_unfit(step) is None
-    return adamw_fused(step, Tables([p.numel() for p in step.params], step.groups, step.counts.device))
+    assert why_not(step) is None
+    return adamw_fused(step, lambda: Tables([p.numel() for p in step.params], step.groups, step.counts.device))
 
 
 def assert_close(found: Step, expected: Step, exact: Step) -> None:
@@ -251,7 +250,7 @@ def test_reads_inside_and_writes_everything(monkeypatch):
     rows = {name: [guarded(t) for t in getattr(step, name)] for name in ("params", "grads", "copies", "averages")}
     step = dataclasses.replace(step, moments=lambda i: moments[i], **rows)
     norm = fused(plain)[0]
-    poison_new_memory(monkeypatch)
+    Canaries(monkeypatch)
     assert torch.equal(fused(step)[0], norm)
     for name, row in state(step).items():
         assert all((a is None) or torch.equal(a, b) for a, b in zip(row, state(plain)[name])), name
@@ -314,7 +313,7 @@ def test_gradients_laid_out_unlike_their_parameters():
 def test_what_the_kernels_cannot_take_is_told(change, why):
     step = make()
     change(step)
-    assert why in adamw_unfit(step)
+    assert why in why_not(step)
 
 
 # --- Registration, launches -------------------------------------------------------------------------------------------
@@ -338,19 +337,7 @@ def test_registration(policy):
 
 
 def test_the_fake_is_as_the_operator():
-    arguments = _arguments()
-    mode = FakeTensorMode()
-
-    def faked(a):
-        if isinstance(a, torch.Tensor):
-            return mode.from_tensor(a)
-        return [faked(x) for x in a] if isinstance(a, list) and a and isinstance(a[0], torch.Tensor) else a
-
-    real = module._operator(*arguments)
-    with mode:
-        fake = module._operator(*map(faked, arguments))
-    for a, b in zip(real, fake, strict=True):
-        assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+    assert_fake_is_real(module._operator, *_arguments())
 
 
 class Record:
@@ -380,7 +367,7 @@ def test_every_candidate_of_the_tuning_is_looked_up(monkeypatch):
         monkeypatch.setattr(module, name, Record(name, []))
     shapes = {name: shape for name, shape in module.SHAPES.items() if name.startswith("bert_layer")}
     monkeypatch.setattr(module, "SHAPES", shapes)
-    buckets = _tune.buckets(module, torch.bfloat16, torch.device("cpu"))
+    buckets = tune.buckets(module, torch.bfloat16, torch.device("cpu"))
     assert [(b.op, b.name, len(b.cases)) for b in buckets] == [(op, "any", len(shapes)) for op in module.DEFAULTS]
     assert [b.candidates[0] for b in buckets] == list(module.DEFAULTS.values())
     assert all(len(b.candidates) > 4 for b in buckets)

@@ -7,10 +7,11 @@ import time
 import pytest
 import torch
 from unit_fast_kernels.assembly import assemble as _assemble
+from unit_fast_kernels.assembly import bounds
 from unit_fast_kernels.assembly import record as _record
 from unit_fast_kernels.assembly.worker import loops
-from unit_fast_kernels.shared import cards
 from unit_fast_kernels.shared import tuned as _tuned
+from unit_fast_kernels.shared.cards import CARDS
 from unit_fast_kernels.shared.triton import triton
 
 from tests import planted_kernels
@@ -273,21 +274,21 @@ def test_loops_of_a_disassembly():
     whole, inner = loops(SASS)
     assert sum(whole.values()) == 11
     assert inner == [{"HMMA.16816.F32.BF16": 1, "LDS": 1, "BRA": 1}, {"FFMA": 1, "BRA": 1}]
-    assert cards.hot_loop(inner, whole) == inner[0]
-    assert cards.hot_loop(inner[1:], inner[1]) == inner[1]
-    assert cards.hot_loop([], whole) == whole
+    assert bounds.hot_loop(inner, whole) == inner[0]
+    assert bounds.hot_loop(inner[1:], inner[1]) == inner[1]
+    assert bounds.hot_loop([], whole) == whole
     assert loops("") == ({}, [])
 
 
 def test_instructions_by_pipe():
-    found = cards.by_pipe({"HMMA.16816.F32": 2, "MUFU.EX2": 3, "FMUL": 5, "LOP3.LUT": 7, "IMAD.WIDE.U32": 11,
+    found = bounds.by_pipe({"HMMA.16816.F32": 2, "MUFU.EX2": 3, "FMUL": 5, "LOP3.LUT": 7, "IMAD.WIDE.U32": 11,
                              "LDSM.16.M88.4": 13, "BRA": 17, "HSET2.GEU.AND": 19})  # fmt: skip
     assert found == {"tensor": 2, "mufu": 3, "fp32": 5, "alu": 7, "imad": 11, "shared": 13, "other": 17, "fp16": 19}
 
 
 def test_bounds_are_those_of_the_prototypes():
     """Attention with head 32 over 4200 tokens: the row "B, tile list" of sm_80, counted per score, and its bounds."""
-    a100, scores = cards.CARDS["a100"], 8 * 4200**2
+    a100, scores = CARDS["a100"], 8 * 4200**2
     counted = {
         "HMMA.16816": 1.0,
         "MUFU": 1.03,
@@ -298,14 +299,14 @@ def test_bounds_are_those_of_the_prototypes():
         "IMAD": 0.4,
     }
     busy = {
-        pipe: cycles * scores / 32 / a100.cycles_per_us for pipe, cycles in cards.busy_cycles(counted, a100).items()
+        pipe: cycles * scores / 32 / a100.cycles_per_us for pipe, cycles in bounds.busy_cycles(counted, a100).items()
     }
     assert busy == pytest.approx({"fma": 62, "alu": 67, "mufu": 60, "tensor": 58}, abs=0.7)
-    assert cards.pipes_us(counted, scores / 32, a100) == pytest.approx(247, abs=2)
-    assert cards.issue_us(12.4 * scores / 32, a100) == pytest.approx(90, abs=0.5)
-    assert cards.issue_us(11.7 * scores / 32, cards.CARDS["h200"]) == pytest.approx(53.5, abs=0.5)
-    assert cards.roofline_us(2.039e6, 1, "bfloat16", a100) == pytest.approx(1.0)
-    assert cards.roofline_us(1, 312e6, "float16", a100) == pytest.approx(1.0)
+    assert bounds.pipes_us(counted, scores / 32, a100) == pytest.approx(247, abs=2)
+    assert bounds.issue_us(12.4 * scores / 32, a100) == pytest.approx(90, abs=0.5)
+    assert bounds.issue_us(11.7 * scores / 32, CARDS["h200"]) == pytest.approx(53.5, abs=0.5)
+    assert bounds.roofline_us(2.039e6, 1, "bfloat16", a100) == pytest.approx(1.0)
+    assert bounds.roofline_us(1, 312e6, "float16", a100) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
@@ -317,9 +318,9 @@ def test_bounds_are_those_of_the_prototypes():
     ],
 )  # fmt: skip
 def test_cycles_of_tensor_instructions(opcode, card, cycles):
-    assert cards.busy_cycles({opcode: 1}, cards.CARDS[card])["tensor"] == cycles
+    assert bounds.busy_cycles({opcode: 1}, CARDS[card])["tensor"] == cycles
 
 
 def test_an_unknown_tensor_instruction_is_not_counted_as_nothing():
     with pytest.raises(ValueError, match="unknown tensor instruction HMMA.FOO"):
-        cards.busy_cycles({"HMMA.FOO": 1}, cards.CARDS["a100"])
+        bounds.busy_cycles({"HMMA.FOO": 1}, CARDS["a100"])

@@ -1,8 +1,6 @@
 """Prediction with a trained model: ``load(run).predict(task, image=..., text=...)``."""
 
-import json
 import logging
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,10 +13,10 @@ from unit_fast.data.images.geometry import EvalTransform
 from unit_fast.data.images.transforms import to_tensor
 from unit_fast.data.text.wordpieces import WordPieces
 from unit_fast.errors import UserError, nearest, printable
-from unit_fast.evaluation.evaluate import autocast
 from unit_fast.evaluation.labels import VOCABULARY, TaskLabels, find_labels, read_labels
-from unit_fast.evaluation.task_results import detections, finite_rows, full_precision, nonfinite_weights, why_nonfinite
-from unit_fast.report.predictions import TRUTH, draw_answers, draw_boxes, scaled
+from unit_fast.evaluation.precision import autocast, finite_rows, full_precision, nonfinite_weights, why_nonfinite
+from unit_fast.evaluation.prediction import Prediction
+from unit_fast.evaluation.task_results import detections
 from unit_fast.tasks import Task, get_task
 from unit_fast.weights import checkpoint
 
@@ -32,9 +30,6 @@ TEXT_OF = {
 """What the text of a task is."""
 
 _log = logging.getLogger("unit_fast.predict")
-
-_DRAWN_SIDE = 800
-"""Smaller images are enlarged to this longer side before boxes are drawn."""
 
 
 def load(path: str | Path, *, device=None, ema: bool = False) -> "Predictor":
@@ -76,7 +71,7 @@ class Predictor:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def predict(self, task: str, image=None, text=None, *, threshold: float = 0.5, top: int = 5) -> "Prediction":
+    def predict(self, task: str, image=None, text=None, *, threshold: float = 0.5, top: int = 5) -> Prediction:
         """What the model says about an image and/or a text.
 
         task: data set key or short name. image: path of a JPEG or PNG file, or a PIL image; one with an EXIF
@@ -204,72 +199,3 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception as error:  # foreign bytes fail in many ways
         _log.warning("image: its EXIF record cannot be read (%s); taken as stored", printable(error))
         return image
-
-
-@dataclass(kw_only=True)
-class Prediction:
-    """The answer to one question: boxes of a detection task, else answers or classes, most likely first."""
-
-    task: str
-    """Short task name."""
-    items: list[dict]
-    """Detection: ``label``, ``score`` (probability), ``box`` [x1, y1, x2, y2] in pixels of the image, for Visual Genome
-    ``attribute`` where one is likely. Others: ``label``, ``score`` (VQA: sigmoid, others: softmax probability)."""
-    text: str | tuple[str, str] | None = None
-    """The text that was given."""
-    image: Image.Image | None = field(default=None, repr=False)
-    """The image that was given."""
-
-    @property
-    def is_detection(self) -> bool:
-        return get_task(self.task).is_detection
-
-    def to_dict(self) -> dict:
-        """Plain values, ready for JSON: ``task``, ``text`` where there is one, ``predictions``."""
-        text = list(self.text) if isinstance(self.text, tuple) else self.text
-        return {"task": self.task, **({} if text is None else {"text": text}), "predictions": self.items}
-
-    def __str__(self) -> str:
-        if not self.items:
-            return "no object above the threshold"
-        names = [printable(i["label"], 40) + (f" ({printable(i['attribute'], 40)})" if i.get("attribute") else "")
-                 for i in self.items]  # fmt: skip
-        width = max(5, *map(len, names))
-        if not self.is_detection:
-            return "\n".join(f"{name:<{width}}  {item['score']:.3f}" for name, item in zip(names, self.items))
-        lines = [f"{'label':<{width}}  score  {'x1':>7} {'y1':>7} {'x2':>7} {'y2':>7}"]
-        for name, item in zip(names, self.items):
-            lines.append(f"{name:<{width}}  {item['score']:.3f}  " + " ".join(f"{v:7.1f}" for v in item["box"]))
-        return "\n".join(lines)
-
-    def draw(self) -> Image.Image:
-        """A picture: the image with its boxes, or image and text with the answers."""
-        if not self.is_detection:
-            return draw_answers(self.image, self.text, self.items)
-        size = (self.image.height, self.image.width)
-        objects = [
-            {
-                "label": " ".join(filter(None, (item.get("attribute"), item["label"]))),
-                "score": item["score"],
-                "bbox": [*item["box"][:2], item["box"][2] - item["box"][0], item["box"][3] - item["box"][1]],
-            }
-            for item in self.items
-        ]
-        small = max(size) < _DRAWN_SIDE
-        return draw_boxes(scaled(self.image, _DRAWN_SIDE) if small else self.image, objects, size, TRUTH)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the picture as PNG or JPEG, or the plain values where ``path`` ends in ``.json``; returns the path."""
-        path = Path(path)
-        kinds = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".json": "json"}
-        kind = kinds.get(path.suffix.lower())
-        if kind is None:
-            raise UserError(f"{path}: ends in {path.suffix or 'nothing'!r}; give a name in {', '.join(kinds)}")
-        try:
-            if kind == "json":
-                path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-            else:
-                self.draw().save(path, kind)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror or error}); give another path") from None
-        return path

@@ -1,7 +1,7 @@
 """The table of ``unit-fast kernels``: what each kernel takes on a card and what it could reach, without a card.
 
 Registers, spills, shared memory and instructions are those of the assembled binaries; bytes and FLOPs are counted;
-times are arithmetic on them, the bounds of ``unit_fast_kernels.shared.cards``.
+times are arithmetic on them, the bounds of ``unit_fast_kernels.assembly.bounds``.
 """
 
 import sys
@@ -11,10 +11,10 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from unit_fast_kernels.assembly import budgets as _budgets
+from unit_fast_kernels.assembly import budgets
 from unit_fast_kernels.assembly.assemble import ARCHITECTURES
+from unit_fast_kernels.assembly.bounds import PIPES
 from unit_fast_kernels.assembly.record import AssemblyError, require
-from unit_fast_kernels.shared import cards as _bounds
 
 from unit_fast.errors import UserError, nearest
 
@@ -37,23 +37,23 @@ def choose(text: str | None, known: Sequence[str], option: str) -> list[str]:
 
 def assembled_rows(
     op: str | None = None, arch: str | None = None, dtype: str | None = None
-) -> tuple[list[_budgets.Row], list[str]]:
+) -> tuple[list[budgets.Row], list[str]]:
     """Every kernel that the options choose, assembled, and a line for each budget that is exceeded."""
     try:
         require()
-        ops = choose(op, _budgets.ops(), "--op")
-        archs, dtypes = choose(arch, tuple(ARCHITECTURES), "--arch"), choose(dtype, tuple(_budgets.DTYPES), "--dtype")
+        ops = choose(op, budgets.ops(), "--op")
+        archs, dtypes = choose(arch, tuple(ARCHITECTURES), "--arch"), choose(dtype, tuple(budgets.DTYPES), "--dtype")
         columns = (TextColumn("assembling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task("", total=None)
-            planned = _budgets.plan(ops, archs, dtypes)
-            rows = _budgets.rows(planned, lambda done, total: bar.update(task, completed=done, total=total))
+            planned = budgets.plan(ops, archs, dtypes)
+            rows = budgets.rows(planned, lambda done, total: bar.update(task, completed=done, total=total))
     except AssemblyError as error:
         raise UserError(str(error)) from error
-    return rows, _budgets.check(rows, _budgets.load())[0]
+    return rows, budgets.check(rows, budgets.load())[0]
 
 
-def as_object(row: _budgets.Row) -> dict:
+def as_object(row: budgets.Row) -> dict:
     """A row as ``--json`` prints it; times in microseconds by card, of the whole pass (``bound_us``) or the kernel."""
     planned, binary = row.planned, row.assembled
     cards = planned.cards
@@ -91,7 +91,7 @@ def as_object(row: _budgets.Row) -> dict:
     }
 
 
-def show(rows: Sequence[_budgets.Row], wrong: Sequence[str]) -> None:
+def show(rows: Sequence[budgets.Row], wrong: Sequence[str]) -> None:
     """Print the table of each op and architecture, the instructions per score of those that have scores, and whether
     budgets hold."""
     console = Console(highlight=False)
@@ -161,7 +161,7 @@ def _resources(title: str, objects: Sequence[dict]) -> Table:
 
 
 def _scores(title: str, objects: Sequence[dict]) -> Table:
-    table = _table(title, "kernel", "dtype", "shape", "sum", *_bounds.PIPES)
+    table = _table(title, "kernel", "dtype", "shape", "sum", *PIPES)
     for found in objects:
         counts = (found["instructions_per_score"], *found["per_score"].values())
         table.add_row(*_labels(found), *(f"{count:.2f}" for count in counts))

@@ -16,6 +16,7 @@ from tests.cached_roots import Reads, about_the_cache, entries, seen, small
 from tests.data_roots import REAL, VOCABULARY, coco_file, coco_root, data, needs_real, task_config, write
 from tests.small_runs import ALL
 from unit_fast.config import RunConfig
+from unit_fast.config_check import check_resumable
 from unit_fast.data import MissingSplit
 from unit_fast.data.check import check
 from unit_fast.data.errors import Findings
@@ -25,7 +26,6 @@ from unit_fast.data.text import tokens
 from unit_fast.data.text import wordpieces as text
 from unit_fast.errors import UserError
 from unit_fast.tasks import get_task
-from unit_fast.weights import checkpoint
 
 pytestmark = pytest.mark.usefixtures("small_files_too")
 
@@ -367,7 +367,7 @@ def test_a_check_of_the_files_reads_the_files(world, tmp_path, monkeypatch):
 def test_a_resumed_run_may_have_another_folder(tmp_path):
     old = RunConfig()
     new = dataclasses.replace(old, data=dataclasses.replace(old.data, cache_dir=str(tmp_path)))
-    assert list(checkpoint.check_resumable(tmp_path, old, new)) == ["data.cache_dir"]
+    assert list(check_resumable(tmp_path, old, new)) == ["data.cache_dir"]
 
 
 def test_log_lines_go_through_logging(world, tmp_path, caplog):

@@ -6,8 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.run.test_resume import _accept
-from tests.small_runs import log_of, make_world, small_config
+from tests.small_runs import accept, log_of, make_world, small_config
 from unit_fast.data import open_dataset
 from unit_fast.data.store.content import Content
 from unit_fast.errors import UserError
@@ -123,7 +122,7 @@ def test_a_checkpoint_without_digests_goes_on_and_says_so(begun, tmp_path):
         state = json.loads(path.read_text())
         del state["data"]
         path.write_text(json.dumps(state))
-        _accept(path.parent)
+        accept(path.parent)
 
     log = resumed(begun, tmp_path, forget)
     assert log.count("the checkpoint does not say what its data were") == 1
