@@ -4,22 +4,11 @@
 writes launch parameters for the card.
 """
 
-import argparse
 import sys
-from collections.abc import Callable
 
-from unit_fast_kernels import attribute_loss as kernel
+from unit_fast_kernels.attribute_loss import attribute_loss_reference
 
-from benchmarks import _pointwise, _run
-from unit_fast import ops
-
-CPU_SHAPES = {"unit_vg": (6, 2, 20, 401, 16)}
-QUICK_SHAPES = {"unit_vg": (2, 2, 5, 33, 6)}
-
-
-def functions(shape: tuple, device: str) -> dict[str, Callable]:
-    """The providers."""
-    return {"eager": kernel.attribute_loss_reference, "ours": ops.attribute_loss}
+from benchmarks.runner.operators import OperatorBenchmark
 
 
 def shape_of(shape: tuple) -> str:
@@ -27,25 +16,17 @@ def shape_of(shape: tuple) -> str:
     return f"{layers} layers x {images} x {objects} x {attributes}, {slots} slots"
 
 
-def build(args: argparse.Namespace) -> _run.Benchmark:
-    return _pointwise.build(
-        args,
-        kernel=kernel,
-        name="bench_attribute_loss",
-        title="Attribute loss, forward and backward",
-        method=["eager: all layers at once in plain PyTorch, as without our kernels."],
-        shape_of=shape_of,
-        wanted=("logits",),
-        functions=functions,
-        exact=kernel.attribute_loss_reference,
-        quick=QUICK_SHAPES,
-        cpu=CPU_SHAPES,
-    )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return _run.main(build, arguments, options=_run.parser(__doc__.splitlines()[0]))
-
+main = OperatorBenchmark(
+    op="attribute_loss",
+    about=__doc__,
+    title="Attribute loss, forward and backward",
+    method=["eager: all layers at once in plain PyTorch, as without our kernels."],
+    eager=attribute_loss_reference,
+    wanted=("logits",),
+    shape_of=shape_of,
+    cpu={"unit_vg": (6, 2, 20, 401, 16)},
+    quick={"unit_vg": (2, 2, 5, 33, 6)},
+)
 
 if __name__ == "__main__":
     sys.exit(main())

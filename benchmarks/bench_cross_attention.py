@@ -4,7 +4,6 @@
 writes launch parameters for the card.
 """
 
-import argparse
 import sys
 
 import torch
@@ -13,20 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from unit_fast_kernels import attention as kernel
 
-from benchmarks import _attention, _run
-from benchmarks._machine import peak_of
-from unit_fast import ops
-
-CPU_SHAPES = {
-    "detection": (2, 100, 541, 8, 96, True, 0.1),
-    "detection_large": (1, 100, 3350, 8, 96, True, 0.1),
-    "detection_eval": (2, 100, 541, 8, 96, False, 0.0),
-    "vqa": (2, 25, 552, 8, 96, True, 0.1),
-}
-QUICK_SHAPES = {"detection": (2, 10, 131, 2, 96, True, 0.1), "vqa_eval": (2, 5, 67, 2, 96, False, 0.0)}
+from benchmarks.bench_attention import AttentionBenchmark
+from benchmarks.runner.machine import peak_of
 
 
-def floors(rows: list[dict], console: Console, shapes: dict) -> None:
+def floors(rows: list[dict], console: Console) -> None:
     """Each pass, replayed where it was captured, beside the time that its bytes take at the card's peak; nothing where
     the peak is unknown."""
     table = Table(title="time by the byte floor (1: all of the bandwidth)", title_justify="left", box=box.SIMPLE)
@@ -34,6 +24,7 @@ def floors(rows: list[dict], console: Console, shapes: dict) -> None:
         table.add_column(title)
     for title in ("forward floor us", "forward", "share %", "backward floor us", "backward", "share %"):
         table.add_column(title, justify="right")
+    shapes = main.quick | main.card
     for row in rows:
         peak, taken = peak_of(row["gpu"]), row.get("captured_phases_ms") or row["phases_ms"]
         if peak is None or row["device"] != "cuda":
@@ -48,23 +39,22 @@ def floors(rows: list[dict], console: Console, shapes: dict) -> None:
         console.print(table)
 
 
-def build(args: argparse.Namespace) -> _run.Benchmark:
-    shapes = _attention.shapes_of(args, card=kernel.CROSS_SHAPES, quick=QUICK_SHAPES, cpu=CPU_SHAPES)
-    return _attention.build(
-        args,
-        ours=ops.cross_attention,
-        name="bench_cross_attention",
-        title="Cross-attention, forward and backward",
-        shapes_are="Keys and values are slices of products over six layers. The mask pads the last image at the end of "
-        "each row; bytes and FLOPs count padded keys too, whatever a provider reads.",
-        shapes=shapes,
-        summary=lambda rows, console: floors(rows, console, shapes),
-    )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return _run.main(build, arguments, options=_run.parser(__doc__.splitlines()[0]))
-
+main = AttentionBenchmark(
+    op="cross_attention",
+    about=__doc__,
+    title="Cross-attention, forward and backward",
+    shapes_are="Keys and values are slices of products over six layers. The mask pads the last image at the end of "
+    "each row; bytes and FLOPs count padded keys too, whatever a provider reads.",
+    card=kernel.CROSS_SHAPES,
+    cpu={
+        "detection": (2, 100, 541, 8, 96, True, 0.1),
+        "detection_large": (1, 100, 3350, 8, 96, True, 0.1),
+        "detection_eval": (2, 100, 541, 8, 96, False, 0.0),
+        "vqa": (2, 25, 552, 8, 96, True, 0.1),
+    },
+    quick={"detection": (2, 10, 131, 2, 96, True, 0.1), "vqa_eval": (2, 5, 67, 2, 96, False, 0.0)},
+    summary=floors,
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,13 +21,15 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from benchmarks import _run
-from benchmarks._machine import environment
-from benchmarks._processes import Child
 from benchmarks.data import rounds
+from benchmarks.data.child import Child
 from benchmarks.data.gate import ALLOWED_MEAN, ALLOWED_P999, decoders, judge, reference
-from benchmarks.data.peers import TASKS, Spec
+from benchmarks.data.providers import TASKS, Spec
 from benchmarks.data.root import write_root
+from benchmarks.runner import results
+from benchmarks.runner.cases import Case
+from benchmarks.runner.machine import environment, version_of
+from benchmarks.runner.rows import rows_of
 from unit_fast.errors import UserError
 
 NAME = "bench_data"
@@ -97,7 +99,7 @@ class CaseRun:
         """Rounds, memory and rows."""
         args, children = self.args, {}
         stamp = environment()
-        stamp["versions"] |= {package: _version(package) for package in ("pillow", "nvidia-dali-cuda130")}
+        stamp["versions"] |= {package: version_of(package) for package in ("pillow", "nvidia-dali-cuda130")}
         load = [os.getloadavg()[0]]
         try:
             for provider, extra in self.extra.items():
@@ -120,12 +122,12 @@ class CaseRun:
         finally:
             for child in children.values():
                 child.__exit__()
-        case = _run.Case(
+        case = Case(
             name=self.name, shape=f"{self.spec.batch} images a batch, {self.source}", device=args.device,
             providers={}, reference="", tolerances={},
         )  # fmt: skip
         times = {name: [{"total": 1e3 * a["seconds"] / args.batches} for a in found] for name, found in answers.items()}
-        rows = _run.rows_of(case, times, memory, stamp, NAME)
+        rows = rows_of(case, times, memory, stamp, NAME)
         for row in rows:
             provider = row["provider"]
             row |= {"data_wait_percent": None, "step_images_per_s": None, "prefetch": self.spec.prefetch}
@@ -135,15 +137,6 @@ class CaseRun:
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)
-
-
-def _version(package: str) -> str | None:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -304,10 +297,7 @@ def _run_all(args: argparse.Namespace, known: list[str], folder: Path) -> int:
         console.print(table_of(rows))
         for line in notes(rows):
             console.print(line, highlight=False, soft_wrap=True)
-        if args.json:
-            _run.append(rows, args.json)
-        elif not (args.quick or args.no_results):
-            _run.replace(rows, _run.results_path(NAME, rows[0]["gpu"]))
+        results.keep(rows, args)
     return 0
 
 

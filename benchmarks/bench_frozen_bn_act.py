@@ -4,23 +4,12 @@
 launch parameters for the card.
 """
 
-import argparse
 import sys
-from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
-from unit_fast_kernels import frozen_bn_act as kernel
 
-from benchmarks import _pointwise, _run
-from unit_fast import ops
-
-CPU_SHAPES = {
-    "inner": (1, 64, 100, 168, False, False),
-    "block": (1, 256, 50, 84, True, False),
-    "block_scaled": (1, 256, 50, 84, True, True),
-}
-QUICK_SHAPES = {"inner": (2, 64, 24, 40, False, False), "block_scaled": (2, 256, 12, 20, True, True)}
+from benchmarks.runner.operators import OperatorBenchmark
 
 
 def eager(x, scale, shift, residual, relu) -> Tensor:
@@ -33,43 +22,31 @@ def eager(x, scale, shift, residual, relu) -> Tensor:
     return F.relu(y, inplace=True)
 
 
-def ours(x, scale, shift, residual, relu) -> Tensor:
-    return ops.frozen_bn_act(x, scale, shift, residual, relu)
-
-
-def functions(shape: tuple, device: str) -> dict[str, Callable]:
-    return {"eager": eager, "ours": ours}
-
-
 def shape_of(shape: tuple) -> str:
     batch, channels, height, width, with_residual, with_scale = shape
     extras = f"{', residual' if with_residual else ''}{', scale' if with_scale else ''}"
     return f"{batch} x {channels} x {height}x{width}{extras}"
 
 
-def build(args: argparse.Namespace) -> _run.Benchmark:
-    return _pointwise.build(
-        args,
-        kernel=kernel,
-        name="bench_frozen_bn_act",
-        title="Frozen batch norm, residual and ReLU on channels last, forward and backward",
-        method=[
-            "eager: x + shift, add_ of the residual, ReLU in place, as after a convolution with a bias on CUDA.",
-            "Gradients of x and of the residual where there is one. On a CPU ours is the reference: the model lets the "
-            "convolution add the shift there.",
-        ],
-        shape_of=shape_of,
-        wanted=("x", "residual"),
-        functions=functions,
-        exact=eager,
-        quick=QUICK_SHAPES,
-        cpu=CPU_SHAPES,
-    )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return _run.main(build, arguments, options=_run.parser(__doc__.splitlines()[0]))
-
+main = OperatorBenchmark(
+    op="frozen_bn_act",
+    about=__doc__,
+    title="Frozen batch norm, residual and ReLU on channels last, forward and backward",
+    method=[
+        "eager: x + shift, add_ of the residual, ReLU in place, as after a convolution with a bias on CUDA.",
+        "Gradients of x and of the residual where there is one. On a CPU ours is the reference: the model lets the "
+        "convolution add the shift there.",
+    ],
+    eager=eager,
+    wanted=("x", "residual"),
+    shape_of=shape_of,
+    cpu={
+        "inner": (1, 64, 100, 168, False, False),
+        "block": (1, 256, 50, 84, True, False),
+        "block_scaled": (1, 256, 50, 84, True, True),
+    },
+    quick={"inner": (2, 64, 24, 40, False, False), "block_scaled": (2, 256, 12, 20, True, True)},
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,6 +7,7 @@ Triton line, 0.0 its CUDA line) where it is installed. Cases named ``solve_...``
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 
@@ -17,12 +18,13 @@ from torch import Tensor
 from unit_fast_kernels.assignment import assignment_reference
 from unit_fast_kernels.match_cost import match_cost_reference
 
-from benchmarks import _pointwise, _run, _tune
 from benchmarks.baselines.unit_eager_training import corners, pairwise_giou
+from benchmarks.runner.cases import Benchmark, Case, Provider
+from benchmarks.runner.main import main as run
+from benchmarks.runner.marks import Marks
+from benchmarks.runner.operators import installed, place, shapes_of
 from unit_fast import ops
 
-OPS = ("match_cost", "assignment")
-"""What ``--tune`` tunes."""
 SHAPES = {
     "unit_coco": (6, 16, 100, 92, 32, 7),
     "unit_crowded": (6, 8, 100, 92, 100, 80),
@@ -92,7 +94,7 @@ def costs(shape: tuple, device: str) -> dict[str, Tensor]:
 # ----------------------------------------------------------------------------------------------------------- providers
 
 
-class Matcher(_run.Provider):
+class Matcher(Provider):
     """A provider that pairs. Its result is judged by the cost of the pairs in float64: other pairs may cost the same
     in float32."""
 
@@ -103,7 +105,7 @@ class Matcher(_run.Provider):
         """[P,T] or [L,B,N] on the device, -1 for none."""
         raise NotImplementedError
 
-    def step(self, marks: _run.Marks) -> None:
+    def step(self, marks: Marks) -> None:
         self.query(marks)
 
     def outputs(self) -> dict[str, Tensor]:
@@ -203,7 +205,7 @@ class TorchLinearAssignment(Matcher):
 # ----------------------------------------------------------------------------------------------------------- benchmark
 
 
-def case_of(name: str, shape: tuple, device: str, peers: list[str]) -> _run.Case:
+def case_of(name: str, shape: tuple, device: str, peers: list[str]) -> Case:
     """The case of a shape, (P, Q, T) or with layers."""
     solve = len(shape) == 3
     inputs = (costs if solve else predictions)(shape, device)
@@ -217,7 +219,7 @@ def case_of(name: str, shape: tuple, device: str, peers: list[str]) -> _run.Case
         layers, images, queries, classes, targets, _ = shape
         mean = float(inputs["counts"].double().mean())
         shown = f"{layers} x {images} x {queries}, {classes} classes, {targets} targets, {mean:.1f} real"
-    return _run.Case(
+    return Case(
         name=name,
         shape=shown,
         device=device,
@@ -227,17 +229,15 @@ def case_of(name: str, shape: tuple, device: str, peers: list[str]) -> _run.Case
     )
 
 
-def build(args: argparse.Namespace) -> _run.Benchmark:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.quick:
-        shapes = QUICK_SHAPES | QUICK_SOLVE_SHAPES
-    else:
-        shapes = SHAPES | SOLVE_SHAPES if device == "cuda" else CPU_SHAPES | CPU_SOLVE_SHAPES
-    peers = _pointwise.installed(PEERS)
-    return _run.Benchmark(
+def build(args: argparse.Namespace) -> Benchmark:
+    device, _ = place()
+    shapes = shapes_of(
+        args, card=SHAPES | SOLVE_SHAPES, cpu=CPU_SHAPES | CPU_SOLVE_SHAPES, quick=QUICK_SHAPES | QUICK_SOLVE_SHAPES
+    )
+    peers = installed(PEERS)
+    return Benchmark(
         name="bench_match",
-        module="benchmarks.bench_match",
-        title="Matching: cost, exact assignment, indices on the device" + (" (quick: small shapes)" * args.quick),
+        title="Matching: cost, exact assignment, indices on the device",
         method=[
             "detr: a cost between all images a layer, a copy, SciPy image by image. scipy_batched: our reference.",
             "torch_linear_assignment: the reference's cost, its solver on padded problems.",
@@ -248,14 +248,7 @@ def build(args: argparse.Namespace) -> _run.Benchmark:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = _run.parser(__doc__.splitlines()[0])
-    _tune.add_tune(options)
-    args = options.parse_args(arguments)
-    if args.tune:
-        return max(_tune.main(op, args.tune_minutes / len(OPS)) for op in OPS)
-    return _run.main(build, arguments, options=options)
-
+main = functools.partial(run, build, __doc__, ops=["match_cost", "assignment"])
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,6 +5,7 @@ card on the CPU. ``--tune`` writes launch parameters for the card.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 
@@ -13,8 +14,12 @@ from rich.console import Console
 from torch import Tensor, nn
 from unit_fast_kernels import adamw as kernel
 
-from benchmarks import _pointwise, _run, _tune
 from benchmarks.baselines.unit_eager_training import HFAdamW
+from benchmarks.runner import show
+from benchmarks.runner.cases import Benchmark, Case, Provider
+from benchmarks.runner.main import main as run
+from benchmarks.runner.marks import Marks
+from benchmarks.runner.operators import installed, place
 from unit_fast import ops, recipes
 from unit_fast.model import UniT
 from unit_fast.optim.masked_adamw import MaskedAdamW
@@ -60,13 +65,13 @@ class World:
             torch._foreach_mul_(grads, factor)
 
 
-class Update(_run.Provider):
+class Update(Provider):
     """Clip and update with one optimiser; ``step(optimizer, world)`` does both."""
 
     def __init__(self, world: World, optimizer: torch.optim.Optimizer, step: Callable):
         self.world, self.optimizer, self._step = world, optimizer, step
 
-    def step(self, marks: _run.Marks) -> None:
+    def step(self, marks: Marks) -> None:
         self.world.restore()
         marks.skip()
         self._step(self.optimizer, self.world)
@@ -123,16 +128,16 @@ def providers(world: Callable[[], World], device: str, peers: list[str]) -> dict
 
 
 def ratios(rows: list[dict], console: Console) -> None:
-    """Ours over the authors' rule."""
+    """Ours against the authors' rule."""
     for case in dict.fromkeys(row["case"] for row in rows):
-        by = {row["provider"]: row["time_ms"] for row in rows if row["case"] == case}
+        by = {row["provider"]: row for row in rows if row["case"] == case}
         if {"ours", "authors"} <= set(by):
-            console.print(f"{case}: ours / authors = {by['ours'] / by['authors']:.3f}", highlight=False)
+            console.print(show.compare(case, by["ours"], by["authors"]), highlight=False)
 
 
-def build(args: argparse.Namespace) -> _run.Benchmark:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    peers = _pointwise.installed({"apex": "apex"}) if device == "cuda" else []
+def build(args: argparse.Namespace) -> Benchmark:
+    device, _ = place()
+    peers = installed({"apex": "apex"}) if device == "cuda" else []
     recipe = "demo_quick" if args.quick else "all8_shared"
     cases, kept = [], {}
     for name, detection in (("vision_half", True), ("all_used", False)):
@@ -145,7 +150,7 @@ def build(args: argparse.Namespace) -> _run.Benchmark:
 
         shape = kernel.SHAPES["unit_vision" if detection else "unit_201m"]
         cases.append(
-            _run.Case(
+            Case(
                 name=name,
                 shape=f"{recipe}, {'parameters of a detection step' if detection else 'all parameters'}",
                 device=device,
@@ -156,10 +161,10 @@ def build(args: argparse.Namespace) -> _run.Benchmark:
                 bytes=None if args.quick else kernel.bytes_moved(shape, torch.float32),
             )
         )
-    return _run.Benchmark(
+    return Benchmark(
         name="bench_optimizer",
-        module="benchmarks.bench_optimizer",
-        title="Clip by the joint norm and AdamW" + (" (quick: a small model)" if args.quick else ""),
+        title="Clip by the joint norm and AdamW",
+        quick="a small model",
         method=[
             "authors: clip_grad_norm_, then per tensor one .item() for the skip test and the Hugging Face form. "
             "foreach, torch fused, apex: clip_grad_norm_, then AdamW.",
@@ -175,14 +180,7 @@ def build(args: argparse.Namespace) -> _run.Benchmark:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = _run.parser(__doc__.splitlines()[0])
-    _tune.add_tune(options)
-    args = options.parse_args(arguments)
-    if args.tune:
-        return _tune.main("adamw", args.tune_minutes)
-    return _run.main(build, arguments, options=options)
-
+main = functools.partial(run, build, __doc__, ops=["adamw"])
 
 if __name__ == "__main__":
     sys.exit(main())

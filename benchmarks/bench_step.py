@@ -17,7 +17,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import _run
+from benchmarks.runner import main as runner
+from benchmarks.runner.cases import Benchmark, Case
+from benchmarks.runner.show import cell, times_as_fast
 from benchmarks.step import card
 from benchmarks.step.problems import CASES, QUICK, mmf_config, mmf_state, shape_of
 from benchmarks.step.providers import Eager, Ours
@@ -28,30 +30,29 @@ PROVIDERS = ("eager", "library", "ours")
 
 
 def ratios(rows: list[dict], console: Console, cases: dict) -> None:
-    """Ours over the authors' formulation, by phase, beside the aims."""
-    table = Table(title="ours / eager (below 1: ours is faster or smaller)", title_justify="left", box=box.SIMPLE)
+    """How many times as fast as the authors' formulation ours is, by phase, and as small, beside the aims."""
+    table = Table(title="ours against eager: times as fast, times as small", title_justify="left", box=box.SIMPLE)
     table.add_column("case")
-    for title in ("forward", "losses", "backward", "optimiser", "step", "aim", "library / eager", "memory", "aim"):
+    for title in ("forward", "losses", "backward", "optimiser", "step", "aim", "against library", "memory", "aim"):
         table.add_column(title, justify="right")
     for name, case in cases.items():
         by = {row["provider"]: row for row in rows if row["case"] == name}
         if "ours" not in by or "eager" not in by:
             continue
-        ours, eager, library = by["ours"], by["eager"], by.get("library")
-        memory = (ours["peak_memory_gib"], eager["peak_memory_gib"])
-        table.add_row(
-            name,
-            *(f"{ours['phases_ms'][p] / eager['phases_ms'][p]:.2f}" for p in ours["phases_ms"]),
-            f"{ours['time_ms'] / eager['time_ms']:.3f}",
-            f"{case[4]}",
-            "-" if library is None else f"{library['time_ms'] / eager['time_ms']:.3f}",
-            "-" if None in memory else f"{memory[0] / memory[1]:.2f}",
-            "-" if case[5] is None else f"{case[5]}",
-        )
+        ours, eager, library = by["ours"], by["eager"], by.get("library", {})
+        figures = [
+            *(times_as_fast(ours["phases_ms"][p], eager["phases_ms"][p]) for p in ours["phases_ms"]),
+            times_as_fast(ours["time_ms"], eager["time_ms"]),
+            1 / case[4],
+            times_as_fast(ours["time_ms"], library.get("time_ms")),
+            times_as_fast(ours["peak_memory_gib"], eager["peak_memory_gib"]),
+            case[5] and 1 / case[5],
+        ]
+        table.add_row(name, *(cell(figure, "{:.2f}") for figure in figures))
     console.print(table)
 
 
-def build(args: argparse.Namespace) -> _run.Benchmark:
+def build(args: argparse.Namespace) -> Benchmark:
     shapes, config = (QUICK if args.quick else CASES), mmf_config(args.quick)
     # The memory runs hold one model; all others share one set of weights.
     state = None if args.memory_child else mmf_state(args.quick)
@@ -62,7 +63,7 @@ def build(args: argparse.Namespace) -> _run.Benchmark:
             "library": lambda shape=shape: Eager(shape, config, state, library=True),
             "ours": lambda shape=shape: Ours(shape, config, state),
         }
-        case = _run.Case(
+        case = Case(
             name=name,
             shape=shape_of(shape),
             providers=providers,
@@ -71,10 +72,10 @@ def build(args: argparse.Namespace) -> _run.Benchmark:
             error="l2",
         )
         cases.append(case)
-    return _run.Benchmark(
+    return Benchmark(
         name="bench_step",
-        module="benchmarks.bench_step",
-        title="One training step of the 8-dataset model" + (" (quick: a small model)" if args.quick else ""),
+        title="One training step of the 8-dataset model",
+        quick="a small model",
         method=[
             "eager: the authors' formulation. library: the same with SDPA, channels_last, torch's fused AdamW.",
             "Training mode, dropout 0.1, float32, the same weights and samples. Text: ours padded to the longest of "
@@ -90,7 +91,7 @@ def build(args: argparse.Namespace) -> _run.Benchmark:
 
 
 def parser() -> argparse.ArgumentParser:
-    out = _run.parser(__doc__.splitlines()[0])
+    out = runner.parser(__doc__)
     out.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="auto: a card where there is one, else the CPU; --quick without a card tries a card's code as well",
@@ -104,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     args = parser().parse_args(arguments)
     if args.memory_child:
-        return _run.run(build, args, arguments)
+        return runner.run(build, args, arguments)
     there = torch.cuda.is_available()
     if args.device == "cuda" and not there:
         print("--device cuda: this machine, or this torch, has no CUDA device; leave it out", file=sys.stderr)
@@ -122,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     if trying:
         status = _for_cpu(args, arguments)
     elif not on_card:
-        status = _run.run(build, args, arguments)
+        status = runner.run(build, args, arguments)
     if status or not (on_card or trying):
         return status
     if args.quick:
@@ -137,7 +138,7 @@ def _for_cpu(args: argparse.Namespace, arguments: list[str]) -> int:
     chosen.case = args.case and [name for name in args.case if name in QUICK]
     chosen.provider = args.provider and [name for name in args.provider if name in PROVIDERS]
     nothing = (args.case and not chosen.case) or (args.provider and not chosen.provider)
-    return 0 if nothing else _run.run(build, chosen, arguments)
+    return 0 if nothing else runner.run(build, chosen, arguments)
 
 
 if __name__ == "__main__":

@@ -40,76 +40,80 @@ VISITS = 4000
 """Samples of each data set that sizes are taken of: every sample of the root with several random transforms."""
 
 
-def facts_of(name: str, config) -> np.ndarray:
-    """int [VISITS,4]: height, width, word pieces and objects of visits to a data set; 0 where it has none."""
+def facts_of(name: str, config) -> dict[str, np.ndarray]:
+    """Of visits to a data set: height, width, text (word pieces), objects, int [VISITS] each; 0 where it has none."""
     dataset = open_dataset(
         name, "train", config.data, config.model.tasks[name], augment=True,
         vocab_size=config.model.text.vocab_size, attribute_outputs=config.model.loss.attribute_outputs,
     )  # fmt: skip
-    task, rows = get_task(name), []
+    task, counted = get_task(name), min(VISITS, 4 * len(dataset))
     length = [dataset.text_tokens(i) if task.has_text else 0 for i in range(len(dataset))]
-    for visit in range(VISITS):
-        index = visit % len(dataset)
-        height, width = dataset.shape(index, visit) if task.has_image else (0, 0)
-        objects = len(dataset.get(index, visit)["labels"]) if task.is_detection and visit < 4 * len(dataset) else None
-        if task.is_detection and objects is None:
-            objects = rows[visit - 4 * len(dataset)][3]
-        rows.append((height, width, length[index], objects or 0))
-    return np.array(rows)
+    visits = [(visit % len(dataset), visit) for visit in range(VISITS)]
+    sizes = [dataset.shape(*visit) if task.has_image else (0, 0) for visit in visits]
+    objects = [len(dataset.get(*visit)["labels"]) if task.is_detection else 0 for visit in visits[:counted]]
+    objects = [objects[visit % counted] for visit in range(VISITS)]
+    heights, widths = zip(*sizes)
+    text = [length[index] for index, _ in visits]
+    columns = {"height": heights, "width": widths, "text": text, "objects": objects}
+    return {column: np.array(values) for column, values in columns.items()}
 
 
-def batches_of(facts: np.ndarray, buckets: Buckets, batch: int, group: int, steps: int, rng) -> np.ndarray:
-    """int [steps,4]: what each batch must hold, and in a fifth column the real places, grouped as the loader does."""
-    images = bool(facts[:, 0].any())
-    real = facts[:, 0] * facts[:, 1] if images else facts[:, 2]
-    ranks = [buckets.rank(int(h), int(w)) for h, w in facts[:, :2]] if images else [(t,) for t in real]
-    ranks = np.array(ranks)
+def batches_of(
+    facts: dict[str, np.ndarray], buckets: Buckets, batch: int, group: int, steps: int, rng
+) -> list[dict[str, int]]:
+    """What each of ``steps`` batches must hold, by the names of ``facts``, and its ``real`` places; grouped as the
+    loader does it."""
+    images = bool(facts["height"].any())
+    real = facts["height"] * facts["width"] if images else facts["text"]
+    sizes = zip(facts["height"].tolist(), facts["width"].tolist())
+    ranks = np.array([buckets.rank(*size) for size in sizes] if images else real[:, None])
     found = []
     while len(found) < steps:
-        drawn = rng.integers(len(facts), size=batch * group)
+        drawn = rng.integers(len(real), size=batch * group)
         if batch > 1:
             drawn = drawn[np.lexsort(ranks[drawn].T[::-1])]
         for members in rng.permutation(drawn.reshape(group, batch)):
-            found.append((*facts[members].max(0), real[members].sum()))
-    return np.array(found[:steps])
+            largest = {name: int(column[members].max()) for name, column in facts.items()}
+            found.append(largest | {"real": real[members].sum()})
+    return found[:steps]
 
 
-def spec_of(buckets: Buckets, row, batch: int, detection: bool) -> BucketSpec:
+def spec_of(buckets: Buckets, largest: dict[str, int], batch: int, detection: bool) -> BucketSpec:
     """The bucket of a batch."""
-    height, width, text, objects, _ = map(int, row)
-    size = (height, width) if height else (text,)
-    return buckets.bucket_of([size] * batch, text_len=text, targets=max(1, objects) if detection else 0)
+    size = (largest["height"], largest["width"]) if largest["height"] else (largest["text"],)
+    targets = max(1, largest["objects"]) if detection else 0
+    return buckets.bucket_of([size] * batch, text_len=largest["text"], targets=targets)
 
 
-def count(config, facts: dict[str, np.ndarray], batch: int, most: int = STEPS[-1]) -> dict:
+def count(config, facts: dict[str, dict[str, np.ndarray]], batch: int, most: int = STEPS[-1]) -> dict:
     """The row of one choice of buckets and one batch size."""
     rng, buckets = np.random.default_rng(0), buckets_of(config)
     ratios = normalised(config.ratios, facts)
     tasks = np.array(sorted(facts))[rng.choice(len(facts), size=most, p=[ratios[n] for n in sorted(facts)])]
-    rows = {
+    batches = {
         name: iter(batches_of(facts[name], buckets, batch, config.data.group, int((tasks == name).sum()), rng))
         for name in facts
     }
     met: Counter = Counter()
     real, padded, out = Counter(), Counter(), {"batch": batch}
     memory, arena = 0, InputArena(buckets, torch.device("meta"))
-    eager = 0
+    may_be_captured, replayed = set(), 0
     for step, name in enumerate(tasks, start=1):
-        task, row = get_task(name), next(rows[name])
-        spec = spec_of(buckets, row, batch, task.is_detection)
-        key = name, spec
-        met[key] += 1
-        # Beyond the most graphs there may be, a shape stays eager.
-        captured = met[key] > WARM_UP and list(met).index(key) < MOST_GRAPHS if len(met) > MOST_GRAPHS else None
-        eager += not (met[key] > WARM_UP if captured is None else captured)
-        if met[key] == 1:
+        task, largest = get_task(name), next(batches[name])
+        spec = spec_of(buckets, largest, batch, task.is_detection)
+        shape = name, spec
+        met[shape] += 1
+        if met[shape] == 1:
             static = arena.place(spec, [like(name, config, batch)])
             memory += sum(t.nbytes for t in static[0].tensors().values())
+            if len(met) <= MOST_GRAPHS:  # beyond the most graphs there may be, a shape stays eager
+                may_be_captured.add(shape)
+        replayed += met[shape] > WARM_UP and shape in may_be_captured
         kind = "image" if task.has_image else "text"
-        real[kind] += row[-1]
+        real[kind] += largest["real"]
         padded[kind] += batch * (spec.height * spec.width or spec.text_len)
         if step in STEPS:
-            out |= {f"shapes_{step}": len(met), f"replayed_{step}": round(1 - eager / step, 4)}
+            out |= {f"shapes_{step}": len(met), f"replayed_{step}": round(replayed / step, 4)}
     out |= {f"real_{k}": round(real[k] / padded[k], 4) for k in padded}
     return out | {"arena_mib": round(arena.bytes / 2**20, 1), "a_set_each_mib": round(memory / 2**20, 1)}
 

@@ -27,8 +27,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks._goals import judge
-from benchmarks._machine import ROOT, environment
+from benchmarks.runner.goals import judge
+from benchmarks.runner.machine import ROOT, environment
 
 MINUTES = 10.0
 _RESERVE_SECONDS = 10.0
@@ -118,7 +118,8 @@ def steps(
         command = pytest_command(out, os.cpu_count() or 1, has("xdist", extra), folder)
         tests.append(Step("pytest", command, TEST_SECONDS))
     ops = {p.stem.removeprefix("bench_") for p in (folder / "benchmarks").glob("bench_*.py")}
-    ops = {op for op in ops if op in (*OF_SEVERAL_OPS, *OF_NO_OP) or (folder / "kernels" / f"{op}.py").exists()}
+    kernels = {path.stem for path in (folder / "kernels").iterdir()}
+    ops = {op for op in ops if op in (*OF_SEVERAL_OPS, *OF_NO_OP) or op in kernels}
     single = [
         benchmark(
             f"bench_{op}", f"bench_{op}", OF_NO_OP.get(op, ()), NO_OP_SECONDS if op in OF_NO_OP else BENCHMARK_SECONDS

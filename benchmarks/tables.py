@@ -4,22 +4,26 @@
     python -m benchmarks.tables --check    # exit status 1 where they differ from the results
 
 A table stands between ``<!-- results: bench_step -->`` and ``<!-- end of results -->``; with ``, kernels`` behind the
-name it is that of the kernels of a step by category. Each row names its machine, and one table never mixes cards:
-results of a card are in a file of its own (``bench_step_h200``).
+name it is that of the kernels of a step by category, and ``headline`` is the few figures to begin with. Each row names
+its machine, and one table never mixes cards: results of a card are in a file of its own (``bench_step_h200``). In every
+table "times as fast" is the provider's time over ours, or our images a second over the provider's.
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks._machine import ROOT
-from benchmarks._run import RESULTS
+from benchmarks.runner.machine import ROOT
+from benchmarks.runner.results import RESULTS, read
+from benchmarks.runner.show import times_as_fast
 
 _BLOCK = re.compile(r"(<!-- results: (\w+)(, kernels)? -->\n)(.*?)(<!-- end of results -->)", re.S)
 OURS = "ours"
+FASTER, SMALLER = "ours, times as fast", "ours, times as small"
+HEADLINE = {"bench_step_h200": ("coco_b2", "coco_b8"), "bench_step": ("coco", "coco_large")}
+"""Results files and their cases in the headline: of a card, and of a CPU (the least and the most that is gained)."""
 
 
 def load(name: str) -> list[dict]:
@@ -29,7 +33,7 @@ def load(name: str) -> list[dict]:
         known = (p.stem for p in (ROOT / "benchmarks").glob("bench_*.py"))
         module = max((m for m in known if name.startswith(f"{m}_")), key=len, default=name)
         raise FileNotFoundError(f"{path.relative_to(ROOT)} is missing; run: python -m benchmarks.{module}")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read(path)
 
 
 def _number(value: float | None) -> str:
@@ -63,11 +67,12 @@ def _time(row: Mapping) -> str:
     return _spread(row["time_ms"], row["p20_ms"], row["p80_ms"])
 
 
-def _ratio(ours: Mapping | None, row: Mapping, key: str) -> str:
-    """Ours over the row's figure."""
-    if ours is None or ours is row or not ours.get(key) or not row.get(key):
+def _times(ours: Mapping | None, row: Mapping | None, key: str) -> str:
+    """Ours is so many times as fast (or small) as the row, by a time (or a size)."""
+    if ours is None or row is None or ours is row:
         return ""
-    return f"{ours[key] / row[key]:.2f}"
+    times = times_as_fast(ours.get(key), row.get(key))
+    return "" if times is None else f"{times:.2f}"
 
 
 # A kind of table: titles, and the cells of a row of it beside ours of the same problem and machine.
@@ -77,14 +82,14 @@ def _loader_cells(row: Mapping, ours: Mapping | None) -> list[str]:
     speed = _spread(*(row[f"images_per_s{point}"] for point in ("", "_p20", "_p80")))
     return [
         f"{row['case']}, {row['shape']}", row["provider"], str(row["workers"]), speed,
-        _ratio(ours, row, "images_per_s"), _number(row["cpu_ms_per_image"]), _number(row["peak_memory_gib"]),
+        _times(row, ours, "images_per_s"), _number(row["cpu_ms_per_image"]), _number(row["peak_memory_gib"]),
     ]  # fmt: skip
 
 
 def _host_cells(row: Mapping, ours: Mapping | None) -> list[str]:
     return [
-        f"{row['shape']}, {row['dtype']}", row["provider"], _time(row), _ratio(ours, row, "time_ms"),
-        _number(row["peak_memory_gib"]), _ratio(ours, row, "peak_memory_gib"),
+        f"{row['shape']}, {row['dtype']}", row["provider"], _time(row), _times(ours, row, "time_ms"),
+        _number(row["peak_memory_gib"]), _times(ours, row, "peak_memory_gib"),
     ]  # fmt: skip
 
 
@@ -92,7 +97,7 @@ def _operator_cells(row: Mapping, ours: Mapping | None) -> list[str]:
     peak = row["percent_of_peak"]
     return [
         f"{row['shape']}, {row['dtype']}", row["provider"], _number(row["captured_ms"]) or "not captured",
-        _ratio(ours, row, "captured_ms"), _time(row), _ratio(ours, row, "time_ms"), _number(peak),
+        _times(ours, row, "captured_ms"), _time(row), _times(ours, row, "time_ms"), _number(peak),
     ]  # fmt: skip
 
 
@@ -102,7 +107,7 @@ def _step_cells(row: Mapping, ours: Mapping | None) -> list[str]:
         return [*problem, row["status"], *[""] * 9]
     share = row["share_of_bound"]
     return [
-        *problem, _number(row["samples_per_s"]), _time(row), _ratio(ours, row, "time_ms"),
+        *problem, _number(row["samples_per_s"]), _time(row), _times(ours, row, "time_ms"),
         *(_count(row[key]) for key in ("launches", "kernels", "waits")),
         "" if row["copies_to_host"] is None else f"{row['copies_to_host']:.0f} / {row['copies_to_device']:.0f}",
         "" if row["busy_share"] is None else f"{row['busy_share']:.2f}",
@@ -113,15 +118,15 @@ def _step_cells(row: Mapping, ours: Mapping | None) -> list[str]:
 def _kind(rows: Sequence[Mapping]) -> tuple[tuple[str, ...], Callable]:
     first = rows[0]
     if "images_per_s" in first:
-        titles = ("problem", "provider", "workers", "images/s (p20 to p80)", "ours / it", "CPU ms an image", "GiB")
+        titles = ("problem", "provider", "workers", "images/s (p20 to p80)", FASTER, "CPU ms an image", "GiB")
         return titles, _loader_cells
     if "share_of_bound" in first:
-        titles = ("problem", "provider", "samples/s", "ms (p20 to p80)", "ours / it", "launches", "kernels", "waits")
+        titles = ("problem", "provider", "samples/s", "ms (p20 to p80)", FASTER, "launches", "kernels", "waits")
         return (*titles, "copies to host / card", "busy", "GiB", "of the bound"), _step_cells
     if first["device"] == "cuda":
-        titles = ("problem", "provider", "ms, captured", "ours / it", "ms from the host (p20 to p80)", "ours / it")
+        titles = ("problem", "provider", "ms, captured", FASTER, "ms from the host (p20 to p80)", FASTER)
         return (*titles, "% of peak"), _operator_cells
-    return ("problem", "provider", "ms (p20 to p80)", "ours / it", "GiB", "ours / it"), _host_cells
+    return ("problem", "provider", "ms (p20 to p80)", FASTER, "GiB", SMALLER), _host_cells
 
 
 def _one_card(rows: Sequence[Mapping]) -> None:
@@ -142,8 +147,7 @@ def _problems(rows: Sequence[dict]) -> list[list[dict]]:
 def table(rows: Sequence[dict]) -> str:
     """Markdown: a line a case and provider with the machine, then what they were measured with.
 
-    The ratio is ours over the provider: of times and sizes below 1 we are faster or smaller, of a loader's images a
-    second above 1 we are faster. ``ValueError`` where cards would be mixed.
+    ``ValueError`` where cards would be mixed.
     """
     _one_card(rows)
     titles, cells = _kind(rows)
@@ -171,6 +175,24 @@ def kernels_table(rows: Sequence[dict]) -> str:
     return "\n".join([*lines, "", *_stamps(rows), ""])
 
 
+def headline(results: Mapping[str, Sequence[dict]]) -> str:
+    """Markdown: whole updates of ours on a card and on a CPU, beside the authors' formulation, as it is and with the
+    best library settings. ``results``: rows by the names of ``HEADLINE``; of a CPU's the machine measured last counts.
+    """
+    titles = ("machine", "one update of", "images/s", "ms", "times as fast as the eager formulation", "as `library`")
+    lines, shown = [_line(titles), "|" + "---|" * len(titles)], []
+    for name, cases in HEADLINE.items():
+        latest = _machine(max(results[name], key=lambda row: row["date"]))
+        for case in cases:
+            by = {r["provider"]: r for r in results[name] if r["case"] == case and _machine(r) == latest}
+            ours = by[OURS]
+            speed, problem = _number(ours.get("samples_per_s")), f"{ours['shape'].partition(' (')[0]}, {ours['dtype']}"
+            times = [_times(ours, by.get(other), "time_ms") or "not measured" for other in ("eager", "library")]
+            lines.append(_line((latest, problem, speed, _number(ours["time_ms"]), *times)))
+            shown.append(ours)
+    return "\n".join([*lines, "", *_stamps(shown), ""])
+
+
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -181,7 +203,13 @@ def _stamps(rows: Sequence[dict]) -> list[str]:
 
 def fill(text: str) -> str:
     """``text`` with every block between markers made anew."""
-    return _BLOCK.sub(lambda m: m[1] + (kernels_table if m[3] else table)(load(m[2])) + m[5], text)
+
+    def block(name: str, kernels: str | None) -> str:
+        if name == "headline":
+            return headline({file: load(file) for file in HEADLINE})
+        return (kernels_table if kernels else table)(load(name))
+
+    return _BLOCK.sub(lambda m: m[1] + block(m[2], m[3]) + m[5], text)
 
 
 def main(arguments=None) -> int:

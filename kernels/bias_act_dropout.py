@@ -23,30 +23,24 @@ from unit_fast_kernels.dropout import drop, dropout_cpu, dropout_reference
 from unit_fast_kernels.shared.operator import Operator
 from unit_fast_kernels.shared.philox import keep_elements, keep_rows, limit
 from unit_fast_kernels.shared.random import keep_scale
-from unit_fast_kernels.shared.registration import DTYPES, register
+from unit_fast_kernels.shared.registration import register
 from unit_fast_kernels.shared.sums import sum_partials
-from unit_fast_kernels.shared.triton import cdiv, jit, power_of_two, tl
-from unit_fast_kernels.shared.tuned import launch_parameters, multiprocessors
+from unit_fast_kernels.shared.triton import cdiv, jit, power_of_two, tl, vector
+from unit_fast_kernels.shared.tuned import candidates_of, launch_parameters, multiprocessors
 from unit_fast_kernels.shared.validation import (
     check_dropout,
     check_floating,
     check_known,
     check_one_device,
     check_shape,
+    unfit_dtype,
 )
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 MAX_WIDTH = 2**20
 
 
-def bias_act_dropout_reference(
-    x: Tensor,
-    bias: Tensor | None,
-    act: str,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    keep: Tensor | None = None,
-) -> Tensor:
+def bias_act_dropout_reference(x, bias, act, dropout_p=0.0, seed=None, keep=None) -> Tensor:
     """The specification. x [...,C], bias [C] or None, act "relu" or "gelu"."""
     if bias is not None:
         x = x + bias
@@ -69,9 +63,7 @@ class _ReluDropoutCpu(torch.autograd.Function):
         return torch.ops.aten.threshold_backward(grad, y, 0.0).mul_(keep_scale(ctx.dropout_p)), None, None
 
 
-def bias_act_dropout_cpu(
-    x: Tensor, bias: Tensor | None, act: str, dropout_p: float = 0.0, seed: Tensor | None = None
-) -> Tensor:
+def bias_act_dropout_cpu(x, bias, act, dropout_p=0.0, seed=None) -> Tensor:
     """The same result as ``bias_act_dropout_reference``, decisions included."""
     if bias is not None:
         x = x + bias
@@ -104,13 +96,6 @@ def _normal(z, ERF: tl.constexpr):
 
 
 @jit
-def _bias(bias_ptr, column, R: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
-    """float32 [R,BLOCK], loaded once a row (from L1) in the layout of the block."""
-    everywhere = tl.broadcast_to(column[None, :], [R, BLOCK])
-    return tl.load(bias_ptr + everywhere, mask=everywhere < C, other=0.0).to(tl.float32)
-
-
-@jit
 def _bias_act_dropout_fwd_kernel(
     x_ptr,  # [N,C]
     bias_ptr,  # [C], or None
@@ -133,7 +118,7 @@ def _bias_act_dropout_fwd_kernel(
     offset = row[:, None] * C + column[None, :]
     value = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
-        value += _bias(bias_ptr, column, R, C, BLOCK)
+        value += vector(bias_ptr, column, R, C, BLOCK)
     if GELU:
         distribution, _ = _normal(value, ERF)
         value *= distribution
@@ -174,7 +159,7 @@ def _bias_act_dropout_bwd_kernel(
         saved = tl.load(saved_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         if GELU:
             if bias_ptr is not None:
-                saved += _bias(bias_ptr, column, R, C, BLOCK)
+                saved += vector(bias_ptr, column, R, C, BLOCK)
             distribution, density = _normal(saved, ERF)
             grad *= distribution + saved * density
             if seed_ptr is not None:
@@ -207,7 +192,7 @@ def _launch_parameters(op: str, x: Tensor, default: dict[str, int]) -> dict[str,
     return launch_parameters(op, f"width{power_of_two(x.shape[-1])}", default, x.device)
 
 
-def _output(x: Tensor, bias: Tensor | None) -> Tensor:
+def _output(x: Tensor, bias: Tensor | None, *_) -> Tensor:
     dtype = x.dtype if bias is None else torch.promote_types(x.dtype, bias.dtype)
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
@@ -244,10 +229,6 @@ def _kept(shape, dropout_p, seed):
 def _fwd_reference(x, bias, seed, act, dropout_p):
     value = ACTIVATIONS[act](x.float() if bias is None else x.float() + bias.float())
     return _output(x, bias).copy_(value * _kept(x.shape, dropout_p, seed))
-
-
-def _fwd_fake(x, bias, seed, act, dropout_p):
-    return _output(x, bias)
 
 
 def _bwd_outputs(dy: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -308,16 +289,12 @@ def _bwd_reference(dy, saved, bias, seed, act, dropout_p, dtype):
     return dx.copy_(grad), dbias
 
 
-def _bwd_fake(dy, saved, bias, seed, act, dropout_p, dtype):
-    return _bwd_outputs(dy, bias, dtype)
-
-
 _forward = register(
     "bias_act_dropout_fwd",
     "(Tensor x, Tensor? bias, Tensor? seed, str act, float dropout_p) -> Tensor",
     reference=_fwd_reference,
     launch=_fwd_launch,
-    fake=_fwd_fake,
+    fake=_output,
 )
 _backward = register(
     "bias_act_dropout_bwd",
@@ -325,7 +302,7 @@ _backward = register(
     "-> (Tensor dx, Tensor dbias)",
     reference=_bwd_reference,
     launch=_bwd_launch,
-    fake=_bwd_fake,
+    fake=lambda dy, saved, bias, seed, act, dropout_p, dtype: _bwd_outputs(dy, bias, dtype),
 )
 
 
@@ -350,9 +327,8 @@ class _BiasActDropout(torch.autograd.Function):
 
 def why_not(x: Tensor, bias: Tensor | None = None, *_) -> str | None:
     """Why the kernels cannot take these arguments, or None."""
-    for name, tensor in (("x", x), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in DTYPES:
-            return f"{name} is {tensor.dtype}: convert it to float32, bfloat16 or float16"
+    if reason := unfit_dtype(x=x, bias=bias):
+        return reason
     if x.dim() == 0:
         return "x has no dimension: give it one"
     if x.shape[-1] > MAX_WIDTH:
@@ -362,18 +338,13 @@ def why_not(x: Tensor, bias: Tensor | None = None, *_) -> str | None:
     return None
 
 
-def bias_act_dropout_fused(
-    x: Tensor, bias: Tensor | None, act: str, dropout_p: float = 0.0, seed: Tensor | None = None
-) -> Tensor:
+def bias_act_dropout_fused(x, bias, act, dropout_p=0.0, seed=None) -> Tensor:
     """``bias_act_dropout_reference`` in one pass each way, with the decisions of ``keep_elements``.
 
     x [...,C] and bias [C] of DTYPES; the result has the wider of their dtypes, as the reference's. What does not fit:
     ``why_not``.
     """
     return _BiasActDropout.apply(x, bias, act, dropout_p, seed if dropout_p > 0.0 else None)
-
-
-# --- The operator ----------------------------------------------------------------------------------------------------
 
 
 def validate(x: Tensor, bias: Tensor | None, act: str, dropout_p: float = 0.0, seed: Tensor | None = None) -> tuple:
@@ -449,11 +420,7 @@ def candidates(shape: tuple) -> list[dict]:
     ]
     fwd = [fwd_defaults(width), *tiles]
     bwd = [bwd_defaults(width), *(t | {"programs": n} for t in tiles for n in ((2, 4, 8) if with_bias else (6,)))]
-    return [
-        {"op": op, "bucket": bucket, "parameters": parameters}
-        for op, tried in (("bias_act_dropout_fwd", fwd), ("bias_act_dropout_bwd", bwd))
-        for parameters in tried
-    ]
+    return candidates_of(["bias_act_dropout_fwd"], bucket, fwd) + candidates_of(["bias_act_dropout_bwd"], bucket, bwd)
 
 
 def _elements(shape: tuple) -> int:

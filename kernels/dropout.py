@@ -15,7 +15,7 @@ from unit_fast_kernels.shared.philox import keep_elements, keep_rows, limit
 from unit_fast_kernels.shared.random import RandomBits, SavedBits, cut, draw, keep_mask, keep_scale
 from unit_fast_kernels.shared.registration import DTYPES, register
 from unit_fast_kernels.shared.triton import cdiv, jit, tl
-from unit_fast_kernels.shared.tuned import launch_parameters
+from unit_fast_kernels.shared.tuned import candidates_of, launch_parameters
 from unit_fast_kernels.shared.validation import check_dropout, check_floating
 
 # Elements worked on at a time, so that their random numbers stay in cache.
@@ -121,8 +121,12 @@ def _default() -> dict[str, int]:
     return {"block": 1024, "warps": 4}
 
 
+def _output(x, *_) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 def _launch(x, dropout_p, seed):
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = _output(x)
     size = x.numel()
     if size == 0:
         return y
@@ -142,11 +146,7 @@ def _launch(x, dropout_p, seed):
 
 def _apply_reference(x, dropout_p, seed):
     kept = keep_elements(x.shape, dropout_p, seed) * keep_scale(dropout_p)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x.float() * kept)
-
-
-def _fake(x, dropout_p, seed):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return _output(x).copy_(x.float() * kept)
 
 
 _apply = register(
@@ -154,7 +154,7 @@ _apply = register(
     "(Tensor x, float dropout_p, Tensor seed) -> Tensor",
     reference=_apply_reference,
     launch=_launch,
-    fake=_fake,
+    fake=_output,
 )
 
 
@@ -226,7 +226,7 @@ def launches(shape: tuple[int, ...], dtype: torch.dtype, device) -> list[tuple[s
 def candidates(shape: tuple[int, ...]) -> list[dict]:
     """Launch parameters worth trying: {"op", "bucket", "parameters"}, the default first."""
     others = [{"block": block, "warps": warps} for block in (512, 1024, 2048, 4096) for warps in (2, 4, 8)]
-    return [{"op": "dropout_apply", "bucket": "any", "parameters": p} for p in (_default(), *others)]
+    return candidates_of(["dropout_apply"], "any", (_default(), *others))
 
 
 def bytes_moved(shape: tuple[int, ...], dtype: torch.dtype) -> int:

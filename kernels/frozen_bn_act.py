@@ -16,14 +16,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from unit_fast_kernels.shared.operator import Operator
 from unit_fast_kernels.shared.registration import DTYPES, register
-from unit_fast_kernels.shared.triton import cdiv, jit, power_of_two, tl
-from unit_fast_kernels.shared.tuned import launch_parameters
+from unit_fast_kernels.shared.triton import cdiv, jit, power_of_two, tl, vector
+from unit_fast_kernels.shared.tuned import candidates_of, launch_parameters
 from unit_fast_kernels.shared.validation import check_floating, check_one_device, check_shape, refuse
 
 
-def frozen_bn_act_reference(
-    x: Tensor, scale: Tensor | None, shift: Tensor, residual: Tensor | None = None, relu: bool = True
-) -> Tensor:
+def frozen_bn_act_reference(x, scale, shift, residual=None, relu=True) -> Tensor:
     """The specification. x, residual [B,C,H,W]; scale (or None for 1), shift [C], taken in the dtype of x."""
     if scale is not None:
         x = x * scale.to(x.dtype)[:, None, None]
@@ -34,13 +32,6 @@ def frozen_bn_act_reference(
 
 
 # --- Kernels --------------------------------------------------------------------------------------------------------
-
-
-@jit
-def _constants(ptr, column, R: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
-    """float32 [R,BLOCK] of a vector [C], loaded once a row (from L1) in the layout of the block."""
-    everywhere = tl.broadcast_to(column[None, :], [R, BLOCK])
-    return tl.load(ptr + everywhere, mask=everywhere < C, other=0.0).to(tl.float32)
 
 
 @jit
@@ -62,8 +53,8 @@ def _frozen_bn_act_fwd_kernel(
     offset = number.to(tl.int64)[:, None] * C + column[None, :]
     value = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     if scale_ptr is not None:
-        value *= _constants(scale_ptr, column, R, C, BLOCK)
-    value += _constants(shift_ptr, column, R, C, BLOCK)
+        value *= vector(scale_ptr, column, R, C, BLOCK)
+    value += vector(shift_ptr, column, R, C, BLOCK)
     if residual_ptr is not None:
         value += tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     if RELU:
@@ -94,7 +85,7 @@ def _frozen_bn_act_bwd_kernel(
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + offset, grad.to(dresidual_ptr.dtype.element_ty), mask=inside)
     if scale_ptr is not None:
-        grad *= _constants(scale_ptr, column, R, C, BLOCK)
+        grad *= vector(scale_ptr, column, R, C, BLOCK)
     tl.store(dx_ptr + offset, grad.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
@@ -156,10 +147,6 @@ def _fwd_reference(x, scale, shift, residual, relu):
     return _like(x, _dtype(x, residual)).copy_(frozen_bn_act_reference(*wide, relu))
 
 
-def _fwd_fake(x, scale, shift, residual, relu):
-    return _like(x, _dtype(x, residual))
-
-
 def _bwd_outputs(dy, scale, dtype, residual_dtype) -> tuple[Tensor, Tensor]:
     """dx, and the gradient of the residual: empty where there is no residual or where it is dx."""
     dx = _like(dy, dtype)
@@ -198,16 +185,12 @@ def _bwd_reference(dy, y, scale, dtype, residual_dtype):
     return dx.copy_(grad if scale is None else grad * scale.float()[:, None, None]), dresidual
 
 
-def _bwd_fake(dy, y, scale, dtype, residual_dtype):
-    return _bwd_outputs(dy, scale, dtype, residual_dtype)
-
-
 _forward = register(
     "frozen_bn_act_fwd",
     "(Tensor x, Tensor? scale, Tensor shift, Tensor? residual, bool relu) -> Tensor",
     reference=_fwd_reference,
     launch=_fwd_launch,
-    fake=_fwd_fake,
+    fake=lambda x, scale, shift, residual, relu: _like(x, _dtype(x, residual)),
 )
 _backward = register(
     "frozen_bn_act_bwd",
@@ -215,7 +198,7 @@ _backward = register(
     "-> (Tensor dx, Tensor dresidual)",
     reference=_bwd_reference,
     launch=_bwd_launch,
-    fake=_bwd_fake,
+    fake=lambda dy, y, scale, dtype, residual_dtype: _bwd_outputs(dy, scale, dtype, residual_dtype),
 )
 
 
@@ -253,18 +236,13 @@ def why_not(x: Tensor, scale=None, shift=None, residual=None, relu=True) -> str 
     return None
 
 
-def frozen_bn_act_fused(
-    x: Tensor, scale: Tensor | None, shift: Tensor, residual: Tensor | None = None, relu: bool = True
-) -> Tensor:
+def frozen_bn_act_fused(x, scale, shift, residual=None, relu=True) -> Tensor:
     """``frozen_bn_act_reference`` in one pass each way; the result is channels last.
 
     x, residual [B,C,H,W] and scale, shift [C] of DTYPES; the result has the wider dtype of x and residual. scale and
     shift get no gradient. What does not fit: ``why_not``.
     """
     return _FrozenBnAct.apply(x, scale, shift, residual, relu)
-
-
-# --- The operator ----------------------------------------------------------------------------------------------------
 
 
 def validate(
@@ -347,11 +325,7 @@ def candidates(shape: tuple) -> list[dict]:
         for warps in (2, 4, 8)
         if columns < 2 * width and 8 <= rows * columns // (32 * warps) <= 32
     ]
-    return [
-        {"op": op, "bucket": f"width{power_of_two(width)}", "parameters": tile}
-        for op in ("frozen_bn_act_fwd", "frozen_bn_act_bwd")
-        for tile in tiles
-    ]
+    return candidates_of(["frozen_bn_act_fwd", "frozen_bn_act_bwd"], f"width{power_of_two(width)}", tiles)
 
 
 def _elements(shape: tuple) -> int:

@@ -19,10 +19,16 @@ the view [L,B,Q,N].
 import torch
 from torch import Tensor
 from unit_fast_kernels.shared.operator import Operator
-from unit_fast_kernels.shared.registration import DTYPES, register
+from unit_fast_kernels.shared.registration import register
 from unit_fast_kernels.shared.triton import cdiv, jit, power_of_two, tl
 from unit_fast_kernels.shared.tuned import launch_parameters
-from unit_fast_kernels.shared.validation import check_floating, check_integer, check_one_device, check_shape
+from unit_fast_kernels.shared.validation import (
+    check_floating,
+    check_integer,
+    check_one_device,
+    check_shape,
+    unfit_dtype,
+)
 
 
 def corners(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -47,15 +53,7 @@ def pairwise_giou(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def match_cost_reference(
-    logits: Tensor,
-    boxes: Tensor,
-    labels: Tensor,
-    target_boxes: Tensor,
-    counts: Tensor,
-    cost_class: float = 1.0,
-    cost_bbox: float = 5.0,
-    cost_giou: float = 2.0,
-    log_softmax: bool = False,
+    logits, boxes, labels, target_boxes, counts, cost_class=1.0, cost_bbox=5.0, cost_giou=2.0, log_softmax=False
 ) -> Tensor:
     """The specification. ``log_softmax`` takes log-probabilities (balanced class loss)."""
     wide = torch.promote_types(boxes.dtype, torch.float32)
@@ -75,15 +73,7 @@ def match_cost_reference(
 
 @torch.no_grad()
 def match_cost_cpu(
-    logits: Tensor,
-    boxes: Tensor,
-    labels: Tensor,
-    target_boxes: Tensor,
-    counts: Tensor,
-    cost_class: float = 1.0,
-    cost_bbox: float = 5.0,
-    cost_giou: float = 2.0,
-    log_softmax: bool = False,
+    logits, boxes, labels, target_boxes, counts, cost_class=1.0, cost_bbox=5.0, cost_giou=2.0, log_softmax=False
 ) -> Tensor:
     """The same result as ``match_cost_reference``, in a few buffers that stay in the cache; [L,B,N,Q] in memory.
 
@@ -92,7 +82,7 @@ def match_cost_cpu(
     wide = torch.promote_types(boxes.dtype, torch.float32)
     layers, batch, queries, _ = logits.shape
     shape = layers, batch, labels.shape[1], queries
-    logits, boxes, target_boxes = (x.detach().to(wide) for x in (logits, boxes, target_boxes))
+    logits, boxes, target_boxes = (x.to(wide) for x in (logits, boxes, target_boxes))
     score = logits.log_softmax(-1) if log_softmax else logits.softmax(-1)
     cost = score.mT.gather(2, labels.clamp(min=0)[None, :, :, None].expand(shape)).mul_(-cost_class)
     first, second, third, hull, scratch = (torch.empty(shape, dtype=wide, device=logits.device) for _ in range(5))
@@ -265,16 +255,8 @@ def _launch(logits, boxes, labels, target_boxes, counts, cost_class, cost_bbox, 
     return cost
 
 
-def _reference(logits, boxes, labels, target_boxes, counts, cost_class, cost_bbox, cost_giou, log_softmax):
-    floats = (x.float() for x in (logits, boxes))
-    cost = match_cost_reference(
-        *floats, labels, target_boxes.float(), counts, cost_class, cost_bbox, cost_giou, log_softmax
-    )
-    return cost.mT.contiguous()
-
-
-def _fake(logits, boxes, labels, target_boxes, counts, cost_class, cost_bbox, cost_giou, log_softmax):
-    return _outputs(logits, labels)
+def _reference(logits, boxes, labels, target_boxes, *rest):
+    return match_cost_reference(logits.float(), boxes.float(), labels, target_boxes.float(), *rest).mT.contiguous()
 
 
 _operator = register(
@@ -283,15 +265,14 @@ _operator = register(
     "float cost_bbox, float cost_giou, bool log_softmax) -> Tensor",
     reference=_reference,
     launch=_launch,
-    fake=_fake,
+    fake=lambda logits, boxes, labels, *_: _outputs(logits, labels),
 )
 
 
 def why_not(logits, boxes, labels, target_boxes, *_) -> str | None:
     """Why the kernel cannot take these arguments, or None."""
-    for name, tensor in (("logits", logits), ("boxes", boxes), ("target_boxes", target_boxes)):
-        if tensor.dtype not in DTYPES:
-            return f"{name} is {tensor.dtype}: convert it to float32, bfloat16 or float16"
+    if reason := unfit_dtype(logits=logits, boxes=boxes, target_boxes=target_boxes):
+        return reason
     if logits.shape[-1] == 0:
         return "logits has no classes"
     if logits.shape[0] * logits.shape[1] >= 2**31:
@@ -301,15 +282,7 @@ def why_not(logits, boxes, labels, target_boxes, *_) -> str | None:
 
 @torch.no_grad()
 def match_cost_fused(
-    logits: Tensor,
-    boxes: Tensor,
-    labels: Tensor,
-    target_boxes: Tensor,
-    counts: Tensor,
-    cost_class: float = 1.0,
-    cost_bbox: float = 5.0,
-    cost_giou: float = 2.0,
-    log_softmax: bool = False,
+    logits, boxes, labels, target_boxes, counts, cost_class=1.0, cost_bbox=5.0, cost_giou=2.0, log_softmax=False
 ) -> Tensor:
     """``match_cost_reference`` in one launch: float32 [L,B,Q,N], laid out as [L,B,N,Q]. No gradient.
 
@@ -320,9 +293,6 @@ def match_cost_fused(
     return _operator(
         logits, boxes, labels, target_boxes, counts, cost_class, cost_bbox, cost_giou, log_softmax
     ).transpose(-1, -2)
-
-
-# --- The operator ----------------------------------------------------------------------------------------------------
 
 
 def validate(

@@ -5,18 +5,13 @@ import os
 
 import torch
 
-from tests.data_roots import data, task_config
-from unit_fast.data import open_dataset
+from tests.data_roots import opened
 from unit_fast.data.store import files, pickles
-
-VQA = task_config("vqa2", outputs=4)
 
 
 def small(root, task, split="train", config=None, keep=None, **more):
     """A split of a small root; ``keep``: the cache folder, None for no cache."""
-    config = config or (VQA if task == "vqa2" else task_config(task))
-    changes = {"short_side": 40, "max_side": 100, "cache_dir": str(keep) if keep else "", **more.pop("data", {})}
-    return open_dataset(task, split, data(root, **changes), config, augment=False, **more)
+    return opened(task, root, split, config, **{"cache_dir": str(keep or ""), **more})
 
 
 def plain(value):

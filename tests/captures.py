@@ -26,9 +26,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from unit_fast_kernels.shared import capture as _capture
 
+from tests.models import small_config
 from unit_fast import ops
-from unit_fast.run.step_graph import Graphs, copied
+from unit_fast.batch import Batch
+from unit_fast.buckets import Buckets, fill
+from unit_fast.model.unit import UniT
+from unit_fast.optim.masked_adamw import MaskedAdamW
+from unit_fast.run.setup import used_masks
+from unit_fast.run.step import train_step
+from unit_fast.run.step_graph import Graphs, StepGraphs, copied
+from unit_fast.schedule import lr_multiplier_tensor
+from unit_fast.tasks import TASKS
 
+CPU = torch.device("cpu")
 _aten = torch.ops.aten
 _FILLS = {"fill_", "zero_", "copy_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"}
 """Operators that write without reading what was there."""
@@ -265,3 +275,51 @@ class Recorded(Graphs):
                 self.watch.replaying = False
 
         return replay, result.pop()
+
+
+# ------------------------------------------------------------------------------------------ what is captured
+
+
+def small_step(backend: Graphs, change=lambda model, optimizer: None, device=CPU, **options):
+    """Model, optimiser, the step that a run captures, and ``StepGraphs`` around it; ``change`` may plant something."""
+    torch.manual_seed(0)
+    model = UniT(small_config()).train().to(device)
+    optimizer = MaskedAdamW(model.parameter_groups(1e-3, 1e-3), unused="skip", max_norm=0.5)
+    masks = used_masks(model, optimizer, TASKS)
+    optimizer.prepare()
+    change(model, optimizer)
+
+    def step(task, batches, done):
+        optimizer.scale_lr(lr_multiplier_tensor(done, 2, 100))
+        update = train_step(model, optimizer, task, batches, used=masks[task])
+        optimizer.zero_grad(set_to_none=True)
+        return update
+
+    buckets = Buckets(short_side=64, max_side=96, heights=1, widths=2)
+    return model, optimizer, step, StepGraphs(step, buckets, device, backend=backend, **options)
+
+
+def assert_as_eager(captured, eager, work: list[tuple[str, list[Batch]]], device=CPU, within=contextlib.nullcontext):
+    """Captured updates are eager ones on padded batches, bit for bit, dropout and schedule included.
+
+    captured, eager: two of ``small_step``. within: a context around each eager step, by its number.
+    """
+    (model, optimizer, _, graphs), (other, second, step, _) = captured, eager
+    torch.manual_seed(7)
+    updates = [copied(graphs(task, batches)) for task, batches in work]
+    graphs.check()
+    torch.manual_seed(7)
+    done = torch.zeros((), dtype=torch.int64, device=device)
+    for i, ((task, batches), update) in enumerate(zip(work, updates, strict=True)):
+        static = [graphs.buckets.of(batches).empty(batch, device) for batch in batches]
+        for empty, batch in zip(static, batches, strict=True):
+            fill(empty, batch)
+        with within(i):
+            expected = step(task, static, done)
+        done += 1
+        assert expected.names == update.names
+        assert torch.equal(expected.terms, update.terms), i
+        assert torch.equal(expected.grad_norm, update.grad_norm)
+        assert not update.nonfinite
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert torch.equal(optimizer.step_counts(), second.step_counts())

@@ -1,6 +1,7 @@
 """Small data roots written by tests, and the sample of real data beside the repository."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,13 @@ import pytest
 from PIL import Image
 
 from unit_fast.config import DataConfig, TaskConfig, default_tasks
+from unit_fast.data import open_dataset
 from unit_fast.tasks import TASKS
 
 REAL = Path(__file__).resolve().parents[1].parent / "shared" / "realdata"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the sample of real data is not beside the repository")
+
+REAL_DATA = DataConfig(root=str(REAL), short_side=96, max_side=160)
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789.,?'"]
 VOCABULARY += ["##" + c for c in "abcdefghijklmnopqrstuvwxyz0123456789"]
@@ -26,6 +30,14 @@ def data(root, **changes) -> DataConfig:
     return DataConfig(root=str(root), **changes)
 
 
+def opened(task: str, root, split="train", config=None, *, augment=False, **changes):
+    """A split of a small data set; ``changes`` are of ``DataConfig`` or arguments of ``open_dataset``."""
+    config = config or task_config(task, **({"outputs": 4} if task == "vqa2" else {}))
+    more = {name: changes.pop(name) for name in ("vocab_size", "attribute_outputs", "findings") if name in changes}
+    settings = data(root, **{"short_side": 40, "max_side": 100, **changes})
+    return open_dataset(task, split, settings, config, augment=augment, **more)
+
+
 def write(path: Path, content) -> Path:
     """Text, bytes or JSON to a file whose folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,6 +45,22 @@ def write(path: Path, content) -> Path:
         path.write_bytes(content)
     else:
         path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def no_plain_file(kind: str, path: Path) -> Path:
+    """A FIFO, a device, a folder or ("sparse") a file of 10 GiB in the place of a file."""
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"{")
+        os.truncate(path, 10 * 2**30)  # sparse
     return path
 
 
@@ -45,16 +73,8 @@ def picture(path: Path, width: int, height: int, seed: int = 0) -> Path:
 
 
 def box(image_id, number, category, bbox, **more) -> dict:
-    area = bbox[2] * bbox[3]
-    return {
-        "id": number,
-        "image_id": image_id,
-        "category_id": category,
-        "bbox": bbox,
-        "area": area,
-        "iscrowd": 0,
-        **more,
-    }
+    made = {"id": number, "image_id": image_id, "category_id": category, "bbox": bbox, "iscrowd": 0}
+    return made | {"area": bbox[2] * bbox[3]} | more
 
 
 def coco_file() -> dict:

@@ -1,7 +1,8 @@
-"""Execute every fenced ``sh`` and ``python`` block of a Markdown file: ``python -m tests.readme README.md``.
+"""Execute every fenced ``sh`` and ``python`` block of Markdown files: ``python -m tests.readme README.md docs/*.md``.
 
-Blocks run in order, each in a process of its own, in one scratch folder that sees the repository's files, with this
-environment's programs first on the path. A comment before a block changes it for CI and is invisible on the page:
+Blocks run in order, each in a process of its own, all in one scratch folder that sees the files beside the first
+file, with this environment's programs first on the path. A comment before a block changes it for CI and is invisible on
+the page:
 
     <!-- ci: skip, REASON -->            the block is not run
     <!-- ci: instead COMMAND -->         COMMAND runs in its place
@@ -49,17 +50,18 @@ def command_of(block: Block) -> list[str] | None:
     return [sys.executable, "-c", block.code] if block.language == "python" else None
 
 
-def run(path: Path) -> int:
-    """Run all blocks of ``path``; the number of failures."""
-    failures, root = 0, path.resolve().parent
+def run(*paths: Path) -> int:
+    """Run all blocks of ``paths``; the number of failures."""
+    failures, root = 0, paths[0].resolve().parent
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     with tempfile.TemporaryDirectory() as scratch:
         for entry in root.iterdir():
             if entry.name not in ("runs", ".git"):
                 (Path(scratch) / entry.name).symlink_to(entry)
-        for block in blocks(path.read_text(encoding="utf-8")):
+        found = [(page, block) for page in paths for block in blocks(page.read_text(encoding="utf-8"))]
+        for page, block in found:
             command, start = command_of(block), time.monotonic()
-            title = f"{path.name}:{block.line} {(block.code.strip().splitlines() or [''])[0]}"
+            title = f"{page.name}:{block.line} {(block.code.strip().splitlines() or [''])[0]}"
             if command is None:
                 print(f"not run  {title}  ({block.note or block.language or 'plain text'})", flush=True)
                 continue
@@ -74,5 +76,5 @@ def run(path: Path) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.readme", description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path)
-    sys.exit(int(run(parser.parse_args().file) > 0))
+    parser.add_argument("files", type=Path, nargs="+")
+    sys.exit(int(run(*parser.parse_args().files) > 0))

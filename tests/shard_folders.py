@@ -5,7 +5,8 @@ from pathlib import Path
 
 from tests.data_roots import picture
 from unit_fast.commands import main as cli
-from unit_fast.data.images.shard_writer import plan_shards, write_shards
+from unit_fast.data.shards.plan import plan_shards
+from unit_fast.data.shards.write import write_shards
 
 KEYS = ("coco.train_images", "coco.val_images", "coco.train2014_images", "coco.val2014_images", "vg.images",
         "snli_ve.images")  # fmt: skip

@@ -63,6 +63,18 @@ def _lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
+def run(config: RunConfig, out: Path, resume=None, **options):
+    """``train`` without a word on the console."""
+    from unit_fast.run.train import train  # here: every test's fixtures import this module
+
+    return train(config, out, resume, progress="none", **options)
+
+
+def with_data(config: RunConfig, **changes) -> RunConfig:
+    """``config`` with other settings of its data."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+
+
 def state_hash(run: Path, which: str = "last") -> dict[str, str]:
     """Hash of every part of a checkpoint but the clock: weights, moments, step counts, random state, counters."""
     folder = run / "checkpoints" / which
@@ -74,6 +86,24 @@ def state_hash(run: Path, which: str = "last") -> dict[str, str]:
         parts[checkpoint.EMA] = (folder / checkpoint.EMA).read_bytes()
     parts[checkpoint.STATE_JSON] = json.dumps(state, sort_keys=True).encode()
     return {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
+
+
+def accept(folder: Path) -> None:
+    """Write the manifest of a checkpoint anew after a change."""
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    for name in manifest:
+        content = (folder / name).read_bytes()
+        manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+def saved_step(run: Path) -> int:
+    """Updates done when the last checkpoint was saved."""
+    return checkpoint.load_state(run / "checkpoints" / "last")["step"]
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
 
 
 def rows(run: Path, kind: str = "train") -> list[dict]:

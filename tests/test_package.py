@@ -31,6 +31,13 @@ def test_importing_the_package_is_cheap():
     assert result.stdout.strip() == "False", result.stderr
 
 
+def test_importing_the_loader_loads_neither_the_model_nor_checkpoints():
+    rooms = ("model", "detection", "weights", "evaluation", "run")
+    code = f"import sys, unit_fast.data.loader; print(*(r for r in {rooms} if 'unit_fast.' + r in sys.modules))"
+    result = _run(code, ROOT)
+    assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
+
+
 def test_a_training_process_does_not_import_what_assembles_kernels():
     code = "import sys, unit_fast.run.train; print([m for m in sys.modules if 'unit_fast_kernels.assembly' in m])"
     result = _run(code, ROOT)

@@ -15,7 +15,7 @@ class OutOfMemory(UserError):
     """The device's memory, or the machine's, did not suffice."""
 
     status = "out_of_memory"
-    """Key of ``run_folder.EXIT``."""
+    """Key of ``run.folder.EXIT``."""
     exit_code = 5
 
 

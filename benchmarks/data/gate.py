@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.data.peers import Spec, open_data, order_of, settings
+from benchmarks.data.providers import Spec, open_data, order_of, settings
 from benchmarks.data.rounds import has_dali
 from unit_fast.data import collate
 from unit_fast.data.images.transforms import STD

@@ -87,6 +87,3 @@ def write_root(root: Path, images: int, seed: int = 0, *, small: bool = False) -
         (root / name).write_text(json.dumps(content), encoding="utf-8")
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", *_WORDS]
     (root / "bert/vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-
-
-__all__ = ["photograph", "write_root"]

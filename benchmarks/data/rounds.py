@@ -4,13 +4,14 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 
-from benchmarks import _device, _run
-from benchmarks._processes import Child, wait_until_idle
-from benchmarks.data.peers import OURS, PEERS, Spec, open_data, settings
+from benchmarks.data.child import Child, wait_until_idle
+from benchmarks.data.peers import PEERS
+from benchmarks.data.providers import OURS, Spec, open_data, settings
+from benchmarks.runner.timing import order, quantiles
 from unit_fast.config import DataConfig
-from unit_fast.data.images.transforms import engine_of
+from unit_fast.data.images.engine import engine_of
 
-MODULE = "benchmarks._data_peers"
+MODULE = "benchmarks.data.server"
 """Module of the providers' processes."""
 BEST_PEER = "torchvision_v2"
 _AHEAD = 6
@@ -63,7 +64,7 @@ def rounds_of(children: Mapping[str, Child], settle: int, batches: int, rounds: 
     """The answers of ``Server.run`` by provider and round. While one reads, the others have read ahead and are idle."""
     found: dict[str, list] = {name: [] for name in children}
     for number in range(-warmup, rounds):
-        for name in _device.order(list(children), number):
+        for name in order(list(children), number):
             wait_until_idle(list(children.values()))
             answer = children[name].ask("run", settle=settle, count=batches)
             if number >= 0:
@@ -76,10 +77,10 @@ def rounds_of(children: Mapping[str, Child], settle: int, batches: int, rounds: 
 def figures(answers: Sequence[dict], base: Sequence[dict] | None) -> dict:
     """What a row says of a provider's rounds. base: the rounds of ``BEST_PEER``, taken in turn with them."""
     speeds = [a["images"] / a["seconds"] for a in answers]
-    median, low, high = _run.quantiles(speeds)
+    median, low, high = quantiles(speeds)
     out = {
         "images_per_s": round(median, 2), "images_per_s_p20": round(low, 2), "images_per_s_p80": round(high, 2),
-        "cpu_ms_per_image": round(1e3 * _run.quantiles([a["cpu_seconds"] / a["images"] for a in answers])[0], 3),
+        "cpu_ms_per_image": round(1e3 * quantiles([a["cpu_seconds"] / a["images"] for a in answers])[0], 3),
         "vs_torchvision_v2": None,
     }  # fmt: skip
     if base is not None:

@@ -10,13 +10,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import _run
-from benchmarks._processes import Child
 from benchmarks.data import rounds
-from benchmarks.data.peers import Spec
+from benchmarks.data.child import Child
+from benchmarks.data.providers import Spec
+from benchmarks.runner.timing import quantiles
 from unit_fast.config import DataConfig
-from unit_fast.data.images.transforms import engine_of
-from unit_fast.data.loader import MOST_THREADS
+from unit_fast.data.images.engine import MOST_THREADS, engine_of
 
 PREFETCH = (1, 2, 4)
 FINALISTS = 3
@@ -100,9 +99,9 @@ def tune(args: argparse.Namespace, specs: Sequence[Spec], console: Console) -> S
             answers = rounds.rounds_of(children, settle, args.batches, args.rounds, args.warmup)
         found = {s: [a["images"] / a["seconds"] for a in answers[s.flags()]] for s in finalists}
         # by rounds, so that a machine that slows down slows both sides of a ratio
-        last[spec.case] = {s: _run.quantiles([x / y for x, y in zip(v, found[default])]) for s, v in found.items()}
+        last[spec.case] = {s: quantiles([x / y for x, y in zip(v, found[default])]) for s, v in found.items()}
         title = f"{spec.case}: images/s, median of {args.rounds} interleaved rounds; over the defaults"
-        median = [(s, _run.quantiles(v)[0]) for s, v in found.items()]
+        median = [(s, quantiles(v)[0]) for s, v in found.items()]
         console.print(_table(title, median, last[spec.case]))
     best = max(finalists, key=lambda s: math.prod(ratios[s][0] for ratios in last.values()))
     gain = math.prod(ratios[best][0] for ratios in last.values()) ** (1 / len(last))
@@ -132,6 +131,3 @@ def _table(title: str, found, ratios: dict | None = None) -> Table:
         ratio = () if ratios is None else ("{:.2f} ({:.2f} to {:.2f})".format(*ratios[setting]),)
         table.add_row(setting.flags(), f"{speed:.1f}", *ratio)
     return table
-
-
-__all__ = ["Setting", "defaults", "tune", "workers_of"]

@@ -16,14 +16,15 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import _device, _run, _show
-from benchmarks._kernels import Profile
-from benchmarks._machine import environment
-from benchmarks.step import gate
+from benchmarks.runner import results
+from benchmarks.runner.capture import first_line
+from benchmarks.runner.machine import environment
+from benchmarks.runner.profile import Profile, profile
+from benchmarks.runner.show import heading
+from benchmarks.runner.timing import back_to_back, quantiles
+from benchmarks.step import gate, show
 from benchmarks.step.problems import CARD, QUICK_CARD, brief, mmf_config, samples
 from benchmarks.step.providers import Eager
 from benchmarks.step.updates import Step
@@ -78,9 +79,9 @@ def figures(
     made: Step | Eager, device: torch.device, *, rounds: int, warmup: int
 ) -> tuple[list[float], Profile, float | None]:
     """(ms of each round, profile, GiB at the peak). ``RuntimeError`` where a step that was to be replayed was not."""
-    times = _device.back_to_back(made.update, device, rounds=rounds, warmup=max(warmup, _WARM_UP))
+    times = back_to_back(made.update, device, rounds=rounds, warmup=max(warmup, _WARM_UP))
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    found = _device.profile(made.update, device)
+    found = profile(made.update, device)
     if isinstance(made, Step) and made.graphs:
         made.graphs.check()
         if not made.replays():
@@ -93,7 +94,7 @@ def row_of(
     times: Sequence[float] = (), found: Profile | None = None, peak: float | None = None, status: str = "ok",
 ) -> dict:  # fmt: skip
     """The row of a results file. ``status`` is ``ok``, or why there are no figures."""
-    median, low, high = _run.quantiles(times) if times else (None, None, None)
+    median, low, high = quantiles(times) if times else (None, None, None)
     card = found is not None and device.type == "cuda"
     bound = work and work.bound_ms(stamp["gpu"])
     return {
@@ -140,7 +141,7 @@ def measure(
     except Exception as error:  # the compiler has many kinds
         if provider != "compiled":
             raise
-        status = f"failed: {type(error).__name__}: {_device.first_line(error)}"
+        status = f"failed: {type(error).__name__}: {first_line(error)}"
     finally:
         made = None  # its memory is the next one's
         gc.collect()
@@ -158,7 +159,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     title = "One training step of the 8-dataset model on a card"
     if device.type == "cpu":
         title = "What is measured on a card, tried on a CPU: no kernels, and graphs have a stand-in"
-    console.print(_show.heading(title, METHOD, "data loading, batch to device, learning-rate schedule, logging", stamp))
+    console.print(heading(title, METHOD, "data loading, batch to device, learning-rate schedule, logging", stamp))
     if "compiled" in chosen and (why := why_not_compiled(args.quick, "compiled" in (args.provider or ()))):
         console.print(f"compiled is left out: {why}", highlight=False, soft_wrap=True)
         chosen.remove("compiled")
@@ -183,16 +184,13 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         work = counted[name]
         row = measure(name, case, provider, args, device, stamp, work)
         rows.append(row)
-        console.print(line(row), highlight=False, soft_wrap=True)
-        if args.json:
-            _run.append([row], args.json)
-        elif not (args.quick or args.no_results):
-            _run.replace([row], _run.results_path(NAME, stamp["gpu"]))
+        console.print(show.line(row), highlight=False, soft_wrap=True)
+        results.keep([row], args)
     for name in cases:
         same = [row for row in rows if row["case"] == name]
         if same:
-            console.print(table(same))
-            console.print(categories(same))
+            console.print(show.table(same))
+            console.print(show.categories(same))
     if late:
         console.print(f"not begun after {args.minutes:g} minutes: {', '.join(late)}", highlight=False, soft_wrap=True)
     return 0
@@ -212,76 +210,8 @@ def _work(found: Future | None, name: str, case: tuple, quick: bool, bf16: bool,
     try:
         return count(case, quick=quick, bf16=bf16) if found is None else found.result()
     except Exception as error:  # whatever a process of its own ends with
-        console.print(
-            f"{name}: no bound, its work was not counted: {type(error).__name__}: {_device.first_line(error)}"
-        )
+        console.print(f"{name}: no bound, its work was not counted: {type(error).__name__}: {first_line(error)}")
         return None
-
-
-# ------------------------------------------------------------------------------------------------------------- printed
-
-
-def line(row: dict) -> str:
-    """A row in a line, as soon as it is known."""
-    if row["time_ms"] is None:
-        return f"{row['case']} {row['provider']}: {row['status']}"
-    return f"{row['case']} {row['provider']}: {row['time_ms']:.4g} ms, {row['samples_per_s']:.4g} samples/s"
-
-
-_COLUMNS = (
-    ("launches", "launches", "{:.0f}"),
-    ("kernels", "kernels", "{:.0f}"),
-    ("waits", "waits", "{:.0f}"),
-    ("to host", "copies_to_host", "{:.0f}"),
-    ("to card", "copies_to_device", "{:.0f}"),
-    ("busy", "busy_share", "{:.2f}"),
-    ("GiB", "peak_memory_gib", "{:.2f}"),
-    ("bound ms", "bound_ms", "{:.4g}"),
-    ("of bound", "share_of_bound", "{:.3f}"),
-)
-"""Title, key, form."""
-
-
-def _cell(row: Mapping, key: str, form: str) -> str:
-    return "-" if row[key] is None else form.format(row[key])
-
-
-def table(rows: Sequence[dict]) -> Table:
-    """The rows of one case."""
-    first = rows[0]
-    title = f"{first['case']}: {first['shape']}, {first['dtype']}, on {first['gpu'] or first['cpu']}"
-    if first["work"]:
-        work = [f"{n * 1e-12:.4g} TFLOP in {dtype}" for dtype, n in first["work"]["flops"].items()]
-        title += f"\nat least {' + '.join(work)}, {first['work']['bytes'] * 1e-9:.4g} GB"
-    out = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0, pad_edge=False)
-    out.add_column("provider", no_wrap=True)
-    for column in ("samples/s", "ms", "p20", "p80", *(name for name, _, _ in _COLUMNS)):
-        out.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        if row["time_ms"] is None:
-            out.add_row(row["provider"], row["status"])
-            continue
-        out.add_row(
-            row["provider"],
-            *(_cell(row, key, "{:.4g}") for key in ("samples_per_s", "time_ms", "p20_ms", "p80_ms")),
-            *(_cell(row, key, form) for _, key, form in _COLUMNS),
-        )
-    return out
-
-
-def categories(rows: Sequence[dict]) -> Table | str:
-    """Where the card's time goes: milliseconds and kernels by category and provider, the longest of ours first."""
-    rows = [row for row in rows if row["categories"]]
-    if not rows:
-        return "No kernels by category: they are a card's."
-    out = Table(title=f"{rows[0]['case']}: ms (kernels) of a step", title_justify="left", box=box.SIMPLE, padding=0)
-    out.add_column("category", no_wrap=True)
-    for row in rows:
-        out.add_column(row["provider"], justify="right", no_wrap=True)
-    for name in dict.fromkeys(name for row in rows for name in row["categories"]):
-        cells = [row["categories"].get(name) for row in rows]
-        out.add_row(name, *("" if c is None else f"{c['ms']:.3f} ({c['kernels']:.0f})" for c in cells))
-    return out
 
 
 def refused(args: argparse.Namespace, *, on_card: bool) -> str | None:

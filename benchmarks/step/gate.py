@@ -9,13 +9,13 @@ runs its path with dropout, with a probability that drops nothing). Gradients ar
 import contextlib
 import gc
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks._gate import Check, relative_error
+from benchmarks.runner.gate import Check, relative_error, tell
 from benchmarks.step.problems import mmf_config, mmf_state
 from benchmarks.step.providers import Eager, Ours
 from benchmarks.step.updates import Step
@@ -45,18 +45,6 @@ def allowed(reference: Mapping[str, Tensor], low: Mapping[str, Tensor], bf16: bo
         band = next(bands[bf16] for prefix, bands in BANDS.items() if name.startswith(prefix))
         found[name] = 2 * relative_error(low.get(name), value, "l2") + band
     return found
-
-
-def _verdict(console: Console, title: str, checks: Sequence[Check]) -> bool:
-    bad = [check for check in checks if not check.ok]
-    worst = max(checks, key=lambda c: (not c.ok, c.error / c.allowed if c.allowed else c.error))
-    console.print(
-        f"gate {title}: {'equal' if not bad else f'DIFFERS in {len(bad)} outputs'}: {len(checks)} outputs, worst "
-        f"{worst.error:.1e} (allowed {worst.allowed:.1e}) at {worst.key}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return not bad
 
 
 @contextlib.contextmanager
@@ -91,7 +79,9 @@ def authors(
             found = by_part(make().outputs(matching))
             checks = [Check(k, relative_error(found.get(k), v, "l2"), may[k]) for k, v in exact.items()]
             checks += [Check(k, float("inf"), 0.0) for k in found if k not in exact]
-            fine &= _verdict(console, f"{name}: {provider} against the authors' formulation in float32", checks)
+            fine &= tell(
+                console, f"{name}: {provider} against the authors' formulation in float32:", checks, allowed=".1e"
+            )
     return fine
 
 
@@ -116,4 +106,4 @@ def captured(name: str, case: tuple, *, quick: bool, device: torch.device, conso
     apart = {key: relative_error(second[key], value) for key, value in first.items()}
     band = _UPDATES_BAND if any(apart.values()) else 0.0
     checks = [Check(key, relative_error(replayed[key], value), 2 * apart[key] + band) for key, value in first.items()]
-    return _verdict(console, f"{name}: {len(first)} figures of replayed updates against eager ones", checks)
+    return tell(console, f"{name}: {len(first)} figures of replayed updates against eager ones:", checks, allowed=".1e")

@@ -1,7 +1,7 @@
 """What a step is measured on: the published model, its tasks, random weights and batches of known shape.
 
 A problem is a tuple ``(task, image (B, H, W) or None, word pieces of each text, objects of each image, ...)``; those of
-a CPU go on with the aims of ours / eager in time and in memory.
+a CPU go on with the shares of eager's time and memory that are aimed at.
 """
 
 import re
@@ -35,7 +35,7 @@ OBJECTS = (7, 12, 3, 1, 20, 9, 5, 4)
 """Objects of eight images."""
 
 CASES = {
-    # name: (task, image (B, H, W) or None, tokens, objects, aim of ours / eager in time, in memory)
+    # name: (task, image (B, H, W) or None, tokens, objects, aimed share of eager's time, of its memory)
     "coco": ("detection_coco", (2, 320, 426), (), COCO_OBJECTS, 0.8, None),
     "coco_large": ("detection_coco", (1, 800, 1066), (), (9,), 0.6, 0.4),
     "vqa2": ("vqa2", (2, 320, 426), VQA_TOKENS, (), 0.7, None),

@@ -10,10 +10,10 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from benchmarks import _run
-from benchmarks._marks import Marks, NoMarks
 from benchmarks.baselines.unit_eager import EagerConfig, UniTEager
 from benchmarks.baselines.unit_eager_training import HFAdamW
+from benchmarks.runner.cases import Provider
+from benchmarks.runner.marks import Marks, NoMarks
 from benchmarks.step.problems import (
     DROPS_NOTHING,
     LR,
@@ -57,7 +57,7 @@ def _to(found, device: torch.device):
     return [_to(value, device) for value in found]
 
 
-class Eager(_run.Provider):
+class Eager(Provider):
     """The authors' formulation; ``library``: with the library's own fast paths switched on; ``compiled``: the model's
     forward and backward by torch.compile too (its losses match on the host, they stay as they are)."""
 
@@ -119,7 +119,7 @@ class Eager(_run.Provider):
         return out
 
 
-class Ours(_run.Provider):
+class Ours(Provider):
     """unit_fast as ``unit-fast train`` runs it."""
 
     def __init__(

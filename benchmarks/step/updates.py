@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks import _run
+from benchmarks.runner.cases import Provider
 from benchmarks.step.problems import LR, LR_BACKBONE, MAX_NORM, SEED, make_batch
 from unit_fast.batch import Batch
 from unit_fast.buckets import Buckets, fill
@@ -29,11 +29,11 @@ class NotCaptured(Graphs):
         return lambda: vars(result).update(vars(step())), result
 
 
-class Step(_run.Provider):
-    """Updates of one task on one batch, padded to its bucket; bfloat16 autocast on CUDA."""
+class Training:
+    """Model and optimiser as training has them, for updates of one task; bfloat16 autocast on CUDA."""
 
-    def __init__(self, case: tuple, config: dict, device: torch.device, graph: bool, deterministic: str = "auto"):
-        self.task, self.device, self.deterministic = case[0], device, deterministic
+    def __init__(self, task: str, config: dict, device: torch.device):
+        self.task, self.device = task, device
         torch.manual_seed(SEED)
         with device:
             self.model = UniT(convert.model_config_from_mmf(config)).train()
@@ -41,6 +41,21 @@ class Step(_run.Provider):
         groups = self.model.parameter_groups(LR, LR_BACKBONE)
         self.optimizer = MaskedAdamW(groups, unused="skip", max_norm=MAX_NORM, clip_gradients_in_place=False)
         self.used = used_masks(self.model, self.optimizer, [self.task])[self.task]
+
+    def eager_update(self, batches: list[Batch]) -> Update:
+        """One update; on CUDA only begun when this returns."""
+        bf16 = self.device.type == "cuda"
+        update = train_step(self.model, self.optimizer, self.task, batches, used=self.used, bf16=bf16)
+        self.optimizer.zero_grad(set_to_none=True)  # a captured step's gradients belong to the graph's memory
+        return update
+
+
+class Step(Training, Provider):
+    """Updates on one batch, padded to its bucket."""
+
+    def __init__(self, case: tuple, config: dict, device: torch.device, graph: bool, deterministic: str = "auto"):
+        super().__init__(case[0], config, device)
+        self.deterministic = deterministic
         batch = make_batch(*case[:4])
         _, height, width = case[1] or (0, 64, 96)
         buckets = Buckets(short_side=min(height, width), max_side=max(height, width))
@@ -51,19 +66,13 @@ class Step(_run.Provider):
             self.optimizer.prepare()
             backend = None if device.type == "cuda" else NotCaptured()
             self.graphs = StepGraphs(
-                lambda task, batches, done: self._update(batches), buckets, device, backend=backend
-            )  # fmt: skip
-
-    def _update(self, batches: list[Batch]) -> Update:
-        bf16 = self.device.type == "cuda"
-        update = train_step(self.model, self.optimizer, self.task, batches, used=self.used, bf16=bf16)
-        self.optimizer.zero_grad(set_to_none=True)  # a captured step's gradients belong to the graph's memory
-        return update
+                lambda task, batches, done: self.eager_update(batches), buckets, device, backend=backend
+            )
 
     def update(self) -> Update:
         """One update; on CUDA only begun when this returns."""
         with arithmetic("auto", self.deterministic, self.device):
-            return self.graphs(self.task, [self.batch]) if self.graphs else self._update([self.batch])
+            return self.graphs(self.task, [self.batch]) if self.graphs else self.eager_update([self.batch])
 
     def step(self, marks: Callable[[str], None]) -> None:
         self.update()

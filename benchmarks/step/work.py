@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks._machine import peak_of
+from benchmarks.runner.machine import peak_of
 from benchmarks.step.problems import LR, LR_BACKBONE, MAX_NORM, make_batch, mmf_config
 from unit_fast import ops
 from unit_fast.model import UniT
@@ -53,7 +53,9 @@ class Work:
         return 1e3 * max(sum(n / peak[dtype] for dtype, n in self.flops.items()), self.bytes / peak["bytes"])
 
 
-class _Counting(TorchDispatchMode):
+class Counting(TorchDispatchMode):
+    """Counts what is called under it."""
+
     def __init__(self):
         super().__init__()
         self.flops: Counter[str] = Counter()
@@ -96,7 +98,7 @@ def count(case: tuple, *, quick: bool = False, bf16: bool = True) -> Work:
         used = model.used_parameters(case[0])
         updated = sum(p.numel() for name, p in model.named_parameters() if used[name] and p.requires_grad)
         batch = make_batch(*case[:4])
-        with _Counting() as counted:
+        with Counting() as counted:
             train_step(model, optimizer, case[0], batch, bf16=bf16)
     return Work(dict(counted.flops), float(counted.bytes + _BYTES_A_PARAMETER * updated))
 

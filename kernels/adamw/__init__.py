@@ -130,7 +130,7 @@ def _launch(
     params, grads, exp_avgs, exp_avg_sqs, copies, averages, counts, grad_of, copy_of, average_of, used, lr, hyper,
     max_norm, grad_scale, found_inf, addresses, layout, chunks, grad_dtype, rule, unused, in_place, decay,
 ):  # fmt: skip
-    norm, nonfinite = outputs = _fake_outputs(counts)
+    norm, nonfinite = outputs = _outputs(counts)
     device, n, pieces = counts.device, counts.numel(), chunks.shape[1]
     partials = torch.empty((2, pieces), dtype=torch.float32, device=device)
     actions = torch.empty(n, dtype=torch.int32, device=device)
@@ -202,7 +202,7 @@ def _launch(
     return outputs
 
 
-def _fake_outputs(counts: Tensor) -> Stats:
+def _outputs(counts: Tensor) -> Stats:
     """norm, nonfinite."""
     return (
         torch.empty((), dtype=torch.float32, device=counts.device),
@@ -232,10 +232,6 @@ def _operator_reference(
     return adamw_reference(step)
 
 
-def _fake(params, grads, exp_avgs, exp_avg_sqs, copies, averages, counts, *rest):
-    return _fake_outputs(counts)
-
-
 _operator = register(
     "adamw",
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] copies, "
@@ -245,7 +241,7 @@ _operator = register(
     "-> (Tensor norm, Tensor nonfinite)",
     reference=_operator_reference,
     launch=_launch,
-    fake=_fake,
+    fake=lambda params, grads, exp_avgs, exp_avg_sqs, copies, averages, counts, *_: _outputs(counts),
 )
 
 
@@ -316,9 +312,6 @@ def adamw_fused(step: Step, tables: Callable[[], Tables]) -> Stats:
         for i in moved:
             step.grads[i].copy_(grads[i])
     return stats
-
-
-# --- The operator ----------------------------------------------------------------------------------------------------
 
 
 def validate(step: Step, tables: Callable[[], Tables]) -> tuple[Step, Callable[[], Tables]]:

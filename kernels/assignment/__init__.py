@@ -23,7 +23,7 @@ from unit_fast_kernels.assignment.kernels import _assignment_kernel
 from unit_fast_kernels.shared.operator import Operator
 from unit_fast_kernels.shared.registration import DTYPES, register
 from unit_fast_kernels.shared.triton import power_of_two
-from unit_fast_kernels.shared.tuned import launch_parameters
+from unit_fast_kernels.shared.tuned import candidates_of, launch_parameters
 from unit_fast_kernels.shared.validation import check_floating, check_integer, check_one_device, check_shape
 
 MAX_COLUMNS = 1024
@@ -80,7 +80,7 @@ def _columns(cost: Tensor) -> int:
     return max(16, power_of_two(max(cost.shape[1:])))
 
 
-def _outputs(cost: Tensor) -> tuple[Tensor, Tensor]:
+def _outputs(cost: Tensor, *_) -> tuple[Tensor, Tensor]:
     problems, _, targets = cost.shape
     query = torch.empty((problems, targets), dtype=torch.int64, device=cost.device)
     return query, torch.empty(problems, dtype=torch.int32, device=cost.device)
@@ -112,16 +112,12 @@ def _launch(cost, counts):
     return outputs
 
 
-def _fake(cost, counts):
-    return _outputs(cost)
-
-
 _operator = register(
     "assignment",
     "(Tensor cost, Tensor counts) -> (Tensor query, Tensor flag)",
     reference=assignment_reference,
     launch=_launch,
-    fake=_fake,
+    fake=_outputs,
 )
 
 
@@ -145,9 +141,6 @@ def assignment_fused(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """
     query, flag = _operator(cost.detach().flatten(0, -3), counts)
     return query.unflatten(0, cost.shape[:-2]), flag.unflatten(0, cost.shape[:-2])
-
-
-# --- The operator ----------------------------------------------------------------------------------------------------
 
 
 def validate(cost: Tensor, counts: Tensor) -> tuple:
@@ -224,7 +217,7 @@ def candidates(shape: tuple) -> list[dict]:
         for rows in (1, 2, 4, 8, 16)
         if columns <= 512 * warps and 1 <= rows * columns // (32 * warps) <= 64
     ]
-    return [{"op": "assignment", "bucket": f"columns{columns}", "parameters": p} for p in tried]
+    return candidates_of(["assignment"], f"columns{columns}", tried)
 
 
 def bytes_moved(shape: tuple, dtype: torch.dtype) -> int:

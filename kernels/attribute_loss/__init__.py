@@ -25,10 +25,10 @@ from unit_fast_kernels.attribute_loss.kernels import (
     _attribute_loss_fwd_kernel,
 )
 from unit_fast_kernels.shared.operator import Operator
-from unit_fast_kernels.shared.registration import DTYPES, register
+from unit_fast_kernels.shared.registration import register
 from unit_fast_kernels.shared.ticket import counters
 from unit_fast_kernels.shared.triton import cdiv, power_of_two
-from unit_fast_kernels.shared.tuned import launch_parameters
+from unit_fast_kernels.shared.tuned import candidates_of, launch_parameters
 from unit_fast_kernels.shared.validation import (
     NORMALISATIONS,
     check_floating,
@@ -36,6 +36,7 @@ from unit_fast_kernels.shared.validation import (
     check_known,
     check_one_device,
     check_shape,
+    unfit_dtype,
 )
 
 SCALE = 0.5
@@ -93,7 +94,7 @@ def _constants(logits: Tensor, attributes: Tensor, tune: dict[str, int], per_pro
     }  # fmt: skip
 
 
-def _fwd_outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _fwd_outputs(logits: Tensor, *_) -> tuple[Tensor, Tensor]:
     """loss [L], lse [L,B,N]; float32."""
     return tuple(
         torch.empty(s, dtype=torch.float32, device=logits.device) for s in (logits.shape[:1], logits.shape[:3])
@@ -133,10 +134,6 @@ def _fwd_reference(logits, query, attributes, per_process, weight):
     return loss.copy_(found), lse.copy_(logits.float().logsumexp(-1))
 
 
-def _fwd_fake(logits, *_):
-    return _fwd_outputs(logits)
-
-
 def _bwd_output(logits: Tensor) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
@@ -171,16 +168,12 @@ def _bwd_reference(by_loss, logits, query, attributes, lse, per_process, weight)
     return _bwd_output(logits).copy_(each * grad)
 
 
-def _bwd_fake(by_loss, logits, *_):
-    return _bwd_output(logits)
-
-
 _forward = register(
     "attribute_loss_fwd",
     "(Tensor logits, Tensor query, Tensor attributes, bool per_process, float weight) -> (Tensor loss, Tensor lse)",
     reference=_fwd_reference,
     launch=_fwd_launch,
-    fake=_fwd_fake,
+    fake=_fwd_outputs,
 )
 _backward = register(
     "attribute_loss_bwd",
@@ -188,7 +181,7 @@ _backward = register(
     "-> Tensor dlogits",
     reference=_bwd_reference,
     launch=_bwd_launch,
-    fake=_bwd_fake,
+    fake=lambda by_loss, logits, *_: _bwd_output(logits),
 )
 
 
@@ -211,8 +204,8 @@ class _AttributeLoss(torch.autograd.Function):
 
 def why_not(logits: Tensor, query: Tensor, attributes: Tensor, *_) -> str | None:
     """Why the kernels cannot take these arguments, or None."""
-    if logits.dtype not in DTYPES:
-        return f"logits is {logits.dtype}: convert it to float32, bfloat16 or float16"
+    if reason := unfit_dtype(logits=logits):
+        return reason
     if attributes.shape[-1] > MAX_SLOTS:
         return f"there are {attributes.shape[-1]} slots: kernels exist for up to {MAX_SLOTS}"
     if max(logits.shape[:2]) > 65535:
@@ -225,9 +218,6 @@ def attribute_loss_fused(
 ) -> Tensor:
     """``attribute_loss_reference`` by the kernels: float32, the gradient in the dtype of the logits."""
     return _AttributeLoss.apply(logits, query, attributes, normalisation == "per_process", weight)
-
-
-# --- The operator ----------------------------------------------------------------------------------------------------
 
 
 def validate(
@@ -305,11 +295,7 @@ def candidates(shape: tuple) -> list[dict]:
         for warps in (1, 2, 4, 8, 16)
         if 4 <= rows * block // (32 * warps) <= 32
     ]
-    return [
-        {"op": op, "bucket": f"attributes{width}", "parameters": parameters}
-        for op in ("attribute_loss_fwd", "attribute_loss_bwd")
-        for parameters in tried
-    ]
+    return candidates_of(["attribute_loss_fwd", "attribute_loss_bwd"], f"attributes{width}", tried)
 
 
 def bytes_moved(shape: tuple, dtype: torch.dtype) -> int:

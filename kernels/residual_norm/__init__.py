@@ -22,25 +22,24 @@ from unit_fast_kernels.residual_norm.kernels import _residual_norm_bwd_kernel, _
 from unit_fast_kernels.shared.operator import Operator
 from unit_fast_kernels.shared.philox import keep_elements, limit
 from unit_fast_kernels.shared.random import keep_scale
-from unit_fast_kernels.shared.registration import DTYPES, register
+from unit_fast_kernels.shared.registration import register
 from unit_fast_kernels.shared.sums import sum_partials
 from unit_fast_kernels.shared.triton import cdiv, power_of_two
 from unit_fast_kernels.shared.tuned import launch_parameters, multiprocessors
-from unit_fast_kernels.shared.validation import check_dropout, check_floating, check_one_device, check_shape, refuse
+from unit_fast_kernels.shared.validation import (
+    check_dropout,
+    check_floating,
+    check_one_device,
+    check_shape,
+    refuse,
+    unfit_dtype,
+)
 
 MAX_WIDTH = 4096
 
 
 def residual_norm_reference(
-    x: Tensor,
-    branch: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dropout_p: float = 0.0,
-    pos: Tensor | None = None,
-    seed: Tensor | None = None,
-    keep: Tensor | None = None,
+    x, branch, weight, bias, eps, dropout_p=0.0, pos=None, seed=None, keep=None
 ) -> tuple[Tensor, Tensor | None]:
     """The specification: (y, y + pos or None). x, branch [...,C]; weight, bias [C]; pos broadcasts to x."""
     y = F.layer_norm(x + dropout_reference(branch, dropout_p, seed, keep), weight.shape, weight, bias, eps)
@@ -67,16 +66,7 @@ class _AddDroppedCpu(torch.autograd.Function):
         return grad.to(x_dtype), drop(grad, ctx.dropout_p, *ctx.saved_tensors).to(branch_dtype), None, None
 
 
-def residual_norm_cpu(
-    x: Tensor,
-    branch: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dropout_p: float = 0.0,
-    pos: Tensor | None = None,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+def residual_norm_cpu(x, branch, weight, bias, eps, dropout_p=0.0, pos=None, seed=None) -> tuple[Tensor, Tensor | None]:
     """The same result as ``residual_norm_reference``, decisions included."""
     if dropout_p == 0.0 or branch.numel() < FEW:
         total = x + dropout_reference(branch, dropout_p, seed)
@@ -173,10 +163,6 @@ def _fwd_reference(x, branch, weight, bias, pos, seed, eps, dropout_p, dtype):
     return tuple(out.copy_(value) for out, value in zip(outputs, values))
 
 
-def _fwd_fake(x, branch, weight, bias, pos, seed, eps, dropout_p, dtype):
-    return _fwd_outputs(x, pos, dtype)
-
-
 def _bwd_outputs(x, branch, weight, dropout_p) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dbranch, dweight, dbias. dbranch is empty where it would equal dx."""
     shared = dropout_p == 0.0 and x.dtype == branch.dtype
@@ -235,17 +221,13 @@ def _bwd_reference(dy, dy_pos, x, branch, weight, mean, rstd, seed, dropout_p):
     return tuple(out.copy_(value) for out, value in zip(outputs, values))
 
 
-def _bwd_fake(dy, dy_pos, x, branch, weight, mean, rstd, seed, dropout_p):
-    return _bwd_outputs(x, branch, weight, dropout_p)
-
-
 _forward = register(
     "residual_norm_fwd",
     "(Tensor x, Tensor branch, Tensor weight, Tensor bias, Tensor? pos, Tensor? seed, float eps, float dropout_p, "
     "ScalarType dtype) -> (Tensor y, Tensor y_pos, Tensor mean, Tensor rstd)",
     reference=_fwd_reference,
     launch=_fwd_launch,
-    fake=_fwd_fake,
+    fake=lambda x, branch, weight, bias, pos, seed, eps, dropout_p, dtype: _fwd_outputs(x, pos, dtype),
 )
 _backward = register(
     "residual_norm_bwd",
@@ -253,7 +235,7 @@ _backward = register(
     "float dropout_p) -> (Tensor dx, Tensor dbranch, Tensor dweight, Tensor dbias)",
     reference=_bwd_reference,
     launch=_bwd_launch,
-    fake=_bwd_fake,
+    fake=lambda dy, dy_pos, x, branch, weight, mean, rstd, seed, dropout_p: _bwd_outputs(x, branch, weight, dropout_p),
 )
 
 
@@ -287,10 +269,8 @@ class _ResidualNorm(torch.autograd.Function):
 
 def why_not(x, branch, weight, bias, eps, dropout_p=0.0, pos=None, seed=None) -> str | None:
     """Why the kernels cannot take these arguments, or None."""
-    tensors = {"x": x, "branch": branch, "weight": weight, "bias": bias, "pos": pos}
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in DTYPES:
-            return f"{name} is {tensor.dtype}: convert it to float32, bfloat16 or float16"
+    if reason := unfit_dtype(x=x, branch=branch, weight=weight, bias=bias, pos=pos):
+        return reason
     if weight.dtype != bias.dtype:
         return f"weight is {weight.dtype} and bias {bias.dtype}: give them one dtype"
     if not 1 <= x.shape[-1] <= MAX_WIDTH:
@@ -301,14 +281,7 @@ def why_not(x, branch, weight, bias, eps, dropout_p=0.0, pos=None, seed=None) ->
 
 
 def residual_norm_fused(
-    x: Tensor,
-    branch: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dropout_p: float = 0.0,
-    pos: Tensor | None = None,
-    seed: Tensor | None = None,
+    x, branch, weight, bias, eps, dropout_p=0.0, pos=None, seed=None
 ) -> tuple[Tensor, Tensor | None]:
     """``residual_norm_reference`` in one pass each way, with the decisions of ``keep_elements``.
 
@@ -321,9 +294,6 @@ def residual_norm_fused(
     seed = seed if dropout_p > 0.0 else None
     out = _ResidualNorm.apply(x, branch, weight, bias, pos, seed, eps, dropout_p, dtype)
     return (out, None) if pos is None else out
-
-
-# --- The operator ----------------------------------------------------------------------------------------------------
 
 
 def validate(

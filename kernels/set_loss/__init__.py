@@ -40,10 +40,10 @@ from unit_fast_kernels.set_loss.reference import (
     set_loss_reference,
 )
 from unit_fast_kernels.shared.operator import Operator
-from unit_fast_kernels.shared.registration import DTYPES, register
+from unit_fast_kernels.shared.registration import register
 from unit_fast_kernels.shared.ticket import counters
 from unit_fast_kernels.shared.triton import cdiv, power_of_two
-from unit_fast_kernels.shared.tuned import launch_parameters
+from unit_fast_kernels.shared.tuned import candidates_of, launch_parameters
 from unit_fast_kernels.shared.validation import (
     NORMALISATIONS,
     check_floating,
@@ -52,6 +52,7 @@ from unit_fast_kernels.shared.validation import (
     check_one_device,
     check_shape,
     refuse,
+    unfit_dtype,
 )
 
 MAX_CLASSES = 65536
@@ -83,7 +84,7 @@ def _constants(logits: Tensor, tune: dict[str, int], settings: Settings) -> dict
     }  # fmt: skip
 
 
-def _fwd_outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _fwd_outputs(logits: Tensor, *_) -> tuple[Tensor, Tensor]:
     """losses [3,L]: ce, bbox, giou; lse [L,B,Q]; float32."""
     layers, images, queries, _ = logits.shape
     losses = torch.empty((3, layers), dtype=torch.float32, device=logits.device)
@@ -131,10 +132,6 @@ def _fwd_reference(logits, boxes, query, labels, target_boxes, num_boxes, *setti
     return losses.copy_(torch.stack(found)), lse.copy_(logits.logsumexp(-1))
 
 
-def _fwd_fake(logits, *_):
-    return _fwd_outputs(logits)
-
-
 def _bwd_outputs(logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (logits, boxes))
 
@@ -168,17 +165,13 @@ def _bwd_launch(by_ce, by_bbox, by_giou, logits, boxes, query, labels, target_bo
     return outputs
 
 
-def _bwd_fake(by_ce, by_bbox, by_giou, logits, boxes, *_):
-    return _bwd_outputs(logits, boxes)
-
-
 _INPUTS = "Tensor logits, Tensor boxes, Tensor query, Tensor labels, Tensor target_boxes"
 _forward = register(
     "set_loss_fwd",
     f"({_INPUTS}, Tensor num_boxes, {_SETTINGS}) -> (Tensor losses, Tensor lse)",
     reference=_fwd_reference,
     launch=_fwd_launch,
-    fake=_fwd_fake,
+    fake=_fwd_outputs,
 )
 _backward = register(
     "set_loss_bwd",
@@ -186,7 +179,7 @@ _backward = register(
     "-> (Tensor dlogits, Tensor dboxes)",
     reference=set_loss_bwd_reference,
     launch=_bwd_launch,
-    fake=_bwd_fake,
+    fake=lambda by_ce, by_bbox, by_giou, logits, boxes, *_: _bwd_outputs(logits, boxes),
 )
 
 
@@ -213,9 +206,8 @@ class _SetLoss(torch.autograd.Function):
 
 def why_not(logits, boxes, query, labels, target_boxes, *_) -> str | None:
     """Why the kernels cannot take these arguments, or None."""
-    for name, tensor in (("logits", logits), ("boxes", boxes), ("target_boxes", target_boxes)):
-        if tensor.dtype not in DTYPES:
-            return f"{name} is {tensor.dtype}: convert it to float32, bfloat16 or float16"
+    if reason := unfit_dtype(logits=logits, boxes=boxes, target_boxes=target_boxes):
+        return reason
     if logits.shape[-1] > MAX_CLASSES:
         return f"there are {logits.shape[-1]} classes: kernels exist for 1 to {MAX_CLASSES}"
     if max(logits.shape[:2]) > 65535:
@@ -229,9 +221,6 @@ def set_loss_fused(
     """``set_loss_reference`` by the kernels: float32 results, gradients in the dtypes of logits and boxes. The same
     bits every time. What does not fit: ``why_not``."""
     return _SetLoss.apply(logits, boxes, query, labels, target_boxes, num_boxes, *settings)
-
-
-# --- The operator ----------------------------------------------------------------------------------------------------
 
 
 def validate(
@@ -348,11 +337,7 @@ def candidates(shape: tuple) -> list[dict]:
         for warps in (1, 2, 4, 8, 16)
         if 4 <= rows * block // (32 * warps) <= 32
     ]
-    return [
-        {"op": op, "bucket": f"classes{width}", "parameters": parameters}
-        for op in ("set_loss_fwd", "set_loss_bwd")
-        for parameters in tried
-    ]
+    return candidates_of(["set_loss_fwd", "set_loss_bwd"], f"classes{width}", tried)
 
 
 def _sizes(shape: tuple, dtype: torch.dtype) -> tuple[int, int, int]:

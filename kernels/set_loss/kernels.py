@@ -239,7 +239,9 @@ def _set_loss_fwd_kernel(
             mask = inside[:, None] & (column < K)[None, :]
             x = tl.load(logits_ptr + at[:, None] * K + column[None, :], mask=mask, other=float("-inf"))
             x = x.to(tl.float32)
-            above = tl.maximum(top, tl.max(x, 1))
+            # No-object is in top; left out here, the rest takes fewer registers.
+            of_objects = tl.where((column == no_object)[None, :], float("-inf"), x)
+            above = tl.maximum(top, tl.max(of_objects, 1))
             total = total * tl.exp(top - above) + tl.sum(tl.exp(x - above[:, None]), 1)
             top = above
         lse = top + tl.log(tl.where(inside, total, 1.0))

@@ -46,6 +46,13 @@ def dot(a, b, acc, INTERPRET: tl.constexpr):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
+@jit
+def vector(ptr, column, R: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """float32 [R,BLOCK] of a vector [C], loaded once a row (from L1) in the layout of the block."""
+    everywhere = tl.broadcast_to(column[None, :], [R, BLOCK])
+    return tl.load(ptr + everywhere, mask=everywhere < C, other=0.0).to(tl.float32)
+
+
 def cdiv(a: int, b: int) -> int:
     """Smallest integer not below a / b."""
     return -(-a // b)

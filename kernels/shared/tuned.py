@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -77,6 +77,13 @@ def table(card_name: str) -> Mapping[str, Mapping[str, Mapping[str, int]]]:
     """``tuned/<card>.json``, empty where there is none."""
     path = FOLDER / f"{card_name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def candidates_of(
+    operators: Iterable[str], bucket: str, tried: Iterable[Mapping[str, int]]
+) -> list[dict[str, str | Mapping[str, int]]]:
+    """What tuning tries, as ``candidates`` of an operator's module returns it."""
+    return [{"op": op, "bucket": bucket, "parameters": parameters} for op in operators for parameters in tried]
 
 
 def launch_parameters(op: str, bucket: str, default: Mapping[str, int], device: torch.device) -> dict[str, int]:

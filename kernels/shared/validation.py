@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from unit_fast_kernels.shared.registration import DTYPES
 
 NORMALISATIONS = ("per_image", "per_process")
 """Over what the mean of a loss is taken."""
@@ -13,6 +14,14 @@ NORMALISATIONS = ("per_image", "per_process")
 def refuse(op: str, argument: str, found, remedy: str):
     """Raise ``ValueError``: ``argument`` of ``op`` is ``found``."""
     raise ValueError(f"{op}: {argument} is {found}; {remedy}")
+
+
+def unfit_dtype(**tensors: Tensor | None) -> str | None:
+    """Why the kernels cannot take one of ``tensors``, or None."""
+    for argument, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"{argument} is {tensor.dtype}: convert it to float32, bfloat16 or float16"
+    return None
 
 
 def check_shape(op: str, argument: str, tensor: Tensor, expected: tuple, legend: str) -> None:

@@ -5,7 +5,6 @@ As a program this file is a provider's process with a mistake in it (``PLANTED``
 
 import dataclasses
 import io
-import json
 import os
 import subprocess
 import sys
@@ -16,21 +15,19 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import _processes, bench_data, gpu_suite, tables
-from benchmarks.data import gate as _data_gate
-from benchmarks.data import peers as _data_peers
-from benchmarks.data import root as _data_root
-from benchmarks.data import rounds as _data_rounds
-from benchmarks.data import tune as _data_tune
+from benchmarks import bench_data, gpu_suite
+from benchmarks.data import gate, peers, processes, providers, root, rounds, server, tune
+from benchmarks.data.child import Child
+from tests.benchmarks.common import rows_of
 from tests.data_roots import REAL, needs_real
 
-PROVIDERS = _data_rounds.providers_of()
+PROVIDERS = rounds.providers_of()
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def photographs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photographs") / "root"
-    _data_root.write_root(folder, 24, small=True)
+    root.write_root(folder, 24, small=True)
     return folder
 
 
@@ -41,15 +38,15 @@ def threads():
     torch.set_num_threads(before)
 
 
-def spec(root, tmp_path, provider="torchvision_v2", case="detection_train", workers=0, **more) -> _data_peers.Spec:
+def spec(folder, tmp_path, provider="torchvision_v2", case="detection_train", workers=0, **more) -> providers.Spec:
     changes = {"quick": True} | more
-    return _data_peers.Spec(
-        provider=provider, case=case, root=str(root), cache_dir=str(tmp_path / "cache"), workers=workers, **changes
+    return providers.Spec(
+        provider=provider, case=case, root=str(folder), cache_dir=str(tmp_path / "cache"), workers=workers, **changes
     )
 
 
-def batches_of(found: _data_peers.Spec, count: int) -> list[dict]:
-    opened = _data_peers.Opened(found)
+def batches_of(found: providers.Spec, count: int) -> list[dict]:
+    opened = providers.Opened(found)
     try:
         return [{name: x.clone() for name, x in next(opened.batches).items()} for _ in range(count)]
     finally:
@@ -66,7 +63,7 @@ def run(path, *arguments) -> int:
 def test_it_runs_and_its_rows_are_complete(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     assert run(path, "--provider", "torchvision_v2", "--step") == 0
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = rows_of(path)
     assert [row["provider"] for row in rows] == ["ours", "torchvision_v2"]
     for row in rows:
         assert {"benchmark", "shape", "dtype", "device", "machine", "cpu", "commit", "date", "load"} <= set(row)
@@ -75,7 +72,7 @@ def test_it_runs_and_its_rows_are_complete(tmp_path, capsys):
         assert row["time_ms"] > 0
         assert row["cpu_ms_per_image"] > 0
         assert 0.05 < row["peak_memory_gib"] < 8
-        counts = _data_rounds.counts_of(row["provider"], 1)
+        counts = rounds.counts_of(row["provider"], 1)
         assert list(row["tried"]) == [str(count) for count in counts]
         assert row["workers"] in counts
         assert {"pillow", "nvidia-dali-cuda130", "torchvision"} <= set(row["versions"])
@@ -89,13 +86,13 @@ def test_it_runs_and_its_rows_are_complete(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "gate detection_train: torchvision_v2 all else equal" in said
     assert "decoders on 16 files: torchvision differs from Pillow by" in said
-    if _data_rounds.has_dali():
+    if rounds.has_dali():
         assert ours["first_pass_images"] == ours["first_pass_checked"] == 32
         assert "images/s in a first pass" in said
 
 
 def test_a_wrong_provider_is_refused_without_figures(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(_data_rounds, "MODULE", "tests.benchmarks.test_data")
+    monkeypatch.setattr(rounds, "MODULE", "tests.benchmarks.test_data")
     monkeypatch.setenv("PLANTED", "never flipped")
     path = tmp_path / "rows.jsonl"
     assert run(path, "--provider", "torchvision_v2") == 1
@@ -125,20 +122,20 @@ def test_wrong_option(tmp_path, capsys, arguments, word):
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("case", list(_data_peers.TASKS))
-def test_every_provider_passes(root, tmp_path, case, provider):
-    found = spec(root, tmp_path, provider, case, workers=1 if provider in ("ours", "ours_whole") else 0)
-    fine, line = _data_gate.judge(_data_gate.reference(found, 2), batches_of(found, 2))
+@pytest.mark.parametrize("case", list(providers.TASKS))
+def test_every_provider_passes(photographs, tmp_path, case, provider):
+    found = spec(photographs, tmp_path, provider, case, workers=1 if provider in ("ours", "ours_whole") else 0)
+    fine, line = gate.judge(gate.reference(found, 2), batches_of(found, 2))
     assert fine, line
     assert "all else equal" in line
 
 
 @needs_real
 @pytest.mark.parametrize("provider", [name for name in PROVIDERS if name != "ours_torchvision"])
-@pytest.mark.parametrize("case", list(_data_peers.TASKS))
+@pytest.mark.parametrize("case", list(providers.TASKS))
 def test_every_provider_passes_on_real_photographs(tmp_path, case, provider):
     found = spec(REAL, tmp_path, provider, case, workers=1 if provider in ("ours", "ours_whole") else 0, quick=False)
-    fine, line = _data_gate.judge(_data_gate.reference(found, 2), batches_of(found, 2))
+    fine, line = gate.judge(gate.reference(found, 2), batches_of(found, 2))
     assert fine, line
 
 
@@ -190,28 +187,28 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("name", list(PLANTED))
-def test_the_gate_finds(root, tmp_path, name):
-    found = spec(root, tmp_path)
-    expected, batches = _data_gate.reference(found, 2), batches_of(found, 2)
+def test_the_gate_finds(photographs, tmp_path, name):
+    found = spec(photographs, tmp_path)
+    expected, batches = gate.reference(found, 2), batches_of(found, 2)
     assert bool(batches[1]["pixel_mask"].any()), "armed"
-    assert _data_gate.judge(expected, batches)[0], "armed"
+    assert gate.judge(expected, batches)[0], "armed"
     PLANTED[name](batches[1])
-    assert not _data_gate.judge(expected, batches)[0]
-    assert not _data_gate.judge(expected, batches[:1])[0]
+    assert not gate.judge(expected, batches)[0]
+    assert not gate.judge(expected, batches[:1])[0]
 
 
 def test_the_gate_knows_what_is_allowed():
     padding = torch.zeros(1, 40, 50, dtype=torch.bool)
     image = torch.zeros(1, 3, 40, 50)
-    std = torch.tensor(_data_gate.STD).view(3, 1, 1)
-    mean, p999 = _data_gate.differences(image, image + 0.5 / 255 / std, padding)
+    std = torch.tensor(gate.STD).view(3, 1, 1)
+    mean, p999 = gate.differences(image, image + 0.5 / 255 / std, padding)
     assert mean == pytest.approx(0.5, rel=1e-4)
     assert p999 == pytest.approx(0.5, rel=1e-4)
     few = image.clone()
     few.view(-1)[:5] = 100 / 255 / 0.225  # 5 of 6000 pixels are less than 0.1 %
-    assert _data_gate.differences(image, few, padding)[1] == 0
+    assert gate.differences(image, few, padding)[1] == 0
     few.view(-1)[:8] = 100 / 255 / 0.225
-    assert _data_gate.differences(image, few, padding)[1] > 50
+    assert gate.differences(image, few, padding)[1] > 50
 
 
 # ------------------------------------------------------------------------------------------------------- what it counts
@@ -219,15 +216,15 @@ def test_the_gate_knows_what_is_allowed():
 
 def test_cpu_time_is_that_of_the_tree_and_of_those_that_have_ended():
     burn = "import time\nwhile time.process_time() < 0.4: pass"
-    before = _processes.cpu_seconds(os.getpid())
+    before = processes.cpu_seconds(os.getpid())
     subprocess.run([sys.executable, "-c", burn], check=True)
-    ended = _processes.cpu_seconds(os.getpid())
+    ended = processes.cpu_seconds(os.getpid())
     assert ended - before >= 0.39
     nested = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {burn!r}]).wait()\nprint(1)\ninput()"
     with subprocess.Popen([sys.executable, "-c", nested], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         child.stdout.readline()
-        alone = _processes.cpu_seconds(child.pid)
-        both = _processes.cpu_seconds(os.getpid())
+        alone = processes.cpu_seconds(child.pid)
+        both = processes.cpu_seconds(os.getpid())
         child.stdin.write(b"\n")
     assert alone >= 0.39
     assert both - ended >= 0.39
@@ -235,7 +232,7 @@ def test_cpu_time_is_that_of_the_tree_and_of_those_that_have_ended():
 
 def test_memory_counts_shared_pages_once_and_those_that_nobody_maps():
     size = 64 * 2**20
-    before = _processes.memory_bytes(os.getpid())
+    before = processes.memory_bytes(os.getpid())
     shared = torch.zeros(size, dtype=torch.uint8).share_memory_()
     shared.fill_(1)
     hold = "import sys\nprint(1, flush=True)\nsys.stdin.read()"
@@ -250,7 +247,7 @@ def test_memory_counts_shared_pages_once_and_those_that_nobody_maps():
     try:
         for child in children:
             child.stdout.readline()
-        grown = _processes.memory_bytes(os.getpid()) - before
+        grown = processes.memory_bytes(os.getpid()) - before
     finally:
         for child in children:
             child.communicate()
@@ -265,32 +262,32 @@ def test_ratios_are_those_of_rounds_taken_in_turn():
 
     # the machine is four times as slow in the second round, for both
     ours, peer = [round_(1), round_(4), round_(1)], [round_(2), round_(8), round_(2)]
-    found = _data_rounds.figures(ours, peer)
+    found = rounds.figures(ours, peer)
     assert found["vs_torchvision_v2"] == 2.0
     assert found["images_per_s"] == 10.0
     assert found["cpu_ms_per_image"] == 50.0
-    assert _data_rounds.figures(ours, None)["vs_torchvision_v2"] is None
+    assert rounds.figures(ours, None)["vs_torchvision_v2"] is None
 
 
 def test_a_provider_that_still_checks_images_is_not_timed():
     answer = {"images": 8, "seconds": 1.0, "cpu_seconds": 1.0, "checked": 3}
     child = types.SimpleNamespace(pid=os.getpid(), ask=lambda *_, **__: answer)
     with pytest.raises(RuntimeError, match="still checked 3 images"):
-        _data_rounds.rounds_of({"ours": child}, 1, 1, 1, 0)
+        rounds.rounds_of({"ours": child}, 1, 1, 1, 0)
 
 
-def test_a_dead_provider_is_an_error_with_its_last_words(root, tmp_path):
-    with _processes.Child(_data_rounds.MODULE, 1) as child:
+def test_a_dead_provider_is_an_error_with_its_last_words(photographs, tmp_path):
+    with Child(rounds.MODULE, 1) as child:
         found = dataclasses.asdict(spec(tmp_path / "nowhere", tmp_path))
         with pytest.raises(RuntimeError, match="no such folder"):
             child.ask("open", **found)
 
 
 def test_workers_that_are_tried():
-    assert _data_rounds.counts_of("torchvision_v2", 2) == [0, 1, 2, 3]
-    assert _data_rounds.counts_of("pil_detr", 16) == [0, 1, 2, 16, 17]
-    if _data_rounds.has_dali():
-        assert _data_rounds.counts_of("ours", 2) == [1, 2, 3]
+    assert rounds.counts_of("torchvision_v2", 2) == [0, 1, 2, 3]
+    assert rounds.counts_of("pil_detr", 16) == [0, 1, 2, 16, 17]
+    if rounds.has_dali():
+        assert rounds.counts_of("ours", 2) == [1, 2, 3]
 
 
 # ---------------------------------------------------------------------------------------------------------------- tune
@@ -298,38 +295,38 @@ def test_workers_that_are_tried():
 
 def test_tuning_takes_the_best_and_tells_of_poor_defaults(capsys, monkeypatch):
     """Providers whose speed is made up: prefetch 1 is the best."""
-    monkeypatch.setattr(_data_rounds, "MODULE", "tests.benchmarks.test_data")
+    monkeypatch.setattr(rounds, "MODULE", "tests.benchmarks.test_data")
     monkeypatch.setenv("PLANTED", "speeds")
     arguments = ["--quick", "--threads", "1", "--case", "vqa", "--provider", "ours_torchvision", "--tune"]
     assert bench_data.main(arguments) == 0
     said = capsys.readouterr().out.replace("\n", " ")
-    engine = "dali" if _data_rounds.has_dali() else "torchvision"
+    engine = "dali" if rounds.has_dali() else "torchvision"
     assert f"best: --data.engine {engine} --data.workers 1 --data.prefetch 1" in said
     assert "times as fast as the defaults" in said
 
 
 def test_settings_that_are_tuned():
-    assert _data_tune.workers_of(2) == [1, 2, 3]
-    assert _data_tune.workers_of(16) == [1, 2, 4, 8, 16, 17]
-    setting = _data_tune.Setting("ours_torchvision", 3, 4)
+    assert tune.workers_of(2) == [1, 2, 3]
+    assert tune.workers_of(16) == [1, 2, 4, 8, 16, 17]
+    setting = tune.Setting("ours_torchvision", 3, 4)
     assert setting.flags() == "--data.engine torchvision --data.workers 3 --data.prefetch 4"
 
 
 # ---------------------------------------------------------------------------------------------------------- the rest
 
 
-def test_photographs_are_like_cocos(root):
+def test_photographs_are_like_cocos(photographs):
     sizes = []
     for seed in range(4):
-        raw = _data_root.photograph(np.random.default_rng(seed), 640, 480)
+        raw = root.photograph(np.random.default_rng(seed), 640, 480)
         assert Image.open(io.BytesIO(raw)).size == (640, 480)
         sizes.append(len(raw))
     assert 100_000 < np.mean(sizes) < 200_000
-    allowed = {(width, height) for width, height, _ in _data_root.QUICK_SIZES}
-    found = {Image.open(path).size for path in (root / "coco/images/train2017").iterdir()}
+    allowed = {(width, height) for width, height, _ in root.QUICK_SIZES}
+    found = {Image.open(path).size for path in (photographs / "coco/images/train2017").iterdir()}
     assert found <= allowed
     assert len(found) > 3
-    paths = sorted(path.name for path in (root / "coco/images/train2014").iterdir())
+    paths = sorted(path.name for path in (photographs / "coco/images/train2014").iterdir())
     assert len(paths) == 24
 
 
@@ -341,36 +338,20 @@ def test_the_suite_has_it_with_a_small_choice(tmp_path):
     assert args.step is None  # a card is there: it is measured
 
 
-def test_the_readmes_table():
-    stamp = {"device": "cpu", "gpu": None, "cpu": "Xeon", "threads": 2, "versions": {"torch": "2"}, "commit": "abc"}
-    stamp |= {"date": "2026-11-26T00:00:00Z", "shape": "8 images a batch", "case": "vqa"}
-    rows = [
-        {**stamp, "provider": name, "workers": workers, "images_per_s": speed, "images_per_s_p20": speed - 1,
-         "images_per_s_p80": speed + 1, "cpu_ms_per_image": 9.0, "peak_memory_gib": 1.25}
-        for name, workers, speed in (("ours", 2, 120.0), ("torchvision_v2", 3, 50.0))
-    ]  # fmt: skip
-    made = tables.table(rows).splitlines()
-    assert (
-        made[2] == "| Xeon, 2 threads | vqa, 8 images a batch | torchvision_v2 | 3 | 50 (49 to 51) | 2.40 | 9 | 1.25 |"
-    )
-    assert made[3] == "| Xeon, 2 threads | vqa, 8 images a batch | ours | 2 | 120 (119 to 121) |  | 9 | 1.25 |"
-    assert made[-1] == "Measured on Xeon, 2 threads; torch 2; commit abc; 2026-11-26."
-
-
 def _spoilt() -> None:
     """A provider's process with the mistake that ``PLANTED`` names."""
     planted = os.environ["PLANTED"]
     if planted == "never flipped":
-        right = _data_peers.PEERS["torchvision_v2"]
+        right = peers.PEERS["torchvision_v2"]
 
         def wrong(path):
             size, change = right(path)
             return size, lambda geometry: change(dataclasses.replace(geometry, flip=False))
 
-        _data_peers.PEERS["torchvision_v2"] = wrong
+        peers.PEERS["torchvision_v2"] = wrong
     elif planted == "speeds":
-        _data_peers.Server = _MadeUp
-    _data_peers.main()
+        server.Server = _MadeUp
+    server.main()
 
 
 class _MadeUp:

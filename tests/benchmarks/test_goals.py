@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks import _goals, gpu_suite
+from benchmarks import gpu_suite
+from benchmarks.runner import goals
 
 H200 = {"device": "cuda", "gpu": "NVIDIA H200"}
 
@@ -38,7 +39,7 @@ def good(at=1.0):
     ]  # fmt: skip
     fast = {k: v * (1 if at == 1 else 1e4) for k, v in both.items()}
     rows += [row("cross_attention", c, captured_phases_ms=fast) for c in ("unit_detection_b8", "unit_vqa_b8")]
-    for case in _goals._NORMS:
+    for case in goals.NORMS:
         rows.append(row("residual_norm", case, captured_ms=2e-3 * at, captured_phases_ms=fast))
         rows.append(row("residual_norm", case, "eager", captured_ms=6e-3))
     return rows
@@ -46,20 +47,20 @@ def good(at=1.0):
 
 @pytest.mark.parametrize(("at", "verdict"), [(1, "met"), (2, "missed")])
 def test_every_goal_is_judged(at, verdict):
-    judged = _goals.judge(good(at))
-    assert len(judged) == len(_goals.GOALS)
-    assert {goal["goal"]: goal["verdict"] for goal in judged} == {goal.what: verdict for goal in _goals.GOALS}
+    judged = goals.judge(good(at))
+    assert len(judged) == len(goals.GOALS)
+    assert {goal["goal"]: goal["verdict"] for goal in judged} == {goal.what: verdict for goal in goals.GOALS}
     assert all(goal["found"] is not None and goal["why"] is None for goal in judged)
 
 
 def test_nothing_is_guessed():
-    judged = _goals.judge([])
+    judged = goals.judge([])
     assert {goal["verdict"] for goal in judged} == {"not measured"}
     assert all(goal["why"] and goal["found"] is None for goal in judged)
 
 
 def found(rows, what):
-    return next(goal for goal in _goals.judge(rows) if goal["goal"].endswith(what))
+    return next(goal for goal in goals.judge(rows) if goal["goal"].endswith(what))
 
 
 def test_why_a_goal_is_not_measured():
@@ -75,12 +76,12 @@ def test_why_a_goal_is_not_measured():
     assert out["why"] == "the goal is for a100, h200; the rows are of h100"
     assert found(other, "matching: launches")["verdict"] == "met"  # for any card
     cpu = [{**r, "device": "cpu", "gpu": None} for r in good()]
-    assert {goal["verdict"] for goal in _goals.judge(cpu)} == {"not measured"}
+    assert {goal["verdict"] for goal in goals.judge(cpu)} == {"not measured"}
 
 
 def test_cards_are_not_mixed():
     with pytest.raises(ValueError, match="several cards: NVIDIA H100, NVIDIA H200"):
-        _goals.judge([*good(), {**good()[0], "gpu": "NVIDIA H100", "case": "coco_b1"}])
+        goals.judge([*good(), {**good()[0], "gpu": "NVIDIA H100", "case": "coco_b1"}])
 
 
 def test_the_latest_row_counts():
@@ -88,8 +89,8 @@ def test_the_latest_row_counts():
 
 
 def test_a_goal_in_a_line():
-    lines = [gpu_suite.line(goal) for goal in _goals.judge(good())]
+    lines = [gpu_suite.line(goal) for goal in goals.judge(good())]
     assert "         met: COCO DC5 800x1344, bfloat16, batch 8: >= 220 images/s; 230" in lines
-    lines = [gpu_suite.line(goal) for goal in _goals.judge([])]
+    lines = [gpu_suite.line(goal) for goal in goals.judge([])]
     wanted = ">= 80 (a100) or 220 (h200) images/s; no row of bench_step, coco_b8, ours"
     assert f"not measured: COCO DC5 800x1344, bfloat16, batch 8: {wanted}" in lines

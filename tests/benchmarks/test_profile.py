@@ -5,8 +5,11 @@ import contextlib
 import pytest
 import torch
 
-from benchmarks import _device, _kernels
-from benchmarks._kernels import STEP, Event, Profile
+from benchmarks.runner import kernels
+from benchmarks.runner.capture import captured_rounds
+from benchmarks.runner.profile import STEP, Profile, events_of, profile
+from benchmarks.runner.timing import back_to_back
+from tests.benchmarks.common import TWO_STEPS, host
 
 AT = "void at::native::"
 VECTOR, ELEMENT = f"{AT}vectorized_elementwise_kernel<4, at::native::", f"{AT}elementwise_kernel<128, 2, at::native::"
@@ -90,33 +93,11 @@ NAMES = {
 
 @pytest.mark.parametrize("category", NAMES)
 def test_kernels_go_to_their_category(category):
-    assert {name: _kernels.category(name) for name in NAMES[category]} == dict.fromkeys(NAMES[category], category)
+    assert {name: kernels.category(name) for name in NAMES[category]} == dict.fromkeys(NAMES[category], category)
 
 
 def test_every_category_is_tried_here():
-    assert set(NAMES) == {*_kernels.CATEGORIES, _kernels.OTHER}
-
-
-def host(name, start, end=None):
-    return Event(name, False, start, start + 1 if end is None else end)
-
-
-def card(name, start, end):
-    return Event(name, True, start, end)
-
-
-TWO_STEPS = [
-    host("cudaDeviceSynchronize", 0),  # before, between and after the steps it is the measuring's own
-    host(STEP, 10, 50), host("cudaGraphLaunch", 11), host("cudaMemcpyAsync", 12), host("aten::add", 13),
-    host("cudaStreamSynchronize", 14), host("cuLaunchKernelEx", 49.5, 51),
-    host("cudaDeviceSynchronize", 55),
-    host(STEP, 60, 90), host("cudaGraphLaunch", 61), host("cudaLaunchKernelExC", 62), host("cudaMemcpyAsync", 70),
-    host("cudaDeviceSynchronize", 95),
-    card("_adamw_update_kernel", 20, 1020), card("_adamw_update_kernel", 2000, 3000),
-    card("nvjet_sm90_tst_64x64", 520, 1520),  # beside the first: half of it counts once more
-    card("Memcpy HtoD (Pinned -> Device)", 4000, 4100), card("Memcpy DtoH (Device -> Pageable)", 4200, 4300),
-    card("Memset (Device)", 4300, 4400),
-]  # fmt: skip
+    assert set(NAMES) == {*kernels.CATEGORIES, kernels.OTHER}
 
 
 def test_a_profile_of_made_up_events():
@@ -156,7 +137,7 @@ class Traced:
 def test_ranges_on_the_cards_line_are_no_work():
     """An optimiser's step is drawn around its kernels there, which would count twice."""
     name = "Optimizer.step#AdamW.step"
-    found = _device.events_of(
+    found = events_of(
         [
             Traced(name, False, True),
             Traced(name, True),
@@ -172,14 +153,14 @@ def test_ranges_on_the_cards_line_are_no_work():
 def test_a_step_on_a_cpu_has_no_kernels():
     x = torch.randn(64, 64)
     calls = []
-    found = _device.profile(lambda: calls.append(x @ x), torch.device("cpu"), steps=3)
+    found = profile(lambda: calls.append(x @ x), torch.device("cpu"), steps=3)
     assert len(calls) == 4  # one before
     assert (found.kernels, found.launches, found.busy_ms, found.categories) == (0, 0, 0, {})
 
 
 def test_rounds_back_to_back_take_about_their_time():
     calls = []
-    times = _device.back_to_back(lambda: calls.append(None), torch.device("cpu"), rounds=3, warmup=2, least_ms=0.01)
+    times = back_to_back(lambda: calls.append(None), torch.device("cpu"), rounds=3, warmup=2, least_ms=0.01)
     assert len(times) == 3
     assert all(t > 0 for t in times)
     assert len(calls) >= 2 + 1 + 3
@@ -190,7 +171,7 @@ def test_a_cpu_captures_nothing_and_says_so():
         def step(self, marks):
             raise AssertionError("nothing is run")
 
-    rounds, why = _device.captured_rounds({"ours": Provider()}, torch.device("cpu"), 3, lambda: None)
+    rounds, why = captured_rounds({"ours": Provider()}, torch.device("cpu"), 3, lambda: None)
     assert rounds == {}
     assert why == {"ours": "graphs need a CUDA device, this is cpu"}
 
@@ -211,12 +192,12 @@ def test_replays_are_timed_by_phase_and_waits_are_refused():
         def step(self, marks):
             (x @ x).sum().item()
 
-    rounds, why = _device.captured_rounds({"fine": Fine(), "waits": Waits()}, device, 3, lambda: None)
+    rounds, why = captured_rounds({"fine": Fine(), "waits": Waits()}, device, 3, lambda: None)
     assert [set(r) for r in rounds["fine"]] == [{"first", "second", "total"}] * 3
     assert all(r["first"] > 0 and r["total"] > r["first"] for r in rounds["fine"])
     assert "waits for the card" in why["waits"]
     torch.randn(3, device=device)  # the generator is not left in a capture
-    found = _device.profile(lambda: Waits().step(None), device)
+    found = profile(lambda: Waits().step(None), device)
     assert found.kernels >= 2
     assert found.waits >= 1
     assert found.copies_to_host == 1
@@ -289,13 +270,13 @@ def test_captured_steps_take_turns_and_tell_their_phases(stand_in):
     flushed = []
     providers = {"fine": Fine(), "plain": Plain()}
     device = torch.device("cuda")
-    rounds, why = _device.captured_rounds(providers, device, 2, lambda: flushed.append(None))
+    rounds, why = captured_rounds(providers, device, 2, lambda: flushed.append(None))
     assert rounds["fine"] == [{"first": 1.0, "second": 1.0, "total": 2.0}] * 2
     assert rounds["plain"] == [{"total": 1.0}] * 2
     assert why == {}
     assert len(flushed) == 4
     assert stand_in == ["error", 0, "error", 0]  # put back
-    rounds, why = _device.captured_rounds({"waits": Waits()}, device, 2, lambda: None)
+    rounds, why = captured_rounds({"waits": Waits()}, device, 2, lambda: None)
     assert rounds == {}
     assert why == {"waits": "it waits for the card (called a synchronizing CUDA operation)"}
     assert stand_in[-1] == 0

@@ -1,8 +1,8 @@
 """The command line: what it does, and that a mistake is one line."""
 
-import dataclasses
 import io
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.small_runs import log_of, rows, small_config, state_hash
+from unit_fast.commands import env, train
 from unit_fast.commands import main as cli
 from unit_fast.commands.command_line import parse, split_lists, value_of
-from unit_fast.commands.train import Train, _base_config, _with_shortcuts
 from unit_fast.config import load_config, to_json
 from unit_fast.errors import UserError
-from unit_fast.recipes import RECIPES
+from unit_fast.recipes import RECIPES, recipe
+from unit_fast.recipes.paper import sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,17 +28,13 @@ def run(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     config = small_config(root, "coco", "vqa2", "qnli", "sst2", eval_every=0, eval_limit=6)
     (folder / "small.json").write_text(to_json(config))
-    arguments = [
-        "train",
-        "--config-file",
-        str(folder / "small.json"),
-        "--out",
-        str(folder / "run"),
-        "--progress",
-        "none",
-    ]
-    assert cli.main(arguments) == 0
+    assert cli.main(training(folder, folder / "run")) == 0
     return folder / "run"
+
+
+def training(folder: Path, out: Path, *more: str) -> list[str]:
+    """The command that trains what ``folder/small.json`` says."""
+    return ["train", "--config-file", str(folder / "small.json"), "--out", str(out), "--progress", "none", *more]
 
 
 def call(capsys, *arguments) -> tuple[int, str, str]:
@@ -122,10 +119,10 @@ def test_debug_shows_the_trace(run):
 
 
 def test_a_fault_of_ours_is_not_hidden(capsys, monkeypatch):
-    def broken(arguments, prog):
+    def broken(options):
         raise ZeroDivisionError
 
-    monkeypatch.setitem(cli.COMMANDS, "env", (broken, ""))
+    monkeypatch.setattr(env, "run", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["env"])
 
@@ -140,48 +137,50 @@ def test_more_than_one_process_is_one_line(capsys, monkeypatch, root, tmp_path):
 # ------------------------------------------------------------------------------------------------------- options
 
 
-def config_from(*arguments):
-    return _with_shortcuts(parse(Train, arguments, prog="x", default=Train(config=_base_config(list(arguments)))))
+@pytest.mark.parametrize(
+    ("option", "field", "value"),
+    [
+        # the shortcuts
+        ("--recipe all8_shared_skip", "recipe", "all8_shared_skip"),
+        ("--recipe all8_shared_skip", "optim.unused", "skip"),
+        ("--data-root ROOT", "data.root", "ROOT"),
+        ("--batch 4 --accumulate 16", "batch_per_process", 4),
+        ("--batch 4 --accumulate 16", "accumulate", 16),
+        ("--batch 4 --accumulate 16", "effective_batch", 64),
+        ("--steps 1234", "steps", 1234),
+        ("--seed 7", "seed", 7),
+        ("--init-from RUN", "init_from", "RUN"),
+        ("--freeze image,text", "freeze", ("image", "text")),
+        ("--skip-load class_embeds.,bbox_embeds.", "skip_load", ("class_embeds.", "bbox_embeds.")),
+        ("--weights DIR", "weights", "DIR"),
+        ("--require-weights", "require_weights", True),
+        ("--eval-split train", "eval_split", "train"),
+        ("--recipe all8_shared --tasks coco,vqa2", "ratios", {"detection_coco": 0.20, "vqa2": 0.26}),
+        # every field by its dotted name
+        ("--model.decoder.layers 3", "model.decoder.layers", 3),
+        ("--optim.lr 1e-4", "optim.lr", 1e-4),
+        ("--data.workers 2", "data.workers", 2),
+        ("--optim.max-norm None", "optim.max_norm", None),
+        ("--ratios.vqa2 0.5", "ratios", sampling("all8") | {"vqa2": 0.5}),
+        ("--data.train-short-sides 64 96", "data.train_short_sides", (64, 96)),
+        ("--model.decoder.no-share", "model.decoder.share", False),
+        ("--model.backbone.norm group", "model.backbone.norm", "group"),
+        ("--ema-decay 0.99", "ema_decay", 0.99),
+    ],
+)
+def test_an_option_sets_its_field(option, field, value):
+    assert operator.attrgetter(field)(config_from(option)) == value
 
 
-def test_the_main_command():
-    config = config_from(
-        "--recipe", "all8_shared_skip", "--data-root", "ROOT", "--steps", "1234", "--batch", "4", "--accumulate", "16",
-        "--seed", "7", "--init-from", "RUN", "--freeze", "image,text", "--skip-load", "class_embeds.,bbox_embeds.",
-        "--weights", "DIR", "--require-weights", "--eval-split", "train",
-    )  # fmt: skip
-    assert config.recipe == "all8_shared_skip"
-    assert (config.steps, config.batch_per_process, config.accumulate, config.seed) == (1234, 4, 16, 7)
-    assert config.effective_batch == 64
-    assert config.data.root == "ROOT"
-    assert config.freeze == ("image", "text")
-    assert config.skip_load == ("class_embeds.", "bbox_embeds.")
-    assert (config.init_from, config.weights, config.require_weights, config.eval_split) == (
-        "RUN",
-        "DIR",
-        True,
-        "train",
-    )
-    assert config.optim.unused == "skip"
+def config_from(options: str):
+    arguments = options.split()
+    return train.config_of(parse(train.Options, arguments, prog="x", default=train.default(arguments)))
 
 
-def test_every_field_has_an_option_by_its_dotted_name():
-    config = config_from(
-        "--model.decoder.layers", "3", "--optim.lr", "1e-4", "--data.workers", "2", "--optim.max-norm", "None",
-        "--ratios.vqa2", "0.5", "--model.tasks.detection-coco.queries", "25", "--data.train-short-sides", "64", "96",
-        "--model.decoder.no-share", "--model.backbone.norm", "group", "--ema-decay", "0.99",
-    )  # fmt: skip
-    assert config.model.decoder.layers == 3
-    assert config.optim.lr == 1e-4
-    assert config.optim.max_norm is None
-    assert config.data.workers == 2
-    assert config.ratios["vqa2"] == 0.5
-    assert config.ratios["detection_coco"] == 0.2
+def test_tasks_have_options_too_and_may_be_left_out():
+    config = config_from("--tasks coco,vqa2 --model.tasks.detection-coco.queries 25")
+    assert list(config.model.tasks) == ["detection_coco", "vqa2"]
     assert config.model.tasks["detection_coco"].queries == 25
-    assert config.data.train_short_sides == (64, 96)
-    assert config.model.decoder.share is False
-    assert config.model.backbone.norm == "group"
-    assert config.ema_decay == 0.99
 
 
 def test_no_option_is_left_out(capsys):
@@ -189,7 +188,7 @@ def test_no_option_is_left_out(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     said = capsys.readouterr().out
-    fields = json.loads(to_json(RECIPES["all8_shared"]()))
+    fields = json.loads(to_json(recipe("all8_shared")))
 
     def names(tree, prefix=""):
         for key, value in tree.items():
@@ -202,12 +201,6 @@ def test_no_option_is_left_out(capsys):
     for prefix, name in names(fields):
         flag = f"--{prefix}.{name}" if prefix else f"--{name}"
         assert flag in said, flag
-
-
-def test_some_tasks_of_a_recipe():
-    config = config_from("--recipe", "all8_shared", "--tasks", "coco,vqa2")
-    assert list(config.model.tasks) == ["detection_coco", "vqa2"]
-    assert config.ratios == {"detection_coco": 0.20, "vqa2": 0.26}
 
 
 @pytest.mark.parametrize(
@@ -256,16 +249,7 @@ def test_train_leaves_a_whole_run(run):
 
 
 def test_train_and_resume_by_command(capsys, run, root, tmp_path):
-    base = [
-        "train",
-        "--config-file",
-        str(run.parent / "small.json"),
-        "--progress",
-        "plain",
-        "--out",
-        str(tmp_path / "r"),
-    ]
-    code, out, _ = call(capsys, *base, "--stop-at", "10")
+    code, out, _ = call(capsys, *training(run.parent, tmp_path / "r", "--progress", "plain", "--stop-at", "10"))
     assert code == 75
     command = f"unit-fast train --resume auto --out {tmp_path / 'r'}"
     assert command in out
@@ -275,16 +259,7 @@ def test_train_and_resume_by_command(capsys, run, root, tmp_path):
 
 
 def test_resume_with_another_setting(capsys, run, tmp_path):
-    base = [
-        "train",
-        "--config-file",
-        str(run.parent / "small.json"),
-        "--progress",
-        "none",
-        "--out",
-        str(tmp_path / "r"),
-    ]
-    cli.main([*base, "--stop-at", "4"])
+    cli.main(training(run.parent, tmp_path / "r", "--stop-at", "4"))
     capsys.readouterr()
     again = ["train", "--resume", "auto", "--out", str(tmp_path / "r"), "--progress", "none", "--optim.lr", "1e-5"]
     code, _, err = call(capsys, *again)
@@ -379,7 +354,7 @@ def test_recipes(capsys, tmp_path):
     assert [line.split()[0] for line in out.splitlines()] == list(RECIPES)
     _, out, _ = call(capsys, "recipes", "coco")
     (tmp_path / "my.json").write_text(out)
-    assert load_config(tmp_path / "my.json") == dataclasses.replace(RECIPES["coco"](), recipe="coco")
+    assert load_config(tmp_path / "my.json") == recipe("coco")
 
 
 def test_convert_there_and_back(capsys, run, tmp_path):
@@ -459,7 +434,7 @@ def test_a_process_without_streams_works(closed):
 def test_what_a_console_cannot_show_is_escaped(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="")
     monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setitem(cli.COMMANDS, "env", (lambda *_: print("größe 写") or 0, ""))
+    monkeypatch.setattr(env, "run", lambda *_: print("größe 写") or 0)
     assert cli.main(["env"]) == 0
     assert stream.buffer.getvalue() == b"gr\\xf6\\xdfe \\u5199\n"
     assert sys.stdout is stream
@@ -467,8 +442,7 @@ def test_what_a_console_cannot_show_is_escaped(monkeypatch):
 
 def test_a_report_that_cannot_be_written_does_not_change_how_a_run_ended(capsys, root, tmp_path):
     (tmp_path / "run" / "report.html").mkdir(parents=True)
-    (tmp_path / "config.json").write_text(to_json(small_config(root, "sst2", steps=2)))
-    given = ["train", "--config-file", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]
-    code, _, err = call(capsys, *given, "--stop-at", "1")
+    (tmp_path / "small.json").write_text(to_json(small_config(root, "sst2", steps=2)))
+    code, _, err = call(capsys, *training(tmp_path, tmp_path / "run", "--stop-at", "1"))
     assert code == 75
     assert err.startswith("unit-fast: no report: ")

@@ -1,11 +1,16 @@
 """Recipes: the published configurations by name."""
 
+import dataclasses
+
 import pytest
 
-from unit_fast.config import from_dict, to_dict
+from unit_fast.config import to_dict
+from unit_fast.data.generated import scene, text, world
 from unit_fast.errors import UserError
-from unit_fast.recipes import RECIPES, SAMPLINGS, batch_note, description, recipe, sampling
+from unit_fast.recipes import RECIPES, batch_note, recipe
+from unit_fast.recipes.paper import SAMPLINGS, sampling
 from unit_fast.tasks import TASKS, get_task
+from unit_fast.typed_json import from_dict
 
 # name, tasks, shared decoder, policy, steps, criterion: SPEC 6.2
 MMF = [
@@ -68,7 +73,7 @@ def test_every_recipe_is_complete(name):
     config = recipe(name)
     assert set(config.ratios) == set(config.model.tasks), "ratios are explicit"
     assert sum(config.ratios.values()) == pytest.approx(1, abs=0.011)
-    assert description(name)
+    assert RECIPES[name].about
     assert from_dict(type(config), to_dict(config)) == config
 
 
@@ -88,24 +93,18 @@ def test_unknown_names_give_the_nearest():
 
 
 def test_batch_note_states_the_paper_beside_the_effective_batch():
-    import dataclasses
-
     config = dataclasses.replace(recipe("coco"), batch_per_process=2, accumulate=8)
     assert "effective batch 16 (2 x 8 accumulated), the paper's is 64" in batch_note(config)
 
 
 def test_the_demo_fits_its_world():
-    from unit_fast.data.generated import scene as synthetic_scene
-    from unit_fast.data.generated import text as synthetic_text
-    from unit_fast.data.generated import world as synthetic
-
     config, quick = recipe("demo"), recipe("demo_quick")
     tasks = config.model.tasks
-    assert tasks["vqa2"].outputs == len(synthetic_text.ANSWERS)
-    assert tasks["detection_visual_genome"].outputs == len(synthetic.VG_OBJECT_IDS) + 2
-    assert config.model.loss.attribute_outputs == len(synthetic.VG_ATTRIBUTE_IDS) + 1
-    assert config.model.text.vocab_size == len(synthetic_text.VOCABULARY)
-    assert min(t.queries for n, t in tasks.items() if TASKS[n].is_detection) > synthetic_scene.MOST
-    assert config.data.short_side == config.data.max_side == synthetic_scene.SIDE, "neither scaled nor padded"
+    assert tasks["vqa2"].outputs == len(text.ANSWERS)
+    assert tasks["detection_visual_genome"].outputs == len(world.VG_OBJECT_IDS) + 2
+    assert config.model.loss.attribute_outputs == len(world.VG_ATTRIBUTE_IDS) + 1
+    assert config.model.text.vocab_size == len(text.VOCABULARY)
+    assert min(t.queries for n, t in tasks.items() if TASKS[n].is_detection) > scene.MOST
+    assert config.data.short_side == config.data.max_side == scene.SIDE, "neither scaled nor padded"
     assert quick.model == config.model
     assert quick.steps < config.steps / 10

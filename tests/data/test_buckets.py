@@ -9,7 +9,7 @@ import torch
 from tests.models import random_batch, small_config
 from unit_fast.buckets import PADDING, Buckets, BucketSpec, fill, real_share
 from unit_fast.config import DataConfig
-from unit_fast.data.images.transforms import TrainTransform
+from unit_fast.data.images.geometry import TrainTransform
 from unit_fast.model.unit import UniT
 from unit_fast.tasks import TASKS
 

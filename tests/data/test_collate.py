@@ -42,10 +42,8 @@ def test_targets_are_padded_with_minus_one():
         detection(1),
     ]
     batch = collate("detection_visual_genome", samples)
-    assert batch.labels.tolist() == [[1, 2], [-1, -1], [1, -1]]
-    assert batch.labels.dtype == torch.int64
-    assert batch.counts.tolist() == [2, 0, 1]
-    assert batch.counts.dtype == torch.int32
+    assert torch.equal(batch.labels, torch.tensor([[1, 2], [-1, -1], [1, -1]]))
+    assert torch.equal(batch.counts, torch.tensor([2, 0, 1], dtype=torch.int32))
     assert batch.boxes.shape == (3, 2, 4)
     assert batch.boxes[1].abs().sum() == 0
     assert batch.attributes.shape == (3, 2, 16)
@@ -58,16 +56,13 @@ def test_targets_are_padded_with_minus_one():
 
 def test_no_targets_at_all():
     batch = collate("vg", [detection(0), detection(0)])
-    assert batch.labels.shape == (2, 0)
-    assert batch.boxes.shape == (2, 0, 4)
-    assert batch.attributes.shape == (2, 0, 16)
+    shapes = (batch.labels.shape, batch.boxes.shape, batch.attributes.shape)
+    assert shapes == ((2, 0), (2, 0, 4), (2, 0, 16))
     assert batch.counts.tolist() == [0, 0]
     lists = collate("coco", [{"image": image(2, 2), "labels": [], "boxes": []}])
-    assert lists.labels.shape == (1, 0)
-    assert lists.boxes.shape == (1, 0, 4)
+    assert (lists.labels.shape, lists.boxes.shape) == ((1, 0), (1, 0, 4))
     plain = collate("coco", [{"image": image(2, 2)}])
-    assert plain.labels is None
-    assert plain.counts is None
+    assert plain.labels is plain.counts is None
 
 
 def test_texts_are_padded_and_defaults_filled():
@@ -77,14 +72,11 @@ def test_texts_are_padded_and_defaults_filled():
     assert batch.attention_mask.tolist() == [[1, 1, 1], [0, 0, 0]]
     assert batch.token_type_ids.tolist() == [[0, 0, 0], [1, 0, 0]]
     assert batch.sizes == [(3,), (1,)]
-    assert batch.image is None
-    assert batch.label is None
-    assert batch.orig_size is None
+    assert batch.image is batch.label is batch.orig_size is None
     padded = collate("sst2", [{**s, "label": i} for i, s in enumerate(samples)], pad_text_to=8)
     assert padded.input_ids.shape == (2, 8)
     assert padded.attention_mask.sum() == 3
-    assert padded.label.tolist() == [0, 1]
-    assert padded.label.dtype == torch.int64
+    assert torch.equal(padded.label, torch.tensor([0, 1]))
 
 
 def test_vqa_batch():

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data.image_roots import content, steps_of
 from tests.small_runs import ALL, make_world, small_config
 from unit_fast.config import RunConfig
-from unit_fast.data import BadImage, open_dataset
-from unit_fast.data.loader import MOST_TRIES, BadImages, Loader, Step
+from unit_fast.data import BadImage
+from unit_fast.data.bad_images import BadImages
+from unit_fast.data.fetch import MOST_TRIES, Step
+from unit_fast.data.loader import Loader
 from unit_fast.data.sampler import Request
 from unit_fast.errors import UserError
 from unit_fast.tasks import get_task
@@ -62,28 +65,21 @@ def read(datasets, config, start=0, stop=12, counts=None):
         return list(loader)
 
 
-def content(steps):
-    return [
-        (s.task, [(b.sample_ids, {k: v.tolist() for k, v in b.tensors().items()}) for b in s.batches], s.bad)
-        for s in steps
-    ]
-
-
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_same_batches_with_any_number_of_workers(workers):
     alone = read(sets(bad=[4]), config(accumulate=2))
-    assert content(read(sets(bad=[4]), config(accumulate=2, data={"workers": workers}))) == content(alone)
+    found = read(sets(bad=[4]), config(accumulate=2, data={"workers": workers}))
+    assert content(found) == content(alone)
+    assert [step.bad for step in found] == [step.bad for step in alone]
     assert any(step.bad for step in alone), "armed"
 
 
 def test_workers_read_the_same_pixels_and_words_of_every_task(tmp_path):
     root = make_world(tmp_path / "world")
-    base = small_config(root, *ALL)
     found = []
     for workers in (0, 2):
         settings = small_config(root, *ALL, data={"workers": workers})
-        datasets = {n: open_dataset(n, "train", settings.data, t, augment=True) for n, t in base.model.tasks.items()}
-        found.append(content(read(datasets, settings, stop=60)))
+        found.append(content(steps_of(settings, stop=60)))
     assert found[0] == found[1]
     assert len({task for task, *_ in found[0]}) == 8
 
@@ -123,9 +119,6 @@ def test_reading_leaves_the_random_numbers_alone(workers):
     before = torch.get_rng_state()
     read(sets(), config(data={"workers": workers}))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# ----------------------------------------------------------------------------------------------- unreadable images
 
 
 def test_a_bad_image_is_replaced_and_the_rest_is_unchanged():
@@ -219,7 +212,7 @@ def test_a_killed_worker_is_an_error_that_names_the_data_set(where):
     def run():
         with Loader(datasets, settings, 0, 10_000, {}) as loader:
             next(loader)
-            (worker,) = loader.steps._workers
+            (worker,) = loader.reader.processes
             os.kill(worker.pid, signal.SIGKILL)
             if where == "in the step":
                 time.sleep(5)
@@ -234,7 +227,7 @@ def test_a_killed_worker_is_an_error_that_names_the_data_set(where):
 def test_closing_ends_the_workers():
     with Loader({SST2: Made(SST2, 50)}, RunConfig(data=config(data={"workers": 2}).data), 0, 1000, {}) as loader:
         next(loader)
-        workers = list(loader.steps._workers)
+        workers = list(loader.reader.processes)
         assert all(w.is_alive() for w in workers)
     for worker in workers:
         worker.join(10)
@@ -245,7 +238,7 @@ def test_workers_outlive_a_signal_to_the_process_group():
     """Ctrl-C reaches them too; the training process must be able to save first."""
     with Loader({SST2: Made(SST2, 50)}, RunConfig(data=config(data={"workers": 1}).data), 0, 60, {}) as loader:
         next(loader)
-        (worker,) = loader.steps._workers
+        (worker,) = loader.reader.processes
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(worker.pid, number)
         assert len(list(loader)) == 59

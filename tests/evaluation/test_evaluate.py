@@ -1,4 +1,4 @@
-"""Metrics by hand, and the evaluation loop over small data sets in the real formats."""
+"""The evaluation loop over small data sets in the real formats."""
 
 import contextlib
 import dataclasses
@@ -10,152 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data_roots import VOCABULARY, coco_file, picture, whole_root, write
-from tests.models import small_config
-from unit_fast.batch import Output
-from unit_fast.config import DataConfig, RunConfig
+from tests.data_roots import whole_root
+from tests.evaluation.common import Oracle, coco_images, whole_config
 from unit_fast.errors import UserError
-from unit_fast.evaluation.evaluate import describe, evaluate, pick, spread
-from unit_fast.evaluation.metrics import Accuracy, VqaAccuracy, coco_average_precision, find_scorer
-from unit_fast.evaluation.task_results import detections
+from unit_fast.evaluation.evaluate import describe, evaluate
+from unit_fast.evaluation.metrics import coco_average_precision
+from unit_fast.evaluation.task_run import pick, spread
 from unit_fast.model import UniT
 from unit_fast.tasks import TASKS, get_task
-
-SCORERS = ("pycocotools", "faster-coco-eval")
-
-
-# ------------------------------------------------------------------------------------------------ metrics by hand
-
-
-def test_vqa_accuracy_is_the_soft_target_at_the_best_known_answer():
-    metric = VqaAccuracy()
-    # the first question's best logit is <unk>, which is never given: answer 2 counts
-    metric.add(torch.tensor([[9.0, 1.0, 2.0], [0.0, 3.0, -1.0]]), torch.tensor([[0.0, 0.3, 0.6], [0.0, 1.0, 0.0]]))
-    metric.add(torch.tensor([[0.0, 5.0, 1.0]]), torch.tensor([[0.0, 0.0, 0.9]]))
-    result = metric.result()
-    assert result["count"] == 3
-    assert result["vqa_accuracy"] == pytest.approx((0.6 + 1.0 + 0.0) / 3)
-    assert result["chance"] == pytest.approx(max(0.3 + 1.0, 0.6 + 0.9) / 3)
-
-
-def test_accuracy_counts_samples_and_not_batches():
-    metric = Accuracy()
-    metric.add(torch.tensor([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 1, 0]))
-    metric.add(torch.tensor([[0.0, 1.0]]), torch.tensor([0]))
-    # the mean of the batch means would be 1/3
-    assert metric.result() == {"accuracy": 0.5, "chance": 0.75, "count": 4}
-
-
-@pytest.mark.parametrize("metric", [Accuracy, VqaAccuracy])
-def test_no_samples_have_no_metric(metric):
-    assert metric().result() == {"count": 0}
-
-
-def _truth(images=4, seed=0, classes=3, first_id=1):
-    draw = np.random.default_rng(seed)
-    annotations = []
-    for image in range(1, images + 1):
-        for _ in range(draw.integers(0, 7)):
-            x, y, w, h = draw.uniform(0, 300), draw.uniform(0, 300), draw.uniform(5, 200), draw.uniform(5, 200)
-            annotations.append(
-                {
-                    "id": len(annotations) + first_id, "image_id": image, "bbox": [x, y, w, h], "area": w * h,
-                    "category_id": int(draw.integers(1, classes + 1)), "iscrowd": int(draw.random() < 0.1),
-                }
-            )  # fmt: skip
-    return {
-        "images": [{"id": i, "width": 500, "height": 500} for i in range(1, images + 1)],
-        "annotations": annotations,
-        "categories": [{"id": i, "name": f"c{i}"} for i in range(1, classes + 1)],
-    }
-
-
-def _results(truth, noise=0.0, seed=1, extra=0):
-    draw = np.random.default_rng(seed)
-    found = [
-        {
-            "image_id": a["image_id"], "category_id": a["category_id"], "score": float(draw.random()),
-            "bbox": [float(v + draw.normal() * noise) if noise else float(v) for v in a["bbox"]],
-        }
-        for a in truth["annotations"] if not a["iscrowd"]
-    ]  # fmt: skip
-    for _ in range(extra):
-        image, category = int(draw.integers(1, len(truth["images"]) + 1)), int(draw.integers(1, 4))
-        box = [float(v) for v in draw.uniform(1, 200, 4)]
-        found.append({"image_id": image, "category_id": category, "bbox": box, "score": float(draw.random())})
-    return found
-
-
-@pytest.mark.parametrize("scorer", SCORERS)
-@pytest.mark.parametrize("first_id", [0, 1])
-def test_perfect_boxes_have_an_average_precision_of_one(scorer, first_id):
-    # an annotation with id 0 would be taken for a missed one
-    truth = _truth(first_id=first_id)
-    figures = coco_average_precision(truth, _results(truth), scorer=scorer)
-    assert figures["detection_mean_ap"] == pytest.approx(1.0)
-    assert figures["AP50"] == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("scorer", SCORERS)
-def test_half_of_the_objects_found_is_fifty_one_of_101_recall_points(scorer):
-    truth = _truth(images=1)
-    box = {"image_id": 1, "category_id": 1, "area": 1600.0, "iscrowd": 0}
-    truth["annotations"] = [{**box, "id": 5, "bbox": [0, 0, 40, 40]}, {**box, "id": 6, "bbox": [100, 100, 40, 40]}]
-    result = {"image_id": 1, "category_id": 1, "bbox": [0.0, 0.0, 40.0, 40.0], "score": 0.3}
-    figures = coco_average_precision(truth, [result], scorer=scorer)
-    assert figures["AP50"] == pytest.approx(51 / 101)
-    # 32 x 32 < 1600 < 96 x 96: medium only, the other sizes are undefined
-    assert figures["APm"] == pytest.approx(51 / 101)
-    assert "APs" not in figures
-    assert "APl" not in figures
-
-
-@pytest.mark.parametrize("scorer", SCORERS)
-def test_boxes_of_other_images_find_nothing(scorer):
-    truth = _truth(images=6)
-    shuffled = [{**r, "image_id": r["image_id"] % 6 + 1, "bbox": [v + 900 for v in r["bbox"]]} for r in _results(truth)]
-    assert coco_average_precision(truth, shuffled, scorer=scorer)["detection_mean_ap"] == 0.0
-    assert coco_average_precision(truth, [], scorer=scorer)["detection_mean_ap"] == 0.0
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_both_scorers_give_the_same_numbers(seed):
-    truth = _truth(images=25, seed=seed)
-    found = _results(truth, noise=4.0, seed=seed + 10, extra=200)
-    one, other = (coco_average_precision(truth, found, range(1, 21), scorer) for scorer in SCORERS)
-    assert set(one) == set(other)
-    assert 0.0 < one["detection_mean_ap"] < 1.0
-    for key, value in one.items():
-        assert other[key] == pytest.approx(value, abs=1e-9)
-
-
-def test_images_without_results_lower_the_precision_unless_left_out():
-    truth = _truth(images=4, seed=3)
-    found = [r for r in _results(truth) if r["image_id"] <= 2]
-    assert coco_average_precision(truth, found)["AP50"] < 0.9
-    assert coco_average_precision(truth, found, [1, 2])["AP50"] == pytest.approx(1.0)
-
-
-def test_results_of_another_split_are_refused():
-    with pytest.raises(UserError, match="image 77, which the ground truth does not have"):
-        coco_average_precision(_truth(), [{"image_id": 77, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1.0}])
-
-
-def test_unknown_scorer_is_refused():
-    with pytest.raises(UserError, match="nearest: pycocotools"):
-        find_scorer("pycocotool")
-
-
-def test_detections_leave_no_object_out_but_count_it_in_the_probability():
-    logits = torch.tensor([[[[0.0, 1.0, 5.0], [2.0, 0.0, 0.0]]]])
-    boxes = torch.tensor([[[[0.5, 0.5, 0.5, 0.2], [0.25, 0.5, 0.5, 1.0]]]])
-    out = Output(hidden_states=torch.zeros(1, 1, 2, 4), logits=logits, boxes=boxes)
-    scores, classes, xywh = detections(out, torch.tensor([[100, 200]]))
-    assert classes.tolist() == [[1, 0]]
-    expected = logits[0, 0].softmax(-1)
-    assert scores[0].tolist() == pytest.approx([expected[0, 1].item(), expected[1, 0].item()])
-    assert xywh[0, 0].tolist() == pytest.approx([50, 40, 100, 20])
-    assert xywh[0, 1].tolist() == pytest.approx([0, 0, 100, 100])
 
 
 def test_spread_takes_different_indices_over_the_whole_range():
@@ -164,88 +26,21 @@ def test_spread_takes_different_indices_over_the_whole_range():
     assert spread(0, 8) == []
 
 
-# ------------------------------------------------------------------------------------------------ the whole loop
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """The small data sets with more validation images, of unequal sizes."""
-    root = whole_root(tmp_path_factory.mktemp("data"))
-    content = coco_file()
-    content["images"], content["annotations"] = [], []
-    for i in range(7):
-        w, h = (60, 40) if i < 4 else (40 + 9 * i, 60 - 5 * i)
-        name = f"{100 + i:012d}.jpg"
-        picture(root / "coco/images/val2017" / name, w, h, seed=i)
-        content["images"].append({"id": 100 + i, "file_name": name, "width": w, "height": h})
-        for k in range(i % 3):
-            content["annotations"].append(
-                {"id": 10 * i + k, "image_id": 100 + i, "bbox": [k * 10, 5, 12 + k, 15], "area": 180.0,
-                 "category_id": 1 + k, "iscrowd": 0}
-            )  # fmt: skip
-    write(root / "coco/annotations/instances_val2017.json", content)
-    return root
+    sizes = [(60, 40) if i < 4 else (40 + 9 * i, 60 - 5 * i) for i in range(7)]
+    return coco_images(whole_root(tmp_path_factory.mktemp("data")), sizes, lambda number: number % 3, first=100)
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return UniT(_model_config())
-
-
-def _model_config(*tasks):
-    config = small_config(*tasks)
-    sizes = {"vqa2": 4}
-    changed = {n: dataclasses.replace(t, outputs=sizes.get(n, t.outputs)) for n, t in config.tasks.items()}
-    text = dataclasses.replace(config.text, vocab_size=len(VOCABULARY))
-    return dataclasses.replace(config, tasks=changed, text=text)
-
-
-def _config(root, **changes):
-    data = DataConfig(root=str(root), short_side=64, max_side=96, max_bad_share=changes.pop("max_bad_share", 0.01))
-    return RunConfig(model=_model_config(), data=data, **changes)
-
-
-class Oracle(torch.nn.Module):
-    """Answers with the batch's own truth; what has none gets class 1."""
-
-    def __init__(self, config, fail_on=None):
-        super().__init__()
-        self.config, self.weight, self.fail_on = config, torch.nn.Parameter(torch.zeros(1)), fail_on
-        self.seen = []
-
-    def forward(self, batch):
-        if batch.task == self.fail_on:
-            raise RuntimeError("out of ideas")
-        self.seen.append(len(batch))
-        task, settings = get_task(batch.task), self.config.tasks[batch.task]
-        hidden = torch.zeros(1, len(batch), settings.queries, 4)
-        if task.is_detection:
-            logits = torch.zeros(1, len(batch), settings.queries, settings.outputs)
-            logits[..., -1] = 5.0
-            boxes = torch.full((1, len(batch), settings.queries, 4), 0.9)
-            for row, count in enumerate(batch.counts.tolist()):
-                logits[0, row, torch.arange(count), batch.labels[row, :count]] = 20.0
-                boxes[0, row, :count] = batch.boxes[row, :count]
-            return Output(hidden_states=hidden, logits=logits, boxes=boxes)
-        if task.loss == "bce":
-            return Output(hidden_states=hidden, scores=batch.answer_scores * 5)
-        scores = torch.zeros(len(batch), settings.outputs)
-        scores[torch.arange(len(batch)), torch.ones(len(batch)).long() if batch.label is None else batch.label] = 3.0
-        return Output(hidden_states=hidden, scores=scores)
-
-    def match(self, output, batch):
-        return torch.zeros(1, len(batch), batch.labels.shape[1], dtype=torch.int64)
-
-    def losses(self, output, batch, matching=None, split="train"):
-        return {
-            f"{split}/{batch.task}/loss_ce": torch.tensor(2.0),
-            f"{split}/{batch.task}/loss_bbox": torch.tensor(1.0),
-        }
+    return UniT(whole_config("").model)
 
 
 def test_a_model_that_knows_everything_reaches_the_top_of_every_metric(root):
-    config = _config(root, eval_batch=2)
+    config = whole_config(root, eval_batch=2)
     oracle = Oracle(config.model)
     results = evaluate(oracle, config)
     assert set(oracle.seen) == {1, 2}
@@ -267,7 +62,9 @@ def test_the_figures_do_not_depend_on_the_batch(root, model, tmp_path):
     runs = []
     for size in (1, 3):
         out = tmp_path / str(size)
-        results = evaluate(model, _config(root, eval_batch=size), tasks=["coco", "vqa2", "snli_ve", "mnli"], out=out)
+        results = evaluate(
+            model, whole_config(root, eval_batch=size), tasks=["coco", "vqa2", "snli_ve", "mnli"], out=out
+        )
         found = json.loads((out / "predictions/coco_val.json").read_text())
         runs.append((results, sorted(found, key=lambda r: (r["image_id"], r["score"], r["bbox"]))))
     (one, one_found), (other, other_found) = runs
@@ -281,7 +78,7 @@ def test_the_figures_do_not_depend_on_the_batch(root, model, tmp_path):
 
 
 def test_reading_ahead_in_threads_changes_nothing(root, model):
-    config = _config(root, eval_batch=2)
+    config = whole_config(root, eval_batch=2)
     threaded = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=3, prefetch=1))
     one, other = (evaluate(model, c, tasks=["coco", "snli_ve"]) for c in (config, threaded))
     for results in (one, other):
@@ -296,7 +93,7 @@ def test_random_states_and_modes_are_as_before(root, model):
     modes = [m.training for m in model.modules()]
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
     before = torch.get_rng_state().clone(), random.getstate(), np.random.get_state()[1].copy()
-    evaluate(model, _config(root), tasks=["coco", "vqa2"])
+    evaluate(model, whole_config(root), tasks=["coco", "vqa2"])
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
     assert (before[2] == np.random.get_state()[1]).all()
@@ -309,7 +106,7 @@ def test_random_states_and_modes_are_as_before(root, model):
 def test_prediction_files_load_where_they_are_wanted(root, model, tmp_path):
     from pycocotools.coco import COCO
 
-    config = _config(root, eval_batch=2)
+    config = whole_config(root, eval_batch=2)
     results = evaluate(model, config, out=tmp_path, attributes=True)
     assert set(results) == {t.short for t in TASKS.values()}
     found = json.loads((tmp_path / "predictions/coco_val.json").read_text())
@@ -334,12 +131,12 @@ def test_prediction_files_load_where_they_are_wanted(root, model, tmp_path):
 
 
 def test_attributes_are_left_out_unless_asked_for(root, model, tmp_path):
-    evaluate(model, _config(root), tasks=["vg"], out=tmp_path)
+    evaluate(model, whole_config(root), tasks=["vg"], out=tmp_path)
     assert "attr_label" not in json.loads((tmp_path / "predictions/vg_val.json").read_text())[0]
 
 
 def test_examples_are_the_same_samples_each_time_with_a_copy_of_the_image(root, model, tmp_path):
-    config = _config(root)
+    config = whole_config(root)
     evaluate(model, config, tasks=["coco", "vqa2"], out=tmp_path)
     first = json.loads((tmp_path / "examples.json").read_text())
     evaluate(Oracle(config.model), config, tasks=["coco"], out=tmp_path)
@@ -358,7 +155,7 @@ def test_examples_are_the_same_samples_each_time_with_a_copy_of_the_image(root, 
 
 
 def test_a_limit_takes_samples_from_the_whole_split_and_scores_only_these(root):
-    config = _config(root)
+    config = whole_config(root)
     oracle = Oracle(config.model)
     results = evaluate(oracle, config, tasks=["coco"], limit=3)
     assert sum(oracle.seen) == 3
@@ -370,7 +167,7 @@ def test_a_limit_takes_samples_from_the_whole_split_and_scores_only_these(root):
 
 
 def test_open_data_sets_are_used_again(root):
-    config, kept = _config(root), {}
+    config, kept = whole_config(root), {}
     evaluate(Oracle(config.model), config, tasks=["sst2"], datasets=kept)
     assert list(kept) == [("glue_sst2", "val")]
     kept["glue_sst2", "val"].layout = None
@@ -378,7 +175,7 @@ def test_open_data_sets_are_used_again(root):
 
 
 def test_samples_without_labels_are_predicted_and_not_counted(root, tmp_path):
-    config, kept = _config(root), {}
+    config, kept = whole_config(root), {}
     evaluate(Oracle(config.model), config, tasks=["sst2"], datasets=kept)
     dataset = kept["glue_sst2", "val"]
 
@@ -408,7 +205,7 @@ def test_samples_without_labels_are_predicted_and_not_counted(root, tmp_path):
 
 
 def test_a_missing_split_is_one_line_and_left_out(root, caplog):
-    config = _config(root)
+    config = whole_config(root)
     with caplog.at_level("WARNING", "unit_fast"):
         results = evaluate(Oracle(config.model), config, tasks=["sst2", "qnli"], split="test")
     assert results == {}
@@ -417,12 +214,12 @@ def test_a_missing_split_is_one_line_and_left_out(root, caplog):
 
 
 def test_an_error_names_the_task(root):
-    config = _config(root)
+    config = whole_config(root)
     with pytest.raises(RuntimeError, match="evaluation of vqa2 on val failed: RuntimeError: out of ideas"):
         evaluate(Oracle(config.model, fail_on="vqa2"), config)
     with pytest.raises(UserError, match="'cocoo'"):
         evaluate(Oracle(config.model), config, tasks=["cocoo"])
-    single = dataclasses.replace(config, model=_model_config("sst2"))
+    single = whole_config(root, "sst2")
     with pytest.raises(UserError, match="task 'coco': this model does not have it; known: sst2"):
         evaluate(Oracle(single.model), single, tasks=["coco"])
 
@@ -430,13 +227,13 @@ def test_an_error_names_the_task(root):
 def test_unreadable_images_are_counted_and_too_many_are_an_error(tmp_path, caplog):
     root = whole_root(tmp_path)
     (root / "coco/images/val2017/000000000100.jpg").write_bytes(b"not an image")
-    config = _config(root)
+    config = whole_config(root)
     results = evaluate(Oracle(config.model), config, tasks=["coco"])["coco"]
     assert results["unreadable"] == 1
     assert results["count"] == 2, "its objects stay in the ground truth"
     assert results["detection_mean_ap"] == 0.0
     assert "000000000100.jpg: not a JPEG or PNG image" in caplog.text
-    config = _config(root, max_bad_share=0.0)
+    config = whole_config(root, data={"max_bad_share": 0.0})
     with pytest.raises(UserError, match=r"evaluation of coco on val: 1 of 2 images.*000000000100.jpg"):
         evaluate(Oracle(config.model), config, tasks=["coco"])
 

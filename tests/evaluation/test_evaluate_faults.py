@@ -7,11 +7,10 @@ import shutil
 import pytest
 import torch
 
-from tests.data_roots import coco_file, picture, write
-from tests.evaluation.test_evaluate import Oracle
+from tests.evaluation.common import Oracle, coco_images, save_run
 from tests.small_runs import make_world, small_config
 from unit_fast.commands import main as cli
-from unit_fast.data.loader import BadImages
+from unit_fast.data.bad_images import BadImages
 from unit_fast.errors import OutOfMemory, UserError, is_out_of_memory
 from unit_fast.evaluation.evaluate import describe, evaluate
 from unit_fast.evaluation.labels import VOCABULARY, write_labels
@@ -31,8 +30,7 @@ def run(world, tmp_path_factory):
     """A run folder with one checkpoint of an untrained model."""
     folder, config = tmp_path_factory.mktemp("run"), small_config(world, "sst2", "coco", "vqa2")
     torch.manual_seed(0)
-    checkpoint.save(folder / "checkpoints", "step_000001", UniT(config.model).state_dict(), config)
-    checkpoint.point(folder / "checkpoints", "last", "step_000001")
+    save_run(folder, UniT(config.model).state_dict(), config)
     write_labels(folder, config, {})
     shutil.copy(world / "bert" / "vocab.txt", folder / VOCABULARY)
     return folder
@@ -130,8 +128,7 @@ def test_the_command_prints_json_of_an_error_too(run, capsys, tmp_path):
     weights = checkpoint.load_weights(folder / checkpoint.WEIGHTS)
     config = checkpoint.config_of(folder)
     spoilt = {n: x.fill_(float("nan")) if x.is_floating_point() else x for n, x in weights.items()}
-    checkpoint.save(copy / "checkpoints", "step_000002", spoilt, config)
-    checkpoint.point(copy / "checkpoints", "last", "step_000002")
+    save_run(copy, spoilt, config, step=2)
     commands = (
         ["evaluate", str(copy), "--tasks", "sst2"],
         ["predict", str(copy), "--task", "sst2", "--text", "good"],
@@ -149,25 +146,13 @@ def test_the_command_prints_json_of_an_error_too(run, capsys, tmp_path):
 # -------------------------------------------------------------------------------------------------------- images
 
 
-def detection_root(folder, images: int):
-    """A validation split of so many small images."""
-    content = coco_file()
-    content["images"], content["annotations"] = [], []
-    for i in range(images):
-        name = f"{i:012d}.jpg"
-        picture(folder / "coco/images/val2017" / name, 40, 32, seed=i)
-        content["images"].append({"id": i, "file_name": name, "width": 40, "height": 32})
-    write(folder / "coco/annotations/instances_val2017.json", content)
-    return folder
-
-
 def coco_config(world, root, share: float):
     config = small_config(world, "coco", data={"max_bad_share": share})
     return dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(root)))
 
 
 def test_as_many_images_may_be_bad_as_in_training(world, tmp_path):
-    root = detection_root(tmp_path, 12)
+    root = coco_images(tmp_path, [(40, 32)] * 12)
     config = coco_config(world, root, 0.01)
     allowed = int(BadImages(0.01, read=12).tolerated())
     assert 1 < allowed < 11
@@ -183,7 +168,7 @@ def test_as_many_images_may_be_bad_as_in_training(world, tmp_path):
 
 
 def test_an_evaluation_stops_when_too_many_are_certainly_bad(world, tmp_path):
-    root = detection_root(tmp_path, 12)
+    root = coco_images(tmp_path, [(40, 32)] * 12)
     shutil.rmtree(root / "coco/images/val2017")
     (root / "coco/images/val2017").mkdir()
     config = coco_config(world, root, 0.0)
@@ -237,6 +222,14 @@ def test_a_command_without_data_is_an_error_also_as_json(run, world, capsys, tmp
     assert "no task has data for split 'test'" in json.loads(said.out)["error"]
 
 
+def test_names_of_another_run_are_refused_before_anything_is_evaluated(run, capsys, monkeypatch, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    (copy / VOCABULARY).write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nother\n")
+    monkeypatch.setattr("unit_fast.evaluation.evaluate.TaskRun", None)
+    assert cli.main(["evaluate", str(copy), "--tasks", "sst2"]) == 2
+    assert "sst2: the vocabulary is not that of the run" in capsys.readouterr().err
+
+
 def test_a_task_named_twice_is_evaluated_once(world):
     config = small_config(world, "sst2")
     oracle = Oracle(config.model)
@@ -266,7 +259,7 @@ def test_a_disk_that_refuses_is_told_with_the_file(world, tmp_path):
 
 
 def test_a_ground_truth_without_any_object_is_said(world, tmp_path, caplog):
-    config = coco_config(world, detection_root(tmp_path, 2), 0.0)
+    config = coco_config(world, coco_images(tmp_path, [(40, 32)] * 2), 0.0)
     results = evaluate(Oracle(config.model), config)["coco"]
     assert results["count"] == 2
     assert "detection_mean_ap" not in results

@@ -15,11 +15,13 @@ from tests.models import random_batch, small_config
 from tests.run.test_no_host_read import autocast_cuda
 from tests.small_runs import ALL, make_world
 from tests.small_runs import small_config as run_config
+from unit_fast import evaluation
 from unit_fast.batch import Output
-from unit_fast.evaluation import evaluate as module
-from unit_fast.evaluation import task_results
+from unit_fast.evaluation import task_run
 from unit_fast.evaluation.evaluate import evaluate
-from unit_fast.evaluation.task_results import KINDS, Readback
+from unit_fast.evaluation.precision import finite_rows, nonfinite_weights
+from unit_fast.evaluation.readback import Readback
+from unit_fast.evaluation.task_results import KINDS
 from unit_fast.model.unit import UniT
 from unit_fast.tasks import TASKS, get_task
 
@@ -30,9 +32,9 @@ class _Data:
     class_names, answers = {}, ["", "yes"]
 
 
-def task_run(model, name: str) -> module._TaskRun:
+def fresh_run(model, name: str) -> task_run.TaskRun:
     """One that has not run."""
-    run = object.__new__(module._TaskRun)
+    run = object.__new__(task_run.TaskRun)
     run.model, run.task, run.split = model, get_task(name), "val"
     run.kind = KINDS[run.task.loss](_Data(), run.task, attributes=True)
     return run
@@ -43,7 +45,7 @@ def counts_of(name: str, size: int, plant=lambda values: values):
     with counting() as counts:
         with torch.device("cuda:0"):
             model = UniT(small_config(name)).eval()
-        run = task_run(model, name)
+        run = fresh_run(model, name)
         batch = random_batch(name, model.config, batch=size).to("cuda:0")
         if run.task.has_image:
             batch.orig_size = torch.ones(size, 2, dtype=torch.int64, device="cuda:0")
@@ -98,7 +100,7 @@ class _Counted(Readback):
 @pytest.fixture
 def copies(monkeypatch):
     """Batches of each copy from the device, in order."""
-    monkeypatch.setattr(module, "Readback", _Counted)
+    monkeypatch.setattr(task_run, "Readback", _Counted)
     _Counted.made, _Counted.taken = [], []
     return _Counted
 
@@ -114,7 +116,7 @@ def test_a_whole_evaluation_copies_once_in_so_many_batches(world, copies, monkey
     model = UniT(config.model)
     found = {}
     for every in (1, 4, 1000):
-        monkeypatch.setattr(module, "READ_EVERY", every)
+        monkeypatch.setattr(task_run, "READ_EVERY", every)
         copies.made, copies.taken = [], []
         # of 16 SNLI-VE and 14 VQA samples, one a batch
         results = evaluate(model, config, tasks=["snli_ve", "vqa2", "coco"], progress=False)
@@ -148,12 +150,12 @@ def test_values_come_back_as_they_were():
 
 
 ALLOWED = {
-    ("evaluate.py", "_TaskRun._take"): "takes what has come",
+    ("task_run.py", "TaskRun._take"): "takes what has come",
     ("evaluate.py", "_evaluation_mode"): "which card is current is known to the host",
     ("evaluate.py", "_memory_message"): "an error message",
-    ("task_results.py", "nonfinite_weights"): "once an evaluation, before the first batch, and for an error",
-    ("task_results.py", "Readback.__init__"): "records an event, waits for nothing",
-    ("task_results.py", "Readback.take"): "waits for the copy: the one place",
+    ("precision.py", "nonfinite_weights"): "once an evaluation, before the first batch, and for an error",
+    ("readback.py", "Readback.__init__"): "records an event, waits for nothing",
+    ("readback.py", "Readback.take"): "waits for the copy: the one place",
     ("task_results.py", "_number"): "a number of the host",
 }
 """Functions of the evaluation that read the device or look as if they did, and why."""
@@ -161,10 +163,15 @@ ON_THE_HOST = ("add", "result", "example", "write", "labelled", "spread", "in_or
 """Methods that get what is on the host already."""
 
 
+HOST_ONLY = ("labels.py", "metrics.py", "predict.py", "prediction.py")
+"""Files of what is not on a device, or waits for it anyway: one prediction."""
+
+
 def test_the_source_of_the_evaluation_reads_nothing_else():
     found = [
         f
-        for path in map(Path, (module.__file__, task_results.__file__))
+        for path in sorted(Path(evaluation.__path__[0]).glob("*.py"))
+        if path.name not in HOST_ONLY
         for f in host_reads(path.read_text(encoding="utf-8"), path.name)
         if f.function.rsplit(".", 1)[-1] not in ON_THE_HOST
     ]
@@ -179,10 +186,10 @@ def test_finite_rows_looks_at_every_output_of_a_sample():
     for field, shape in (("logits", (2, 2, 3, 5)), ("boxes", (2, 2, 3, 4)), ("attribute_logits", (2, 3, 7))):
         outputs = {"logits": torch.zeros(2, 2, 3, 5), "boxes": torch.zeros(2, 2, 3, 4)}
         outputs[field] = torch.zeros(shape)
-        assert task_results.finite_rows(Output(hidden_states=hidden, **outputs)).tolist() == [True, True]
+        assert finite_rows(Output(hidden_states=hidden, **outputs)).tolist() == [True, True]
         outputs[field].view(-1)[-1] = float("nan")
-        assert task_results.finite_rows(Output(hidden_states=hidden, **outputs)).tolist() == [True, False]
+        assert finite_rows(Output(hidden_states=hidden, **outputs)).tolist() == [True, False]
     scores = torch.tensor([[0.0, float("inf")], [0.0, 1.0]])
-    assert task_results.finite_rows(Output(hidden_states=hidden, scores=scores)).tolist() == [False, True]
+    assert finite_rows(Output(hidden_states=hidden, scores=scores)).tolist() == [False, True]
     model = UniT(small_config("sst2"))
-    assert task_results.nonfinite_weights(model) == ""
+    assert nonfinite_weights(model) == ""

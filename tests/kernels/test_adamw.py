@@ -16,7 +16,7 @@ from unit_fast_kernels.assembly import record as _record
 from unit_fast_kernels.shared import capture as _capture
 from unit_fast_kernels.shared.triton import INTERPRETING
 
-from benchmarks import _tune
+from benchmarks.runner import tune
 from tests.kernels.common import Canaries, assert_fake_is_real, guarded
 from tests.planted_kernels import needs_compiler
 
@@ -367,7 +367,7 @@ def test_every_candidate_of_the_tuning_is_looked_up(monkeypatch):
         monkeypatch.setattr(module, name, Record(name, []))
     shapes = {name: shape for name, shape in module.SHAPES.items() if name.startswith("bert_layer")}
     monkeypatch.setattr(module, "SHAPES", shapes)
-    buckets = _tune.buckets(module, torch.bfloat16, torch.device("cpu"))
+    buckets = tune.buckets(module, torch.bfloat16, torch.device("cpu"))
     assert [(b.op, b.name, len(b.cases)) for b in buckets] == [(op, "any", len(shapes)) for op in module.DEFAULTS]
     assert [b.candidates[0] for b in buckets] == list(module.DEFAULTS.values())
     assert all(len(b.candidates) > 4 for b in buckets)

@@ -1,6 +1,5 @@
 """Tuning: what is timed, what is left out, what is written."""
 
-import argparse
 import json
 from io import StringIO
 from types import SimpleNamespace
@@ -11,7 +10,8 @@ from rich.console import Console
 from unit_fast_kernels.shared import tuned as _tuned
 from unit_fast_kernels.shared.registration import REGISTERED
 
-from benchmarks import _run, _tune
+from benchmarks.runner import tune
+from benchmarks.runner.main import main
 from tests.planted_kernels import launch_matmul, needs_compiler
 
 CPU = torch.device("cpu")
@@ -68,14 +68,14 @@ def timer_for(op, milliseconds):
 
 def tuned(op, tmp_path, milliseconds, fits=lambda module, bucket, found, card, dtypes: found, **options):
     console = Console(file=StringIO(), width=120)
-    found = _tune.tune(
+    found = tune.tune(
         op, "h100", CPU, timer_for(op, milliseconds), console, fits=fits, folder=tmp_path, rounds=3, **options
     )
     return found, console.file.getvalue()
 
 
 def test_entries_and_who_looks_them_up(op):
-    few, many = _tune.buckets(op, torch.float32, CPU)
+    few, many = tune.buckets(op, torch.float32, CPU)
     assert (few.op, few.name, [c[0] for c in few.cases]) == ("planted", "few", ["small"])
     assert (many.name, [c[0] for c in many.cases]) == ("many", ["large", "larger"])
     assert few.candidates[0] == {"block": 4, "warps": 1}
@@ -86,7 +86,7 @@ def test_candidates_that_nothing_looks_up_are_an_error(op, monkeypatch):
     monkeypatch.setattr(Op, "SHAPES", {"small": (8,)})
     monkeypatch.setattr(Op, "candidates", lambda self, shape: [{"op": "planted", "bucket": "x", "parameters": {}}])
     with pytest.raises(ValueError, match="candidates for planted/x, which no launch"):
-        _tune.buckets(op, torch.float32, CPU)
+        tune.buckets(op, torch.float32, CPU)
 
 
 def test_the_fastest_is_written_and_used(op, tmp_path):
@@ -121,11 +121,11 @@ def test_the_walk_ends_where_nothing_near_is_better(op, tmp_path):
     ],
 )
 def test_what_is_near(a, b, answer):
-    assert _tune.near(a, b) == _tune.near(b, a) == answer
+    assert tune.near(a, b) == tune.near(b, a) == answer
 
 
 def all_near(monkeypatch):
-    monkeypatch.setattr(_tune, "near", lambda a, b: True)
+    monkeypatch.setattr(tune, "near", lambda a, b: True)
 
 
 def test_wrong_and_failing_candidates_are_left_out(op, tmp_path, monkeypatch):
@@ -166,14 +166,14 @@ def test_what_fits_is_what_assembles(tmp_path, monkeypatch):
 
     monkeypatch.setitem(REGISTERED, "planted_fwd", SimpleNamespace(launch=launch))
     module = SimpleNamespace(SHAPES={"any": ()}, launches=lambda shape, dtype, device: [("planted_fwd", ())])
-    bucket = _tune.Bucket("planted", "any", [default], [("any", "planted_fwd", ())])
+    bucket = tune.Bucket("planted", "any", [default], [("any", "planted_fwd", ())])
     fine = [default, {**default, "n": 32}]
     bad = [
         {"m": 128, "n": 256, "k": 64, "stages": 2, "warps": 4},
         {"m": 128, "n": 128, "k": 128, "stages": 4, "warps": 8},
         {"m": 64, "n": 64, "k": 24, "stages": 2, "warps": 4},
     ]
-    found = _tune.fitting(module, bucket, [*bad, *fine], "a100", (torch.bfloat16, torch.float16))
+    found = tune.fitting(module, bucket, [*bad, *fine], "a100", (torch.bfloat16, torch.float16))
     assert found == fine
     assert list((tmp_path / "triton").iterdir())  # Triton finds them there
 
@@ -192,10 +192,10 @@ def test_an_illegal_access_is_not_a_candidate_left_out(op, tmp_path, monkeypatch
 
 
 def test_rounds_are_interleaved(op, tmp_path):
-    few = _tune.buckets(op, torch.float32, CPU)[0]
+    few = tune.buckets(op, torch.float32, CPU)[0]
     op.launched.clear()
     timer = timer_for(op, lambda block, warps: float(block))
-    timed = _tune.time_candidates(few, few.candidates[1:3], timer, rounds=2)
+    timed = tune.time_candidates(few, few.candidates[1:3], timer, rounds=2)
     order = [(8, 4, 1), (8, 4, 2), (8, 8, 1)]
     assert op.launched == [order[0], *order, *order, *order]  # the expected result, a run each, two rounds
     assert [t.ratio for t in timed] == pytest.approx([1.0, 1.0, 2.0])
@@ -208,7 +208,7 @@ def test_the_default_of_the_card_is_the_baseline(op, monkeypatch):
             {"op": "planted", "bucket": self.bucket(shape[0]), "parameters": {"block": b, "warps": 1}} for b in (8, 4)
         ],
     )  # fmt: skip
-    assert _tune.buckets(op, torch.float32, CPU)[0].candidates == [{"block": 4, "warps": 1}, {"block": 8, "warps": 1}]
+    assert tune.buckets(op, torch.float32, CPU)[0].candidates == [{"block": 4, "warps": 1}, {"block": 8, "warps": 1}]
 
 
 def test_a_launcher_takes_what_is_tried():
@@ -227,21 +227,11 @@ def test_every_card_has_a_table(card):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a card says")
-def test_without_a_card_there_is_one_clear_line(capsys, monkeypatch):
+def test_without_a_card_there_is_one_clear_line(capsys):
     def build(args):
         raise AssertionError("nothing may be built")
 
-    monkeypatch.setattr(_tune, "op_of", lambda module: "residual_norm")
-    assert _run.main(build, ["--tune"]) == 2
+    assert main(build, "About.", ["--tune"], ops=["residual_norm"]) == 2
     assert capsys.readouterr().err == (
         "--tune needs a CUDA device: it times the kernels on the card; this machine has none\n"
     )
-
-
-def test_only_benchmarks_of_ops_have_the_option(monkeypatch):
-    assert _tune.op_of("benchmarks.bench_residual_norm") == "residual_norm"
-    assert _tune.op_of("benchmarks.bench_step") is None
-    assert _tune.op_of("benchmarks.residual_norm") is None
-    parser = argparse.ArgumentParser()
-    _tune.add_tune(parser)
-    assert parser.parse_args(["--tune"]).tune

@@ -145,7 +145,7 @@ def test_bert_positions_get_a_gradient_of_exactly_zero_on_glue():
 
 def _decoder(dropout):
     torch.manual_seed(1)
-    decoder = Decoder(48, layers=3, heads=4, ffn_width=56, dropout=dropout).double()
+    decoder = Decoder(DecoderConfig(width=48, layers=3, heads=4, ffn_width=56, dropout=dropout)).double()
     for parameter in decoder.parameters():  # biases too: with zero ones layer 0 is trivial
         torch.nn.init.normal_(parameter, std=0.3)
     return decoder
@@ -165,7 +165,7 @@ def test_single_key_and_constant_first_layer_are_exact():
 
 
 def test_single_key_dropout_is_independent_per_batch_head_and_query():
-    decoder = Decoder(48, layers=1, heads=4, ffn_width=56, dropout=0.4).train()
+    decoder = Decoder(DecoderConfig(width=48, layers=1, heads=4, ffn_width=56, dropout=0.4)).train()
     attention = decoder.layers[0].multihead_attn
     with torch.no_grad():  # output projection = identity, so that heads can be seen
         attention.out_proj.weight.copy_(torch.eye(48))

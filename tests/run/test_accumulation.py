@@ -12,7 +12,7 @@ from unit_fast.config import LossConfig
 from unit_fast.detection import criterion
 from unit_fast.model import UniT
 from unit_fast.optim.masked_adamw import MaskedAdamW
-from unit_fast.run.train import train_step
+from unit_fast.run.step import train_step
 
 SPLITS = {  # objects of the images of each batch
     "few_and_many": ((1,), (7,)),

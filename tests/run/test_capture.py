@@ -4,29 +4,23 @@
 are on a card. (That a captured update finds its gradients is ``kernels/test_masked_adamw.py``'s, interpreted.)
 """
 
+import numpy as np
 import pytest
 import torch
 from unit_fast_kernels import adamw as adamw_module
 from unit_fast_kernels.shared import capture as _capture
 from unit_fast_kernels.shared import triton as _triton
 
-from tests.captures import Recorded, Violation, watching
-from tests.models import random_batch, small_config
-from tests.small_runs import ALL, state_hash
+from tests.captures import CPU, Recorded, Violation, assert_as_eager, small_step, watching
+from tests.models import random_batch
+from tests.small_runs import ALL, log_of, run, state_hash
 from tests.small_runs import small_config as run_config
 from unit_fast import ops
-from unit_fast.buckets import Buckets, fill
-from unit_fast.model.unit import UniT
 from unit_fast.optim.masked_adamw import MaskedAdamW
 from unit_fast.run import step_graph
-from unit_fast.run.setup import used_masks
-from unit_fast.run.step_graph import StepGraphs, copied
-from unit_fast.run.train import train, train_step
-from unit_fast.schedule import lr_multiplier_tensor
 from unit_fast.tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -37,62 +31,19 @@ def as_on_a_card(monkeypatch):
         yield
 
 
-def make(backend, change=lambda model, optimizer: None, **options):
-    """Model, optimiser and ``StepGraphs`` around the step that the trainer captures."""
-    torch.manual_seed(0)
-    model = UniT(small_config()).train()
-    optimizer = MaskedAdamW(model.parameter_groups(1e-3, 1e-3), unused="skip", max_norm=0.5)
-    masks = used_masks(model, optimizer, TASKS)
-    optimizer.prepare()
-    change(model, optimizer)
-
-    def step(task, batches, done):
-        optimizer.scale_lr(lr_multiplier_tensor(done, 2, 100))
-        update = train_step(model, optimizer, task, batches, used=masks[task])
-        optimizer.zero_grad(set_to_none=True)
-        return update
-
-    buckets = Buckets(short_side=64, max_side=96, heights=1, widths=2)
-    return model, optimizer, step, StepGraphs(step, buckets, CPU, backend=backend, **options)
-
-
 @pytest.mark.parametrize("name", TASKS)
 def test_the_whole_step_replays_as_it_runs_eagerly(name):
     """Bit for bit, dropout and schedule included, on COCO with two forward passes an update."""
     with watching() as watch:
-        backend = Recorded(watch)
-        captured, first, _, graphs = make(backend)
-        eager, second, step, _ = make(backend)
-        passes = 1 + (name == "detection_coco")
-        batches = [[random_batch(name, captured.config, seed=7 * i + k) for k in range(passes)] for i in range(3)]
-        torch.manual_seed(7)
-        updates = [copied(graphs(name, pair)) for pair in batches]
-        assert (backend.eager_steps, backend.replays) == (1, 2), graphs.rows()
-        graphs.check()
-        torch.manual_seed(7)
-        done = torch.zeros((), dtype=torch.int64)
-        for pair, update in zip(batches, updates, strict=True):
-            static = [graphs.buckets.of(pair).empty(batch, CPU) for batch in pair]
-            for empty, batch in zip(static, pair, strict=True):
-                fill(empty, batch)
-            expected = step(name, static, done)
-            done += 1
-            assert torch.equal(expected.terms, update.terms)
-            assert torch.equal(expected.grad_norm, update.grad_norm)
-            assert not update.nonfinite
-        assert all(torch.equal(a, b) for a, b in zip(captured.parameters(), eager.parameters(), strict=True))
-        assert torch.equal(first.step_counts(), second.step_counts())
+        backend, passes = Recorded(watch), 1 + (name == "detection_coco")
+        captured, eager = small_step(backend), small_step(backend)
+        config = captured[0].config
+        batches = [[random_batch(name, config, seed=7 * i + k) for k in range(passes)] for i in range(3)]
+        assert_as_eager(captured, eager, [(name, micro) for micro in batches])
+    assert (backend.eager_steps, backend.replays) == (1, 2), captured[-1].rows()
 
 
 # ------------------------------------------------------------------------------------------------- plants
-
-
-def _steps(change, name="glue_sst2", steps=4):
-    with watching() as watch:
-        model, _, _, graphs = make(Recorded(watch), change)
-        for i in range(steps):
-            graphs(name, [random_batch(name, model.config, seed=i)])
-        return graphs
 
 
 def _around_losses(what):
@@ -120,72 +71,55 @@ def _table_filled_afterwards(model, optimizer):
     optimizer.step = planted
 
 
-def test_a_table_that_the_host_fills_after_the_capture_is_found():
-    with pytest.raises(Violation, match=r"left in memory of graphs after a step: aten.empty"):
-        _steps(_table_filled_afterwards)
+def _keeps(model, optimizer):
+    """Something that is made within a capture is kept."""
+    kept = []
+    _around_losses(lambda x: (kept.append(torch.zeros(3)) if _capture.capturing(CPU) else None, x)[1])(model, optimizer)
+
+
+OF_THE_HOST = "made of the host's numbers|numbers of the host become"
+LEFT = "left in memory of graphs after a step"
+PLANTS = {
+    "a table that the host fills after the capture": (_table_filled_afterwards, f"{LEFT}: aten.empty"),
+    "memory read before the replay has written it": (
+        _around_losses(lambda x: x + 0 * torch.empty(()) if _capture.capturing(CPU) else x),
+        "reads memory of the graph that this replay has not written",
+    ),
+    "a tensor of the host's": (_around_losses(lambda x: x * torch.tensor(1.0)), OF_THE_HOST),
+    "as_tensor": (_around_losses(lambda x: x * torch.as_tensor([1.0])[0]), OF_THE_HOST),
+    "new_tensor": (_around_losses(lambda x: x * x.new_tensor(1.0)), OF_THE_HOST),
+    "a constant without an operator": (
+        _around_losses(lambda x: x * torch.from_numpy(np.ones(1, np.float32))[0]),
+        OF_THE_HOST,
+    ),
+    "a value for the host": (
+        _around_losses(lambda x: x * float(x.detach()) / float(x.detach())),
+        "gives the host a value",
+    ),
+    # The optimiser itself refuses in a capture, and in an eager step they would lie in graphs' memory.
+    "moments made within a step": (lambda model, optimizer: optimizer.state.clear(), LEFT),
+    "what is made within a capture and kept": (_keeps, rf"{LEFT}: aten.zeros.default \[3\]"),
+    "gradients that are kept": (lambda model, optimizer: setattr(optimizer, "zero_grad", lambda **_: None), LEFT),
+}
+
+
+def updates(watch, change=lambda model, optimizer: None):
+    """Four updates, captured after the first; what the last returned."""
+    model, _, _, graphs = small_step(Recorded(watch), change)
+    return [graphs("glue_sst2", [random_batch("glue_sst2", model.config, seed=i)]) for i in range(4)][-1]
+
+
+@pytest.mark.parametrize(("change", "said"), PLANTS.values(), ids=PLANTS)
+def test_a_plant_is_found(change, said):
+    with watching() as watch, pytest.raises(Violation, match=said):
+        updates(watch, change)
 
 
 def test_a_write_of_the_host_to_memory_of_a_graph_is_found():
     with watching() as watch:
-        model, _, _, graphs = make(Recorded(watch))
-        for i in range(3):
-            update = graphs("glue_sst2", [random_batch("glue_sst2", model.config, seed=i)])
+        update = updates(watch)
         with pytest.raises(Violation, match=r"writes to memory \[\d\] of a captured graph from outside"):
             update.terms.zero_()
-
-
-def test_memory_read_before_the_replay_has_written_it_is_found():
-    with pytest.raises(Violation, match="reads memory of the graph that this replay has not written"):
-        _steps(_around_losses(lambda x: x + 0 * torch.empty(()) if _capture.capturing(CPU) else x))
-
-
-@pytest.mark.parametrize(
-    "what",
-    [lambda x: x * torch.tensor(1.0), lambda x: x * torch.as_tensor([1.0])[0], lambda x: x * x.new_tensor(1.0)],
-    ids=["tensor", "as_tensor", "new_tensor"],
-)
-def test_a_constant_uploaded_within_a_capture_is_found(what):
-    with pytest.raises(Violation, match="of the host.s? numbers|numbers of the host"):
-        _steps(_around_losses(what))
-
-
-def test_a_constant_without_an_operator_is_found():
-    import numpy as np
-
-    with pytest.raises(Violation, match="made of the host's numbers|numbers of the host become"):
-        _steps(_around_losses(lambda x: x * torch.from_numpy(np.ones(1, np.float32))[0]))
-
-
-def test_a_value_for_the_host_is_found():
-    with pytest.raises(Violation, match="gives the host a value"):
-        _steps(_around_losses(lambda x: x * float(x.detach()) / float(x.detach())))
-
-
-def test_moments_made_within_a_step_are_found():
-    """The optimiser itself refuses in a capture, and in an eager step they would lie in graphs' memory."""
-
-    def forget(model, optimizer):
-        optimizer.state.clear()
-
-    with pytest.raises(Violation, match="left in memory of graphs after a step"):
-        _steps(forget)
-
-
-def test_what_is_made_within_a_capture_and_kept_is_found():
-    kept = []
-
-    def plant(x):
-        if _capture.capturing(CPU):
-            kept.append(torch.zeros(3))
-        return x
-
-    with pytest.raises(Violation, match=r"left in memory of graphs after a step: aten.zeros.default \[3\]"):
-        _steps(_around_losses(plant))
-
-
-def test_gradients_that_are_kept_are_found():
-    with pytest.raises(Violation, match="left in memory of graphs after a step"):
-        _steps(lambda model, optimizer: setattr(optimizer, "zero_grad", lambda **_: None))
 
 
 @pytest.mark.parametrize(
@@ -207,17 +141,10 @@ def test_the_optimiser_refuses_what_a_capture_must_not_hold(change, said, monkey
     change(optimizer)
     monkeypatch.setattr(_capture, "capturing", lambda device: True)
     before = p.detach().clone()
-    with pytest.raises(RuntimeError, match=f"{said} within the capture of a CUDA graph"):
+    what_to_do = r"within the capture of a CUDA graph.*call MaskedAdamW.prepare\(\)"
+    with pytest.raises(RuntimeError, match=f"{said} {what_to_do}"):
         optimizer.step()
     assert torch.equal(p, before)
-
-
-def test_without_preparation_a_capture_raises(monkeypatch):
-    p = torch.nn.Parameter(torch.ones(3))
-    p.grad = torch.ones(3)
-    monkeypatch.setattr(_capture, "capturing", lambda device: True)
-    with pytest.raises(RuntimeError, match=r"within the capture of a CUDA graph.*call MaskedAdamW.prepare\(\)"):
-        MaskedAdamW([p]).step()
 
 
 def test_eager_steps_in_graphs_memory_keep_no_table_of_addresses():
@@ -253,10 +180,9 @@ def test_a_run_as_the_trainer_captures_it(tasks, steps, root, tmp_path, monkeypa
             return backends[-1]
 
         monkeypatch.setattr(step_graph, "CudaGraphs", backend)
-        whole = train(config, tmp_path / "whole", progress="none")
-        assert whole.status == "finished"
+        assert run(config, tmp_path / "whole").status == "finished"
         assert backends[0].replays >= steps // 3
-        train(config, tmp_path / "parts", progress="none", stop_at=6)
-        train(config, tmp_path / "parts", progress="none", resume="auto")
+        run(config, tmp_path / "parts", stop_at=6)
+        run(config, tmp_path / "parts", resume="auto")
     assert state_hash(tmp_path / "parts") == state_hash(tmp_path / "whole")
-    assert "stays eager" not in (tmp_path / "whole" / "log.txt").read_text()
+    assert "stays eager" not in log_of(tmp_path / "whole")

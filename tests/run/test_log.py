@@ -1,6 +1,5 @@
 """Console and metrics files: plain lines elsewhere, one live line on a terminal, files without control characters."""
 
-import json
 import logging
 import math
 import os
@@ -10,18 +9,17 @@ import sys
 import pytest
 import torch
 
+from tests.small_runs import log_of, rows
 from unit_fast.run.log import Record, RunLog, finite
+from unit_fast.run.step import Update
 
 COCO = "detection_coco"
 
 
-def record(step, task=COCO):
-    return Record(step=step, task=task, lr=1e-4, samples=2, wait_s=0.0, sample_ids=[step])
-
-
 def feed(log, step, loss=1.0, nonfinite=0, task=COCO):
+    record = Record(step=step, task=task, lr=1e-4, samples=2, wait_s=0.0, sample_ids=[step])
     names = (f"train/{task}/loss_ce", f"train/{task}/loss_ce_0")
-    log.log(record(step, task), names, torch.tensor([loss, 2.0]), torch.tensor(3.0), torch.tensor(nonfinite))
+    log.log(record, Update(names, torch.tensor([loss, 2.0]), torch.tensor(3.0), torch.tensor(nonfinite)))
 
 
 @pytest.fixture
@@ -29,10 +27,6 @@ def log(tmp_path):
     log = RunLog(tmp_path, 100, "plain")
     yield log
     log.close()
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_one_row_a_task_with_means(log, tmp_path, capsys):
@@ -73,7 +67,7 @@ def test_files_hold_valid_json_where_nothing_was_finite(log, tmp_path):
 def test_text_from_data_is_harmless(log, tmp_path, capsys):
     log.line("bad \x1b[2J image\nsecond line")
     logging.getLogger("unit_fast.x").warning("also %s", "\x1b]0;title\x07")
-    for text in (capsys.readouterr().out, (tmp_path / "log.txt").read_text()):
+    for text in (capsys.readouterr().out, log_of(tmp_path)):
         assert "\x1b" not in text
         assert "\x07" not in text
         assert text.count("\n") == 2
@@ -85,7 +79,7 @@ def test_the_packages_messages_arrive_and_logging_is_given_back(tmp_path, capsys
     log = RunLog(tmp_path, 10, "none")
     logging.getLogger("unit_fast.evaluate").info("coco val")
     log.close()
-    assert "coco val" in (tmp_path / "log.txt").read_text()
+    assert "coco val" in log_of(tmp_path)
     assert capsys.readouterr().out == ""
     assert (package.level, package.propagate, list(package.handlers)) == before
 
@@ -119,6 +113,6 @@ def test_a_terminal_gets_a_live_line_and_the_file_plain_text(tmp_path, monkeypat
         said = os.read(leader, 100_000).decode()
     os.close(leader)
     assert "\x1b[" in said, "armed: the terminal did get control characters"
-    text = (tmp_path / "log.txt").read_text()
+    text = log_of(tmp_path)
     assert "step 1/10" in text
     assert all(c.isprintable() or c == "\n" for c in text)

@@ -7,14 +7,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.models import random_batch
 from tests.models import small_config as small_model
 from tests.run.test_no_host_read import whole_step
-from tests.small_runs import small_config
+from tests.small_runs import run, small_config
 from unit_fast import numerics
 from unit_fast.config import BackboneConfig
 from unit_fast.errors import UserError
 from unit_fast.model.unit import UniT
 from unit_fast.numerics import arithmetic
 from unit_fast.optim.masked_adamw import MaskedAdamW
-from unit_fast.run.train import train, train_step
+from unit_fast.run.step import train_step
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -117,14 +117,9 @@ def test_what_is_promised():
     assert [numerics.takes_bf16(p, CPU) for p in ("auto", "fp32", "bf16")] == [False, False, True]
 
 
-def test_a_run_says_what_it_promises(root, tmp_path):
-    train(small_config(root, "sst2", steps=1), tmp_path / "run", progress="none")
-    assert "a resumed run is the uninterrupted one bit for bit" in (tmp_path / "run" / "log.txt").read_text()
-
-
 def test_tf32_is_refused_on_a_cpu(root, tmp_path):
     with pytest.raises(UserError, match="--precision tf32: the run is on cpu.*take fp32"):
-        train(small_config(root, "sst2", steps=1, precision="tf32", device="cpu"), tmp_path / "run", progress="none")
+        run(small_config(root, "sst2", steps=1, precision="tf32", device="cpu"), tmp_path / "run")
 
 
 @pytest.mark.gpu

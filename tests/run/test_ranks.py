@@ -47,26 +47,20 @@ def ranks(config, stop, **more):
     return [read(config, stop, rank=rank, processes=RANKS, **more) for rank in range(RANKS)]
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("task", TASKS)
-def test_ranks_in_turn_read_what_one_process_reads(root, task, workers):
-    """One process with the whole batch, the ranks with a third each: the same samples at the same places of a step."""
-    config = config_of(root, task, data={"workers": workers})
-    alone = read(dataclasses.replace(config, batch_per_process=RANKS * BATCH), 15)
-    shared = ranks(config, 15)
-    for step, parts in zip(alone, zip(*shared, strict=True), strict=True):
-        assert [sample for part in parts for micro in part for sample in micro] == step[0]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("task", TASKS)
-def test_grouped_ranks_read_what_one_process_reads(root, task, workers):
-    """With grouping a process that accumulates takes the same batches one after the other."""
-    config = config_of(root, task, data={"workers": workers, "group": 2})
-    one = config_of(root, task, accumulate=RANKS, data={"group": 2 * RANKS})
-    shared = ranks(config, 15)
-    for step, parts in zip(read(one, 15), zip(*shared, strict=True), strict=True):
-        assert [micro for part in parts for micro in part] == step
+def test_ranks_in_turn_read_what_one_process_reads(root, task, workers, grouped):
+    """The same samples at the same places of a step as one process with the whole batch, of which the ranks have a
+    third each; with grouping as one that accumulates, and takes the same batches one after the other."""
+    config = config_of(root, task, data={"workers": workers, "group": 2 if grouped else 1})
+    if grouped:
+        one = config_of(root, task, accumulate=RANKS, data={"group": 2 * RANKS})
+    else:
+        one = dataclasses.replace(config, batch_per_process=RANKS * BATCH)
+    for step, parts in zip(read(one, 15), zip(*ranks(config, 15), strict=True), strict=True):
+        shared = [micro for part in parts for micro in part]
+        assert shared == step if grouped else sum(shared, []) == step[0]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

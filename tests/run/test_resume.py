@@ -2,22 +2,20 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import safetensors.torch
 import torch
 
-from tests.small_runs import log_of, rows, small_config, state_hash
+from tests.small_runs import accept, log_of, rows, run, saved_step, small_config, state_hash, summary, with_data
 from unit_fast.errors import UserError
-from unit_fast.run.folder import Interrupted
-from unit_fast.run.train import Trainer, train
+from unit_fast.run.evaluator import Evaluator
+from unit_fast.run.signals import Interrupted
+from unit_fast.run.state import State
 from unit_fast.weights import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run(config, out, **options):
-    return train(config, out, progress="none", **options)
 
 
 def samples(out):
@@ -57,21 +55,13 @@ def test_dropout_and_seed_matter(root, tmp_path):
     tensors = checkpoint.load_weights(path / checkpoint.STATE)
     tensors["rng/cpu"] = torch.get_rng_state()
     safetensors.torch.save_file(tensors, path / checkpoint.STATE)
-    _accept(path)
+    accept(path)
     run(config, tmp_path / "c", resume="auto")
     assert state_hash(tmp_path / "a")["model.safetensors"] != state_hash(tmp_path / "c")["model.safetensors"]
 
 
-def _accept(folder):
-    """Write the manifest anew after a change."""
-    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-    for name in manifest:
-        manifest[name] = {"bytes": (folder / name).stat().st_size, "sha256": checkpoint._sha256(folder / name)}
-    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
-
-
 def test_cut_into_many_pieces(root, tmp_path):
-    """At the first update, twice in a row, just after an evaluation, and at the last."""
+    """In a fresh folder, at the first update, twice in a row, just after an evaluation, and at the last."""
     config = small_config(root, eval_every=6, eval_limit=4)
     run(config, tmp_path / "whole")
     for stop in (1, 5, 6, 7, 19, 20):
@@ -93,22 +83,14 @@ def test_the_number_of_loader_processes_may_change(root, tmp_path):
     config = small_config(root)
     run(config, tmp_path / "whole")
     run(config, tmp_path / "parts", stop_at=10)
-    two = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2))
-    run(two, tmp_path / "parts", resume="auto")
+    run(with_data(config, workers=2), tmp_path / "parts", resume="auto")
     assert state_hash(tmp_path / "parts") == state_hash(tmp_path / "whole")
-
-
-def test_a_fresh_folder_starts(root, tmp_path):
-    config = small_config(root, steps=3)
-    assert run(config, tmp_path / "new", resume="auto").step == 3
 
 
 def test_work_after_the_checkpoint_is_done_again_and_logged_once(root, tmp_path):
     config = small_config(root, log_every=1, save_every=5)
     run(config, tmp_path / "run", stop_at=13)
     checkpoint.point(tmp_path / "run" / "checkpoints", "last", "step_000010")
-    import shutil
-
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000013")
     run(config, tmp_path / "run", resume="auto")
     assert [r["step"] for r in rows(tmp_path / "run")] == list(range(1, 21))
@@ -116,17 +98,31 @@ def test_work_after_the_checkpoint_is_done_again_and_logged_once(root, tmp_path)
     assert len([x for x in csv if x.startswith("train,11,") and ",lr," in x]) == 1
 
 
-def test_an_intact_older_checkpoint_is_taken_and_said_so(root, tmp_path):
-    config = small_config(root, save_every=5)
-    run(config, tmp_path / "run", stop_at=10)
-    newest = tmp_path / "run" / "checkpoints" / "step_000010" / checkpoint.STATE
-    newest.write_bytes(newest.read_bytes()[:-1])
-    run(config, tmp_path / "run", resume="auto")
-    text = (tmp_path / "run" / "log.txt").read_text()
+@pytest.mark.parametrize("damage", ["cut short", "a folder", "not readable"])
+def test_an_older_checkpoint_is_taken_where_the_newest_is_not_intact(root, tmp_path, monkeypatch, damage):
+    config = small_config(root, "sst2", steps=6, save_every=2)
+    run(config, tmp_path / "whole")
+    run(config, tmp_path / "run", stop_at=4)
+    newest = tmp_path / "run" / "checkpoints" / "step_000004"
+    if damage == "cut short":
+        (newest / checkpoint.STATE).write_bytes((newest / checkpoint.STATE).read_bytes()[:-1])
+    elif damage == "a folder":
+        (newest / checkpoint.MANIFEST).unlink()
+        (newest / checkpoint.MANIFEST).mkdir()
+    else:
+        real = checkpoint._sha256
+
+        def sha256(path):
+            if path.parent == newest:
+                raise OSError(5, "Input/output error")
+            return real(path)
+
+        monkeypatch.setattr(checkpoint, "_sha256", sha256)
+    assert run(config, tmp_path / "run", resume="auto").status == "finished"
+    text = log_of(tmp_path / "run")
     assert "a checkpoint is left out" in text
-    assert "going on after step 5" in text
-    whole = run(config, tmp_path / "whole")
-    assert whole.step == 20
+    assert damage == "cut short" or "cannot be read" in text
+    assert "going on after step 2" in text
     assert state_hash(tmp_path / "run") == state_hash(tmp_path / "whole")
 
 
@@ -147,7 +143,7 @@ def test_another_run_goes_on_from_a_checkpoint(root, tmp_path):
     run(config, tmp_path / "first", stop_at=10)
     run(config, tmp_path / "second", resume=tmp_path / "first")
     assert state_hash(tmp_path / "second") == state_hash(tmp_path / "whole")
-    assert checkpoint.load_state(tmp_path / "first" / "checkpoints" / "last")["step"] == 10
+    assert saved_step(tmp_path / "first") == 10
 
 
 def test_another_config_is_refused_by_field(root, tmp_path):
@@ -177,7 +173,7 @@ def test_every_part_of_the_state_is_needed(root, tmp_path):
         if name in ("processes", "data"):  # older checkpoints have no digests of the data
             continue
         path.write_text(json.dumps({k: v for k, v in whole.items() if k != name}))
-        _accept(path.parent)
+        accept(path.parent)
         with pytest.raises(UserError, match=r"state\.(json|safetensors)"):
             run(config, tmp_path / "run", resume="auto")
 
@@ -190,25 +186,20 @@ def cells(out):
     return [tuple(line.split(",")[:4]) for line in (out / "metrics.csv").read_text().splitlines()[1:]]
 
 
-def stop_hard_at(monkeypatch, step):
-    """End the run as a second Ctrl-C does, without saving."""
-    real = Trainer._count
-
-    def count(self, update):
-        real(self, update)
-        if self.step == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "_count", count)
-    return lambda: monkeypatch.setattr(Trainer, "_count", real)
-
-
 def test_a_run_that_ended_before_its_first_checkpoint_is_logged_once(root, tmp_path, monkeypatch):
     config = small_config(root, "sst2", steps=8, log_every=1, eval_every=6, eval_limit=2)
-    again = stop_hard_at(monkeypatch, 4)
-    with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / "run")
-    again()
+    real = State.count
+
+    def stop_hard(self, request):
+        """As a second Ctrl-C does, without saving."""
+        real(self, request)
+        if self.step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "count", stop_hard)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, tmp_path / "run")
     assert [r["step"] for r in rows(tmp_path / "run")] == [1, 2, 3], "armed: steps were logged and nothing saved"
     run(config, tmp_path / "run", resume="auto")
     run(config, tmp_path / "whole")
@@ -225,9 +216,9 @@ def test_a_finished_run_goes_on_to_nothing(root, tmp_path):
     again = run(config, tmp_path / "run", resume="auto")
     assert (again.status, again.step, again.metrics) == ("finished", 20, done.metrics)
     assert [(tmp_path / "run" / name).read_text() for name in ("metrics.jsonl", "metrics.csv")] == before
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["ema_metrics"]
-    assert summary["metrics_step"] == 20
+    found = summary(tmp_path / "run")
+    assert found["ema_metrics"]
+    assert found["metrics_step"] == 20
 
 
 def test_a_finished_run_is_evaluated_anew_where_other_samples_are_asked_for(root, tmp_path):
@@ -244,20 +235,20 @@ def test_an_evaluation_that_was_broken_off_is_made_up_for(root, tmp_path, monkey
     """Metrics, and the best checkpoint, are those of the run that nobody stopped."""
     config = small_config(root, "sst2", "qqp", steps=10, eval_every=5, eval_limit=3, save_every=10, ema_decay=0.9)
     run(config, tmp_path / "whole")
-    real = Trainer._evaluate
+    real = Evaluator._evaluate
 
-    def stop(self, model, kind, *more):
-        if self.step == 5 and kind == broken_off:
+    def stop(self, state, model, kind, *more):
+        if state.step == 5 and kind == broken_off:
             self.signals.requested = "SIGTERM"
             raise Interrupted
-        return real(self, model, kind, *more)
+        return real(self, state, model, kind, *more)
 
-    monkeypatch.setattr(Trainer, "_evaluate", stop)
+    monkeypatch.setattr(Evaluator, "_evaluate", stop)
     assert run(config, tmp_path / "parts").exit_code == 75
     assert "evaluation broken off" in log_of(tmp_path / "parts")
     # Once more, at once: nothing of the next step may be done before.
     assert run(config, tmp_path / "parts", resume="auto").step == 5
-    monkeypatch.setattr(Trainer, "_evaluate", real)
+    monkeypatch.setattr(Evaluator, "_evaluate", real)
     run(config, tmp_path / "parts", resume="auto")
     assert "the evaluation after step 5 was not finished: it is made up for" in log_of(tmp_path / "parts")
     assert state_hash(tmp_path / "parts") == state_hash(tmp_path / "whole")
@@ -307,36 +298,12 @@ def test_the_best_by_another_criterion_is_chosen_anew(root, tmp_path):
     assert best["value"] == max(value for step, value in evaluated.items() if step > 10)
 
 
-@pytest.mark.parametrize("damage", ["a folder", "not readable"])
-def test_an_older_checkpoint_is_taken_where_the_newest_cannot_be_read(root, tmp_path, monkeypatch, damage):
-    config = small_config(root, "sst2", steps=6, save_every=2)
-    run(config, tmp_path / "run", stop_at=4)
-    newest = tmp_path / "run" / "checkpoints" / "step_000004"
-    if damage == "a folder":
-        (newest / checkpoint.MANIFEST).unlink()
-        (newest / checkpoint.MANIFEST).mkdir()
-    else:
-        real = checkpoint._sha256
-
-        def sha256(path):
-            if path.parent == newest:
-                raise OSError(5, "Input/output error")
-            return real(path)
-
-        monkeypatch.setattr(checkpoint, "_sha256", sha256)
-    assert run(config, tmp_path / "run", resume="auto").status == "finished"
-    text = log_of(tmp_path / "run")
-    assert "a checkpoint is left out" in text
-    assert "cannot be read" in text
-    assert "going on after step 2" in text
-
-
 def test_a_checkpoint_from_before_refusals_were_counted_by_task(root, tmp_path):
     config = small_config(root, "sst2", steps=4)
     run(config, tmp_path / "run", stop_at=2)
     path = tmp_path / "run" / "checkpoints" / "last" / checkpoint.STATE_JSON
     state = json.loads(path.read_text())
     path.write_text(json.dumps(state | {"strikes": 1, "nonfinite_steps": 1}))
-    _accept(path.parent)
+    accept(path.parent)
     assert run(config, tmp_path / "run", resume="auto").status == "finished"
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["nonfinite_steps"] == 1
+    assert summary(tmp_path / "run")["nonfinite_steps"] == 1

@@ -12,22 +12,19 @@ import pytest
 import torch
 
 from benchmarks.step.updates import NotCaptured
-from tests.models import random_batch, small_config
-from tests.small_runs import rows, state_hash
+from tests.captures import CPU, assert_as_eager, small_step
+from tests.models import random_batch
+from tests.small_runs import log_of, rows, run, state_hash
 from tests.small_runs import small_config as run_config
-from unit_fast.buckets import Buckets, fill
 from unit_fast.errors import UserError
-from unit_fast.model.unit import UniT
 from unit_fast.numerics import arithmetic
 from unit_fast.optim.masked_adamw import MaskedAdamW
 from unit_fast.run import step_graph
-from unit_fast.run.step_graph import CudaGraphs, StepGraphs, wanted
-from unit_fast.run.train import train, train_step
+from unit_fast.run.step_graph import CudaGraphs, copied, wanted
 from unit_fast.schedule import lr_multiplier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TASKS = ("detection_coco", "detection_visual_genome", "vqa2", "glue_qnli")
-CPU = torch.device("cpu")
 
 
 class Replaying(NotCaptured):
@@ -80,36 +77,13 @@ def no_host_reads(device):
         torch.cuda.set_sync_debug_mode(before)
 
 
-def cloned(update):
-    """A copy that the next replay does not overwrite."""
-    tensors = {f.name: v for f in dataclasses.fields(update) if isinstance(v := getattr(update, f.name), torch.Tensor)}
-    return dataclasses.replace(update, **{name: value.clone() for name, value in tensors.items()})
-
-
-def make(backend, seed=0, dropout=0.1, device=CPU, **options):
-    torch.manual_seed(seed)
-    config = small_config(dropout=dropout)
-    model = UniT(config).train().to(device)
-    optimizer = MaskedAdamW(model.parameter_groups(1e-3, 1e-3), unused="skip", max_norm=0.5)
-
-    optimizer.prepare()
-
-    def step(task, batches, done):
-        update = train_step(model, optimizer, task, batches)
-        optimizer.zero_grad(set_to_none=True)
-        return update
-
-    buckets = Buckets(short_side=64, max_side=96, heights=1, widths=2)
-    return model, optimizer, StepGraphs(step, buckets, device, backend=backend, **options)
-
-
 def batches_of(model, steps):
     return [(TASKS[i % len(TASKS)], random_batch(TASKS[i % len(TASKS)], model.config, seed=i)) for i in range(steps)]
 
 
 def test_the_first_batches_of_a_bucket_run_eagerly_and_the_rest_are_replayed():
     backend = Replaying()
-    model, _, graphs = make(backend, warm_up=2)
+    model, _, _, graphs = small_step(backend, warm_up=2)
     for task, batch in batches_of(model, 16):
         update = graphs(task, [batch])
         assert update.terms.isfinite().all()
@@ -121,24 +95,13 @@ def test_the_first_batches_of_a_bucket_run_eagerly_and_the_rest_are_replayed():
 
 
 def test_graphed_training_is_eager_training_on_padded_batches_bit_for_bit():
-    graphed, first, graphs = make(Replaying(), warm_up=1)
-    eager, second, _ = make(Replaying())
-    torch.manual_seed(7)
-    updates = [cloned(graphs(task, [batch])) for task, batch in batches_of(graphed, 12)]
-    torch.manual_seed(7)
-    for (task, batch), update in zip(batches_of(eager, 12), updates, strict=True):
-        static = graphs.buckets.of([batch]).empty(batch, CPU)
-        fill(static, batch)
-        expected = train_step(eager, second, task, static)
-        assert expected.names == update.names
-        assert torch.equal(expected.terms, update.terms)
-        assert torch.equal(expected.grad_norm, update.grad_norm)
-    assert all(torch.equal(a, b) for a, b in zip(graphed.parameters(), eager.parameters(), strict=True))
-    assert torch.equal(first.step_counts(), second.step_counts())
+    captured = small_step(Replaying(), warm_up=1)
+    work = [(task, [batch]) for task, batch in batches_of(captured[0], 12)]
+    assert_as_eager(captured, small_step(Replaying()), work)
 
 
 def test_other_shapes_get_other_graphs_and_the_same_bucket_the_same_one():
-    model, _, graphs = make(Replaying(), warm_up=0)
+    model, _, _, graphs = small_step(Replaying(), warm_up=0)
     batch = random_batch("glue_qnli", model.config)
     longer = dataclasses.replace(
         batch, **{f: getattr(batch, f).repeat(1, 3) for f in ("input_ids", "attention_mask", "token_type_ids")}
@@ -155,7 +118,7 @@ def test_other_shapes_get_other_graphs_and_the_same_bucket_the_same_one():
 
 def test_what_cannot_be_captured_stays_eager_and_says_why_once(caplog):
     backend = Failing()
-    model, _, graphs = make(backend, warm_up=1)
+    model, _, _, graphs = small_step(backend, warm_up=1)
     batch = random_batch("glue_qnli", model.config)
     before = [p.detach().clone() for p in model.parameters()]
     for _ in range(4):
@@ -171,14 +134,14 @@ def test_what_cannot_be_captured_stays_eager_and_says_why_once(caplog):
 
 
 def test_no_more_graphs_than_allowed():
-    model, _, graphs = make(Replaying(), warm_up=0, most=2)
+    model, _, _, graphs = small_step(Replaying(), warm_up=0, most=2)
     for task, batch in batches_of(model, 4):
         graphs(task, [batch])
     assert [r["refused"] for r in graphs.rows()] == [None, None, *["2 graphs exist already"] * 2]
 
 
 def test_a_replay_that_does_nothing_is_found():
-    model, _, graphs = make(Idle(), warm_up=1)
+    model, _, _, graphs = small_step(Idle(), warm_up=1)
     batch = random_batch("glue_qnli", model.config)
     graphs("glue_qnli", [batch])
     graphs.check()
@@ -188,7 +151,7 @@ def test_a_replay_that_does_nothing_is_found():
 
 
 def test_the_waste_is_told_by_task():
-    model, _, graphs = make(Replaying())
+    model, _, _, graphs = small_step(Replaying())
     batch = random_batch("detection_coco", model.config)
     batch.sizes = [(64, 80), (48, 60)]
     graphs("detection_coco", [batch])
@@ -238,12 +201,12 @@ def _texts(model, length):
 
 
 def _run_full(backend, lengths):
-    model, _, graphs = make(backend)
+    model, _, _, graphs = small_step(backend)
     torch.manual_seed(7)
     updates = []
     for length in lengths:
         backend.longest = length
-        updates.append(cloned(graphs("glue_qnli", [_texts(model, length)])))
+        updates.append(copied(graphs("glue_qnli", [_texts(model, length)])))
     graphs.check()
     return model, graphs, updates
 
@@ -283,7 +246,7 @@ def test_graphs_are_given_up_when_an_eager_step_left_something_in_their_memory(c
         def left_behind(self):
             return "an eager step left 12 bytes" if self.eager_steps == 2 else None
 
-    model, _, graphs = make(Leaking())
+    model, _, _, graphs = small_step(Leaking())
     for length in (16, 16, 32, 16, 16):
         graphs("glue_qnli", [_texts(model, length)])
     # The graph of 16 tokens went with the eager step of 32, and was captured again.
@@ -305,7 +268,7 @@ def test_a_capture_that_failed_once_is_tried_again(caplog):
             return super().capture(step)
 
     backend = Unready()
-    model, _, graphs = make(backend)
+    model, _, _, graphs = small_step(backend)
     with caplog.at_level("INFO"):
         for _ in range(4):
             graphs("glue_qnli", [_texts(model, 16)])
@@ -315,7 +278,7 @@ def test_a_capture_that_failed_once_is_tried_again(caplog):
 
 
 def test_the_inputs_of_all_buckets_lie_in_one_block():
-    model, _, graphs = make(Replaying())
+    model, _, _, graphs = small_step(Replaying())
     for name in TASKS:
         graphs(name, [random_batch(name, model.config)])
     graphs("detection_coco", [random_batch("detection_coco", model.config, batch=4)])  # larger than the block
@@ -336,7 +299,7 @@ def test_the_inputs_of_all_buckets_lie_in_one_block():
 @pytest.mark.gpu
 def test_graphs_of_several_shapes_take_little_more_than_the_largest():
     device = torch.device("cuda", 0)
-    model, _, graphs = make(CudaGraphs(device), device=device)
+    model, _, _, graphs = small_step(CudaGraphs(device), device=device)
     small, large = (random_batch("detection_coco", model.config, batch=n).to(device) for n in (2, 16))
     peaks = []
     for _ in range(3):
@@ -358,11 +321,11 @@ def test_graphs_of_several_shapes_take_little_more_than_the_largest():
 def test_a_run_on_a_card_replays_and_resumes_to_the_same_bits(root, tmp_path):
     """As ``unit-fast train`` runs it: the loader, two tasks, graphs, cuDNN's deterministic algorithms."""
     config = run_config(root, "coco", "sst2", steps=24, device="cuda", deterministic="on", graph="on", log_every=4)
-    _train(config, tmp_path / "whole")
-    _train(config, tmp_path / "parts", stop_at=11)
-    _train(config, tmp_path / "parts", resume="auto")
+    run(config, tmp_path / "whole")
+    run(config, tmp_path / "parts", stop_at=11)
+    run(config, tmp_path / "parts", resume="auto")
     assert state_hash(tmp_path / "parts") == state_hash(tmp_path / "whole")
-    log = (tmp_path / "whole" / "log.txt").read_text()
+    log = log_of(tmp_path / "whole")
     assert "stays eager" not in log, log
     assert "in the graphs' memory" not in log, log
     replayed = re.search(r"(\d+) of 24 steps replayed", log)
@@ -375,29 +338,16 @@ def test_a_run_on_a_card_replays_and_resumes_to_the_same_bits(root, tmp_path):
 def test_a_replayed_graph_is_the_eager_step(name):
     """Bit for bit, dropout included, and without a read of the device by the host."""
     device = torch.device("cuda", 0)
-    with arithmetic("fp32", "on", device):
-        _compare_on(device, name)
 
-
-def _compare_on(device, name):
-    graphed, first, graphs = make(CudaGraphs(device), device=device, warm_up=2)
-    eager, second, _ = make(CudaGraphs(device), device=device)
-    batches = [random_batch(name, graphed.config, seed=i) for i in range(8)]
-    torch.cuda.manual_seed(7)
-    updates = [cloned(graphs(name, [batch])) for batch in batches]
-    assert graphs.rows()[0]["replays"] == 6, graphs.rows()
-    torch.cuda.manual_seed(7)
-    static = graphs.buckets.of(batches[:1]).empty(batches[0], device)
-    for i, (batch, update) in enumerate(zip(batches, updates, strict=True)):
-        fill(static, batch)
+    def watched(i):
         torch.cuda.synchronize()
-        with no_host_reads(device if i > 1 else CPU):  # the first steps initialise libraries
-            expected = train_step(eager, second, name, static)
-        assert torch.equal(expected.terms, update.terms), i
-    for a, b in zip(graphed.parameters(), eager.parameters(), strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(first.step_counts(), second.step_counts())
-    graphs.check()
+        return no_host_reads(device if i > 1 else CPU)  # the first steps initialise libraries
+
+    with arithmetic("fp32", "on", device):
+        captured, eager = (small_step(CudaGraphs(device), device=device, warm_up=2) for _ in range(2))
+        work = [(name, [random_batch(name, captured[0].config, seed=i)]) for i in range(8)]
+        assert_as_eager(captured, eager, work, device, watched)
+    assert captured[-1].rows()[0]["replays"] == 6, captured[-1].rows()
 
 
 # ------------------------------------------------------------------------------------------------- in the trainer
@@ -410,39 +360,20 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(step_graph, "wanted", lambda mode, device: None)
 
 
-def _train(config, out, **options):
-    return train(config, out, progress="none", **options)
-
-
-def test_a_run_replays_its_steps_and_follows_the_schedule(root, tmp_path, stand_in):
-    config = run_config(root, "sst2", "coco", steps=12, log_every=1)
-    run = _train(config, tmp_path / "run")
-    assert run.status == "finished"
-    log = (tmp_path / "run" / "log.txt").read_text()
-    assert re.search(r"CUDA graphs: \d of \d shapes, \d+ of 12 steps replayed; padding: ", log), log
-    expected = [1e-3 * lr_multiplier(k, 4, 12) for k in range(12)]
-    assert [r["lr"] for r in rows(tmp_path / "run")] == pytest.approx(expected)
-
-
-def test_the_rate_of_a_replayed_step_is_that_of_the_schedule(root, tmp_path, stand_in, monkeypatch):
-    seen = []
-    step = MaskedAdamW.step
+def test_a_run_replays_its_steps_at_the_rates_of_the_schedule(root, tmp_path, stand_in, monkeypatch):
+    """Those on the device, those in the rows, and across a resume."""
+    seen, step = [], MaskedAdamW.step
     monkeypatch.setattr(
         MaskedAdamW, "step", lambda self, *a, **k: (seen.append(self.device_lr.tolist()), step(self, *a, **k))[1]
     )
-    _train(run_config(root, "sst2", steps=10), tmp_path / "run", stop_at=4)
-    _train(run_config(root, "sst2", steps=10), tmp_path / "run", resume="auto")
-    assert [rates[0] for rates in seen] == pytest.approx([1e-3 * lr_multiplier(k, 4, 10) for k in range(10)], abs=1e-15)
-
-
-def test_a_graphed_run_resumes_to_the_same_bits(root, tmp_path, stand_in):
-    config = run_config(root, "sst2", "vqa2", steps=12)
-    _train(config, tmp_path / "whole")
-    _train(config, tmp_path / "parts", stop_at=5)
-    _train(config, tmp_path / "parts", resume="auto")
-    assert state_hash(tmp_path / "parts") == state_hash(tmp_path / "whole")
-
-
-def test_a_run_on_a_cpu_says_that_it_is_eager(root, tmp_path):
-    _train(run_config(root, "sst2", steps=1), tmp_path / "run")
-    assert "every step runs eagerly, without CUDA graphs: the run is on cpu" in (tmp_path / "run/log.txt").read_text()
+    config = run_config(root, "sst2", "coco", steps=12, log_every=1)
+    run(config, tmp_path / "run", stop_at=4)
+    assert run(config, tmp_path / "run", resume="auto").status == "finished"
+    expected = [1e-3 * lr_multiplier(k, 4, 12) for k in range(12)]
+    assert [rates[0] for rates in seen] == pytest.approx(expected, abs=1e-15)
+    assert [r["lr"] for r in rows(tmp_path / "run")] == pytest.approx(expected)
+    said = re.findall(
+        r"CUDA graphs: \d of \d shapes, (\d+) of (\d+) steps replayed; padding: ", log_of(tmp_path / "run")
+    )
+    assert [steps for _, steps in said] == ["4", "8"]
+    assert int(said[1][0]) > 0

@@ -12,31 +12,19 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.models import small_config
 from unit_fast import faults
-from unit_fast.config import (
-    BackboneConfig,
-    DecoderConfig,
-    EncoderConfig,
-    ModelConfig,
-    RunConfig,
-    TextConfig,
-    default_tasks,
-)
+from unit_fast.config import RunConfig
+from unit_fast.config_check import check_resumable
 from unit_fast.errors import UserError
 from unit_fast.model import UniT
 from unit_fast.weights import checkpoint
 from unit_fast.weights.checkpoint import CONFIG, MANIFEST, STATE, STATE_JSON, WEIGHTS
 from unit_fast.weights.files import MAX_HEADER, digest, load_weights
 
-LAYER = {"layers": 1, "heads": 2, "ffn_width": 16}
-MODEL = ModelConfig(
-    backbone=BackboneConfig(depth=14, width=8),
-    encoder=EncoderConfig(width=16, **LAYER),
-    text=TextConfig(width=16, vocab_size=50, max_positions=16, **LAYER),
-    decoder=DecoderConfig(width=16, **LAYER),
-    tasks=default_tasks("sst2"),
-)
+MODEL = small_config("sst2")
 RUN = RunConfig(model=MODEL, steps=7)
+WIDER = dataclasses.replace(MODEL.decoder, width=64)
 
 
 def state(step=3):
@@ -82,19 +70,14 @@ def same(a, b) -> bool:
 # ------------------------------------------------------------------------------------------------ there and back
 
 
-def test_round_trip(tmp_path, model):
-    kept = state()
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_round_trip(tmp_path, form):
+    kept, model = state(), UniT(MODEL).to(memory_format=form)
     folder = checkpoint.save(tmp_path, "step_000003", model.state_dict(), RUN, kept)
     checkpoint.verify(folder)
     assert same(kept, checkpoint.load_state(folder))
     assert same(dict(model.state_dict()), load_weights(folder / WEIGHTS))
     assert checkpoint.config_of(folder) == RUN
-
-
-def test_channels_last_weights_come_back_with_their_values(tmp_path):
-    model = UniT(MODEL).to(memory_format=torch.channels_last)
-    folder = checkpoint.save(tmp_path, "x", model.state_dict(), RUN)
-    assert same(dict(model.state_dict()), load_weights(folder / WEIGHTS))
 
 
 @pytest.mark.parametrize("what", ["run", "checkpoints", "step", "last", "file"])
@@ -124,15 +107,13 @@ def test_averaged_weights_are_apart(tmp_path, model):
     assert same(dict(model.state_dict()), dict(checkpoint.load_model(folder)[0].state_dict()))
 
 
-def test_averaged_weights_that_are_not_there(saved):
-    with pytest.raises(UserError, match="no averaged weights.*--ema-decay"):
-        checkpoint.load_model(saved, ema=True)
-
-
-@pytest.mark.parametrize(("path", "text"), [("nowhere", "no such run"), (".", "holds no checkpoint")])
-def test_nothing_to_load(tmp_path, path, text):
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [("nowhere", "no such run"), (".", "holds no checkpoint"), ("run", "no averaged weights.*--ema-decay")],
+)
+def test_nothing_to_load(tmp_path, saved, path, text):
     with pytest.raises(UserError, match=text):
-        checkpoint.load_model(tmp_path / path)
+        checkpoint.load_model(tmp_path / path, ema=path == "run")
 
 
 def test_links_are_replaced_and_older_checkpoints_pruned_but_those_pointed_to(tmp_path, model):
@@ -254,7 +235,7 @@ def test_weights_alone_cannot_be_resumed(tmp_path, model):
 
 
 def test_weights_of_another_model_are_refused_before_reading(saved, model):
-    config = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, decoder=DecoderConfig(width=32, **LAYER)))
+    config = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, decoder=WIDER))
     (saved / CONFIG).write_text(json.dumps(dataclasses.asdict(config)))
     (saved / MANIFEST).unlink()  # otherwise the checksum speaks first
     with pytest.raises(UserError, match=r"model\.safetensors.*(tensors missing|is torch).*another config"):
@@ -269,11 +250,11 @@ def test_dtypes_are_not_cast_silently(saved, model):
 
 
 def changed(**changes):
-    tree = dataclasses.replace(RUN, **{k: v for k, v in changes.items() if k not in ("optim", "data", "model")})
-    for part in ("optim", "data", "model"):
-        if part in changes:
-            tree = dataclasses.replace(tree, **{part: dataclasses.replace(getattr(tree, part), **changes[part])})
-    return tree
+    """``RUN`` with other fields; dicts change fields within a part."""
+    parts = {
+        k: dataclasses.replace(getattr(RUN, k), **v) for k, v in changes.items() if k in ("optim", "data", "model")
+    }
+    return dataclasses.replace(RUN, **(changes | parts))
 
 
 @pytest.mark.parametrize(
@@ -285,7 +266,7 @@ def changed(**changes):
     ],
 )  # fmt: skip
 def test_harmless_changes_may_be_made(saved, change):
-    assert checkpoint.check_resumable(saved, RUN, changed(**change))
+    assert check_resumable(saved, RUN, changed(**change))
 
 
 @pytest.mark.parametrize(
@@ -299,19 +280,19 @@ def test_harmless_changes_may_be_made(saved, change):
 )  # fmt: skip
 def test_other_changes_are_refused_by_name_unless_allowed(saved, change, name):
     with pytest.raises(UserError, match=f"another config: {name} was .* is .*--allow-changed"):
-        checkpoint.check_resumable(saved, RUN, changed(**change))
-    assert checkpoint.check_resumable(saved, RUN, changed(**change), [name.replace("\\", "")])
+        check_resumable(saved, RUN, changed(**change))
+    assert check_resumable(saved, RUN, changed(**change), [name.replace("\\", "")])
 
 
 def test_the_model_may_never_change(saved):
-    new = changed(model={"decoder": DecoderConfig(width=32, **LAYER)})
-    with pytest.raises(UserError, match=r"model\.decoder\.width was 16, is 32.*the model cannot change"):
-        checkpoint.check_resumable(saved, RUN, new, ["model"])
+    new = changed(model={"decoder": WIDER})
+    with pytest.raises(UserError, match=r"model\.decoder\.width was 48, is 64.*the model cannot change"):
+        check_resumable(saved, RUN, new, ["model"])
 
 
 def test_an_unknown_name_to_allow(saved):
     with pytest.raises(UserError, match=r"--allow-changed optim\.lrr: no such field; nearest: optim\.lr"):
-        checkpoint.check_resumable(saved, RUN, RUN, ["optim.lrr"])
+        check_resumable(saved, RUN, RUN, ["optim.lrr"])
 
 
 # --------------------------------------------------------------------------------------------------- hostile files
@@ -388,6 +369,14 @@ def test_files_that_are_no_weights(tmp_path, data):
         load_weights(path)
 
 
+def test_too_many_tensors_are_refused_before_reading(tmp_path):
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    path = tmp_path / "many.safetensors"
+    path.write_bytes(_header(json.dumps({f"t{i}": entry for i in range(10_001)}).encode()))
+    with pytest.raises(UserError, match="10001 entries"):
+        load_weights(path)
+
+
 @pytest.mark.parametrize("begin", [b"\x80\x02", b"PK"])
 def test_a_header_length_that_looks_like_a_pickle_or_a_zip(tmp_path, begin):
     entries = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
@@ -396,14 +385,6 @@ def test_a_header_length_that_looks_like_a_pickle_or_a_zip(tmp_path, begin):
     path.write_bytes(_header(entries + b" " * (length - len(entries))) + b"\x07")
     assert path.read_bytes().startswith(begin), "armed"
     assert load_weights(path)["a"].tolist() == [7]
-
-
-def test_too_many_tensors_are_refused_before_reading(tmp_path):
-    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    path = tmp_path / "many.safetensors"
-    path.write_bytes(_header(json.dumps({f"t{i}": entry for i in range(10_001)}).encode()))
-    with pytest.raises(UserError, match="10001 entries"):
-        load_weights(path)
 
 
 def test_names_from_a_file_are_printed_harmlessly(tmp_path, model):

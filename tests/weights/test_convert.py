@@ -15,7 +15,9 @@ from unit_fast.errors import UserError
 from unit_fast.model import UniT
 from unit_fast.model.text import TextEncoder
 from unit_fast.model.transformer import DropoutSeeds
-from unit_fast.weights import convert
+from unit_fast.weights import convert, pretrained
+from unit_fast.weights.loading import load_matching
+from unit_fast.weights.names import bert_name
 
 OFF = DropoutSeeds(False, torch.device("cpu"))
 
@@ -100,7 +102,7 @@ def test_text_encoder_is_hugging_faces_bert():
     settings = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
     theirs = BertModel(BertConfig(vocab_size=200, max_position_embeddings=140, **settings)).double().eval()
     model = UniT(small_config("vqa2")).double().eval()
-    report = convert.load_bert(model, {f"bert.{k}": v for k, v in theirs.state_dict().items()})
+    report = pretrained.load_bert(model, {f"bert.{k}": v for k, v in theirs.state_dict().items()})
     assert len(report.loaded) == len([n for n in theirs.state_dict() if not n.endswith("position_ids")])
     batch = random_batch("vqa2", model.config)
     inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
@@ -115,18 +117,18 @@ def test_text_encoder_is_hugging_faces_bert():
 def test_old_bert_names_and_an_absent_pooler():
     model = UniT(small_config("sst2"))
     state = {
-        convert.bert_name(n.removeprefix("text_encoder.")): v + 1
+        bert_name(n.removeprefix("text_encoder.")): v + 1
         for n, v in model.state_dict().items()
         if n.startswith("text_encoder.") and "task" not in n and "pooler" not in n
     }
     state = {k.replace("LayerNorm.weight", "LayerNorm.gamma"): v for k, v in state.items()}
     state["cls.predictions.bias"] = torch.zeros(3)
     before = model.text_encoder.embedding_norm.weight.clone()
-    assert convert.load_bert(model, state).complete
+    assert pretrained.load_bert(model, state).complete
     assert torch.equal(model.text_encoder.embedding_norm.weight, before + 1)
     del state["encoder.layer.0.output.dense.weight"]
     with pytest.raises(UserError, match="text_encoder.layers.0.output.weight"):
-        convert.load_bert(model, state)
+        pretrained.load_bert(model, state)
 
 
 def test_pretrained_folder(tmp_path, caplog):
@@ -134,7 +136,7 @@ def test_pretrained_folder(tmp_path, caplog):
     torchvision = resnet50()
     torch.save(torchvision.state_dict(), tmp_path / "resnet50-0676ba61.pth")
     model = UniT(config)
-    assert convert.load_pretrained(model, tmp_path) == {
+    assert pretrained.load_pretrained(model, tmp_path) == {
         "backbone": str(tmp_path / "resnet50-0676ba61.pth"),
         "text encoder": "random",
     }
@@ -142,18 +144,18 @@ def test_pretrained_folder(tmp_path, caplog):
     assert caplog.text.count("starts from random weights") == 1
     assert "bert-base-uncased/model.safetensors" in caplog.text
     with pytest.raises(UserError, match="text encoder: no pretrained weights.*--require-weights"):
-        convert.load_pretrained(model, tmp_path, require=True)
+        pretrained.load_pretrained(model, tmp_path, require=True)
     # DETR's file is preferred, and its transformer is not loaded.
     detr = {f"backbone.0.body.{k}": v * 2 for k, v in torchvision.state_dict().items() if not k.startswith("fc.")}
     torch.save({"model": {**detr, "transformer.x": torch.zeros(1)}}, tmp_path / "detr-r50-dc5-f0fb7ef5.pth")
     (tmp_path / "bert-base-uncased").mkdir()
     bert = {
-        f"bert.{convert.bert_name(n.removeprefix('text_encoder.'))}": v.contiguous()
+        f"bert.{bert_name(n.removeprefix('text_encoder.'))}": v.contiguous()
         for n, v in model.state_dict().items()
         if n.startswith("text_encoder.") and "task" not in n
     }
     save_file(bert, tmp_path / "bert-base-uncased" / "model.safetensors")
-    found = convert.load_pretrained(model, tmp_path, require=True)
+    found = pretrained.load_pretrained(model, tmp_path, require=True)
     assert found["backbone"].endswith("detr-r50-dc5-f0fb7ef5.pth")
     assert torch.equal(model.backbone.conv1.weight, torchvision.conv1.weight * 2)
 
@@ -168,7 +170,7 @@ def test_coco_initialisation():
     shared = UniT(small_config("coco", "vqa2"))
     before = shared.classifiers["vqa2"].dense.weight.clone()
     for state in (single.state_dict(), convert.to_mmf(single)):
-        report = convert.load_matching(shared, state)
+        report = load_matching(shared, state)
         assert torch.equal(shared.decoder.norm.weight, single.decoders["detection_coco"].norm.weight)
         box, expected = (m.bbox_embeds["detection_coco"].layers[2].bias for m in (shared, single))
         assert torch.equal(box, expected)
@@ -176,16 +178,16 @@ def test_coco_initialisation():
         assert not report.unexpected
     other = UniT(small_config("coco", "vqa2", decoder=separate))
     own = other.decoders["vqa2"].norm.weight.clone()
-    convert.load_matching(other, single.state_dict())
+    load_matching(other, single.state_dict())
     assert torch.equal(other.decoders["detection_coco"].norm.weight, single.decoders["detection_coco"].norm.weight)
     assert torch.equal(other.decoders["vqa2"].norm.weight, own)
     skipped = UniT(small_config("coco"))
     head = skipped.class_embeds["detection_coco"].weight.clone()
-    report = convert.load_matching(skipped, single.state_dict(), skip=["class_embeds.", "bbox_embeds."])
+    report = load_matching(skipped, single.state_dict(), skip=["class_embeds.", "bbox_embeds."])
     assert torch.equal(skipped.class_embeds["detection_coco"].weight, head)
     assert len(report.skipped) == 8
     with pytest.raises(UserError, match="no tensor fits"):
-        convert.load_matching(skipped, {"x": torch.zeros(1)}, source="file.pth")
+        load_matching(skipped, {"x": torch.zeros(1)}, source="file.pth")
 
 
 def test_small_text_config_is_not_a_default():

@@ -6,8 +6,9 @@ import torch
 
 from unit_fast.batch import Batch
 from unit_fast.config import ModelConfig, RunConfig
+from unit_fast.config_check import check_config
 from unit_fast.model import UniT
-from unit_fast.run.setup import check_config, device_of, freeze, parameter_counts
+from unit_fast.run.setup import device_of, freeze, parameter_counts
 from unit_fast.tasks import get_task
 
 OBJECTS = 20

@@ -7,23 +7,43 @@ gone; a command whose output was its whole work ends with 1 where that could not
 """
 
 import errno
-import json
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import tyro
+from typing import NamedTuple
 
 from unit_fast.commands.command_line import parse
-from unit_fast.commands.train import run_demo, run_train
-from unit_fast.commands.use import run_convert, run_data_shard, run_evaluate, run_predict
-from unit_fast.config import DataConfig, to_json
 from unit_fast.errors import UserError, nearest
 from unit_fast.run.console import Console, Nowhere, open_standard_files
 
-# What a command needs is imported when it runs: `unit-fast --help` does not wait for PyTorch.
+
+class Command(NamedTuple):
+    """A module with ``Options``, a dataclass, and ``run(options)``, its exit code; ``default(arguments)``, where it is
+    there, gives the options before the arguments change them. It is imported when it runs: the help does not wait."""
+
+    module: str
+    """Its name within ``unit_fast.commands``."""
+    about: str
+    """One line of help."""
+    leaves_files: bool = False
+    """What it prints is not all that it does: files have it too."""
+
+
+COMMANDS = {
+    "demo": Command("demo", "generate a world, train all eight tasks on it, write a report", leaves_files=True),
+    "train": Command("train", "train a recipe", leaves_files=True),
+    "evaluate": Command("evaluate", "metrics of a trained model, and prediction files", leaves_files=True),
+    "predict": Command("predict", "what a model says about an image and/or text"),
+    "data check": Command("data_check", "read a whole data root and report what is odd"),
+    "data generate": Command("data_generate", "write the generated eight-task world", leaves_files=True),
+    "data shard": Command("data_shard", "write folders of images into WebDataset tar shards", leaves_files=True),
+    "recipes": Command("recipes", "list the recipes, or print one as JSON"),
+    "convert": Command("convert", "weights of MMF, DETR, torchvision and BERT to ours and back", leaves_files=True),
+    "kernels": Command("kernels", "assemble the Triton kernels without a GPU: registers, spills, bounds"),
+    "env": Command("env", "versions and machine, to paste into an issue"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,17 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout, sys.stderr = before
 
 
-def _only_prints(arguments: Sequence[str]) -> bool:
-    """Whether what a command prints is all that it does; else it leaves files, which have it too."""
-    leaves_files = ("demo", "train", "evaluate", "convert", "data generate", "data shard")
-    return "--json" in arguments or not " ".join(arguments[:2]).startswith(leaves_files)
-
-
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print("usage: unit-fast COMMAND [OPTIONS]\n\ncommands:")
-        for name, (_, about) in COMMANDS.items():
-            print(f"  {name:<15} {about}")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<15} {command.about}")
         print("\n`unit-fast COMMAND --help` lists the options of a command; --debug shows the trace of an error.")
         return 0
     if arguments[0] == "--version":
@@ -78,152 +92,23 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(unit_fast.__version__)
         return 0
-    name = arguments[0]
-    rest = arguments[1:]
-    if name == "data" and rest and not rest[0].startswith("-"):
-        name, rest = f"data {rest[0]}", rest[1:]
+    name, rest = _split(arguments)
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
-    return COMMANDS[name][0](rest, f"unit-fast {name}")
+    module = importlib.import_module(f"unit_fast.commands.{COMMANDS[name].module}")
+    default = module.default(rest) if hasattr(module, "default") else None
+    return module.run(parse(module.Options, rest, prog=f"unit-fast {name}", default=default))
 
 
-# ----------------------------------------------------------------------------------------------------------- data
+def _split(arguments: list[str]) -> tuple[str, list[str]]:
+    """The command's name, which may have two words, and its own arguments."""
+    words = 2 if arguments[0] == "data" and arguments[1:] and not arguments[1].startswith("-") else 1
+    return " ".join(arguments[:words]), arguments[words:]
 
 
-@dataclass(kw_only=True)
-class DataCheck:
-    """Read a whole data root and report what is there and what is odd. Exit code 1 if training could not use it."""
-
-    root: tyro.conf.Positional[str]
-    """Data root."""
-    decode: bool = False
-    """Decode every image, not only its header: finds files that are cut off."""
-    examples: int = 3
-    """Examples shown of each kind of finding."""
-    paths: dict[str, str] = field(default_factory=dict)
-    """Overrides of single paths, as data.paths in training, e.g. for shards elsewhere."""
-    json: bool = False
-    """Print JSON."""
-
-
-def _data_check(arguments: list[str], prog: str) -> int:
-    command = parse(DataCheck, arguments, prog=prog)
-    from unit_fast.data.check import check
-
-    data = DataConfig(paths=command.paths)
-    found = check(command.root, data, decode=command.decode, examples=command.examples)
-    if command.json:
-        print(json.dumps(found.to_dict(), indent=2))
-    elif sys.stdout.isatty():
-        import rich
-
-        rich.print(found)
-    else:
-        print(found)
-    return 0 if found.ok else 1
-
-
-@dataclass(kw_only=True)
-class DataGenerate:
-    """Write the generated world: all eight data sets in their real formats."""
-
-    folder: tyro.conf.Positional[str]
-    """Where to; a world generated earlier is replaced."""
-    seed: int = 0
-    """Seed; the same gives the same files."""
-    scale: float = 1.0
-    """Multiplies the number of samples; 1 has 4000 training scenes."""
-    imdb: bool = False
-    """Write VQA as MMF's imdb arrays instead of the official files."""
-
-
-def _data_generate(arguments: list[str], prog: str) -> int:
-    command = parse(DataGenerate, arguments, prog=prog)
-    from unit_fast.data.generated.world import generate
-
-    made = generate(command.folder, seed=command.seed, scale=command.scale, imdb=command.imdb)
-    for task, splits in made["counts"].items():
-        print(f"{task:<8} " + ", ".join(f"{split} {count:,}" for split, count in splits.items()))
-    print(f"world: {made['folder']}")
-    return 0
-
-
-# -------------------------------------------------------------------------------------------------- recipes, env
-
-
-@dataclass(kw_only=True)
-class Recipes:
-    """List the recipes, or print one as JSON (for --config-file)."""
-
-    name: tyro.conf.Positional[str | None] = None
-    """A recipe."""
-
-
-def _recipes(arguments: list[str], prog: str) -> int:
-    command = parse(Recipes, arguments, prog=prog)
-    from unit_fast.recipes import RECIPES, description, recipe
-
-    if command.name:
-        print(to_json(recipe(command.name)), end="")
-        return 0
-    width = max(map(len, RECIPES))
-    for name in RECIPES:
-        print(f"{name:<{width}}  {description(name)}")
-    return 0
-
-
-@dataclass(kw_only=True)
-class Env:
-    """Versions, machine and commit, to paste into an issue."""
-
-
-def _env(arguments: list[str], prog: str) -> int:
-    parse(Env, arguments, prog=prog)
-    from unit_fast.run.environment import environment
-
-    print(json.dumps(environment(), indent=2))
-    return 0
-
-
-@dataclass(kw_only=True)
-class Kernels:
-    """Assemble every Triton kernel for A100 and H100/H200 and print what it takes and what it could reach.
-
-    Needs no GPU. Exit code 1 if a kernel takes more than its budget.
-    """
-
-    op: str | None = None
-    """Only these operators, e.g. attention,residual_norm; default all."""
-    arch: str | None = None
-    """sm_80 (A100), sm_90 (H100, H200) or both, the default."""
-    dtype: str | None = None
-    """bfloat16, float16, float32; default all."""
-    json: bool = False
-    """Print a list of JSON objects."""
-
-
-def _kernels(arguments: list[str], prog: str) -> int:
-    command = parse(Kernels, arguments, prog=prog)
-    from unit_fast.report.kernels import as_object, assembled_rows, show
-
-    rows, wrong = assembled_rows(command.op, command.arch, command.dtype)
-    if command.json:
-        print(json.dumps([as_object(row) for row in rows], indent=1))
-    else:
-        show(rows, wrong)
-    return 1 if wrong else 0
-
-
-COMMANDS = {
-    "demo": (run_demo, "generate a world, train all eight tasks on it, write a report"),
-    "train": (run_train, "train a recipe"),
-    "evaluate": (run_evaluate, "metrics of a trained model, and prediction files"),
-    "predict": (run_predict, "what a model says about an image and/or text"),
-    "data check": (_data_check, "read a whole data root and report what is odd"),
-    "data generate": (_data_generate, "write the generated eight-task world"),
-    "data shard": (run_data_shard, "write folders of images into WebDataset tar shards"),
-    "recipes": (_recipes, "list the recipes, or print one as JSON"),
-    "convert": (run_convert, "weights of MMF, DETR, torchvision and BERT to ours and back"),
-    "kernels": (_kernels, "assemble the Triton kernels without a GPU: registers, spills, bounds"),
-    "env": (_env, "versions and machine, to paste into an issue"),
-}
+def _only_prints(arguments: list[str]) -> bool:
+    """Whether what was printed is all that was done."""
+    if not arguments or "--json" in arguments:
+        return True
+    command = COMMANDS.get(_split(arguments)[0])
+    return command is None or not command.leaves_files

@@ -1,22 +1,21 @@
-"""The commands that train: train and demo."""
+"""``unit-fast train``."""
 
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from unit_fast.commands.command_line import parse, value_of
-from unit_fast.commands.use import run_of, show_metrics
+from unit_fast.commands.command_line import value_of
+from unit_fast.commands.shown import show_metrics, show_report
 from unit_fast.config import RunConfig, load_config, to_json
 from unit_fast.errors import UserError
 from unit_fast.tasks import get_task
 
 
 @dataclass(kw_only=True)
-class Train:
+class Options:
     """Train a recipe. Every field of the configuration is an option too, by its dotted name."""
 
     data_root: str | None = None
@@ -42,40 +41,40 @@ class Train:
     config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
-def run_train(arguments: list[str], prog: str) -> int:
-    command = parse(Train, arguments, prog=prog, default=Train(config=_base_config(arguments)))
-    config = _with_shortcuts(command)
-    if command.dry_run:
+def run(options: Options) -> int:
+    config = config_of(options)
+    if options.dry_run:
         return _dry_run(config)
     from unit_fast import report
     from unit_fast.run.folder import default_folder
     from unit_fast.run.train import train
+    from unit_fast.weights.checkpoint import run_of
 
     if not config.data.root and not config.data.paths:
         raise UserError("no data: give --data-root ROOT (`unit-fast data generate DIR` makes one to try)")
-    if command.resume == "auto" and command.out is None:
+    if options.resume == "auto" and options.out is None:
         raise UserError("--resume auto: give the run folder with --out DIR")
-    out = command.out or run_of(command.resume) or default_folder(config.recipe)
+    out = options.out or (options.resume and run_of(options.resume)) or default_folder(config.recipe)
     run = train(
-        config, out, command.resume, stop_at=command.stop_at, allow_changed=command.allow_changed,
-        progress=command.progress, drawn=report.write_samples,
+        config, out, options.resume, stop_at=options.stop_at, allow_changed=options.allow_changed,
+        progress=options.progress, drawn=report.write_samples,
     )  # fmt: skip
     show_metrics(run.metrics)
-    _report(run)
+    show_report(run)
     return run.exit_code
 
 
-def _report(run) -> None:
-    """Write the report and say where it is; how the run ended does not depend on it."""
-    from unit_fast import report
+def config_of(options: Options) -> RunConfig:
+    """The configuration, with what the shortcuts say of it."""
+    config = options.config
+    if options.data_root:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=options.data_root))
+    if options.batch is not None:
+        config = dataclasses.replace(config, batch_per_process=options.batch, task_batch={})
+    return config
 
-    try:
-        print(f"report: {report.write_report(run.folder)}")
-    except (OSError, UserError) as error:
-        print(f"unit-fast: no report: {' '.join(str(error).split())}", file=sys.stderr)
 
-
-def _base_config(arguments: list[str]) -> RunConfig:
+def default(arguments: list[str]) -> Options:
     """What the options change: a recipe, a file, or the configuration of the run to go on with."""
     from unit_fast.recipes import recipe
 
@@ -90,7 +89,7 @@ def _base_config(arguments: list[str]) -> RunConfig:
         config = recipe(name or "all8_shared")
     if tasks := value_of(arguments, "--tasks"):
         config = _only(config, tasks)
-    return config
+    return Options(config=config)
 
 
 def _folder_to_resume(arguments: list[str]) -> Path | None:
@@ -121,15 +120,6 @@ def _only(config: RunConfig, tasks: str) -> RunConfig:
     )
 
 
-def _with_shortcuts(command: Train) -> RunConfig:
-    config = command.config
-    if command.data_root:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=command.data_root))
-    if command.batch is not None:
-        config = dataclasses.replace(config, batch_per_process=command.batch, task_batch={})
-    return config
-
-
 def _dry_run(config: RunConfig) -> int:
     from unit_fast.commands.dry_run import plan
     from unit_fast.recipes import batch_note
@@ -145,46 +135,3 @@ def _dry_run(config: RunConfig) -> int:
         f"                 {', '.join(f'{name} {size:.2f}' for name, size in kept.items())} GiB"
     )
     return 0
-
-
-# ----------------------------------------------------------------------------------------------------------- demo
-
-
-@dataclass(kw_only=True)
-class Demo:
-    """Generate a world of eight data sets, train one model on all of them, evaluate it and write a report."""
-
-    quick: bool = False
-    """About a minute: a smaller world and fewer steps."""
-    out: str | None = None
-    """Run folder; default runs/demo, or runs/TIME_demo where that is taken."""
-    seed: int = 0
-    """Seed of the world and of the training."""
-    progress: Literal["auto", "plain", "none"] = "auto"
-    """auto: one live line on a terminal, else a plain line an interval."""
-
-
-def run_demo(arguments: list[str], prog: str) -> int:
-    command = parse(Demo, arguments, prog=prog)
-    from unit_fast import recipes, report
-    from unit_fast.data.generated.world import generate
-    from unit_fast.run.folder import default_folder
-    from unit_fast.run.train import train
-
-    name = "demo_quick" if command.quick else "demo"
-    out = Path(command.out or "runs/demo")
-    if command.out is None and (out / "metrics.jsonl").exists():
-        out = default_folder("demo")
-    elif (out / "metrics.jsonl").exists():
-        raise UserError(f"--out {out}: holds a run already; give another folder")
-    print(f"generating the world into {out / 'world'}", flush=True)
-    generate(out / "world", seed=command.seed, scale=recipes.DEMO_SCALE[name])
-    config = recipes.recipe(name)
-    config = dataclasses.replace(
-        config, seed=command.seed, data=dataclasses.replace(config.data, root=str(out / "world"))
-    )
-    run = train(config, out, progress=command.progress, drawn=report.write_samples)
-    show_metrics(run.metrics)
-    print(f"run folder: {run.folder}")
-    _report(run)
-    return run.exit_code

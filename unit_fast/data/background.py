@@ -34,12 +34,14 @@ class OneCore:
 class Background:
     """Takes items from an iterator in a thread of its own, up to ``depth`` ahead, in order.
 
-    An exception of the iterator is raised by ``next`` after the items before it. ``change`` is applied to each item;
-    the thread runs in the context ``within``.
+    An exception of the iterator is raised by ``next`` after the items before it. On a CUDA ``device`` the iterator
+    works on a stream of its own, on which the ``batches`` of each item are copied there from pinned memory; the item's
+    ``ready`` is what ``received`` waits for.
     """
 
-    def __init__(self, items: Iterable, depth: int, change=None, within=contextlib.nullcontext):
-        self._items, self._change, self._within = items, change, within
+    def __init__(self, items: Iterable, depth: int, device: torch.device | None = None):
+        on_gpu = device is not None and device.type == "cuda"
+        self._items, self._device, self._stream = items, device, torch.cuda.Stream(device) if on_gpu else None
         self._queue: queue.Queue = queue.Queue(max(1, depth))
         self._stopped = threading.Event()
         cores = OneCore(1)
@@ -50,9 +52,12 @@ class Background:
     def _run(self, cores: OneCore) -> None:
         cores.begin()
         try:
-            with self._within():
+            with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
                 for item in self._items:
-                    if not self._put((self._change(item) if self._change else item, None)):
+                    if self._stream:
+                        item.batches = [batch.pin_memory().to(self._device) for batch in item.batches]
+                        item.ready = self._stream.record_event()
+                    if not self._put((item, None)):
                         return
             self._put((None, StopIteration()))
         except BaseException as error:  # whatever it is, the training thread must hear of it
@@ -86,22 +91,6 @@ class Background:
         self._thread.join(timeout=10)
         if self._thread.is_alive():
             _log.warning("the loader's thread hangs in a read and is left behind")
-
-
-class Move:
-    """Copies the batches of a step to a CUDA device on a stream of its own, from pinned memory."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
-
-    def on_stream(self):
-        """The context in which copies and transforms go to that stream."""
-        return torch.cuda.stream(self.stream)
-
-    def __call__(self, step):
-        step.batches = [batch.pin_memory().to(self.device) for batch in step.batches]
-        step.ready = self.stream.record_event()
-        return step
 
 
 def received(step, device: torch.device) -> None:

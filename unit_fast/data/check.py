@@ -12,11 +12,11 @@ from unit_fast.config import DataConfig, TaskConfig, default_tasks
 from unit_fast.data import open_dataset
 from unit_fast.data.errors import BadImage, EmptySplit, Finding, Findings, MissingSplit
 from unit_fast.data.images.checked import CheckedImages
-from unit_fast.data.images.shards import NOT_IN_SHARDS
-from unit_fast.data.images.transforms import image_size
+from unit_fast.data.images.decode import image_size
 from unit_fast.data.layout import Layout
 from unit_fast.data.readers.dataset import SPLITS
 from unit_fast.data.readers.vqa2 import read_answers
+from unit_fast.data.shards.member import NOT_IN_SHARDS
 from unit_fast.data.store.cache import open_cache
 from unit_fast.data.store.files import describe
 from unit_fast.data.text.wordpieces import load_vocabulary

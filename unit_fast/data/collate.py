@@ -13,7 +13,6 @@ ATTRIBUTES = 16
 
 _IMAGE = ("image", "picture")
 _TEXT = ("input_ids", "attention_mask", "token_type_ids")
-_SET = ("labels", "boxes", "attributes")
 
 
 def collate(task: str, samples: list[dict], pad_text_to: int = 0, *, model: ModelConfig | None = None) -> Batch:
@@ -24,7 +23,7 @@ def collate(task: str, samples: list[dict], pad_text_to: int = 0, *, model: Mode
     Args:
         task: data set key or short name.
         samples: dicts with, as far as the task has them, ``image`` [3,H,W] float (or ``picture``, an
-            ``images.Picture``, in all of them: the batch has no ``image`` yet); ``input_ids`` [T],
+            ``geometry.Picture``, in all of them: the batch has no ``image`` yet); ``input_ids`` [T],
             ``attention_mask`` [T] (missing: all ones), ``token_type_ids`` [T] (missing: zeros); the targets of
             detection ``labels`` [n], ``boxes`` [n,4] cx cy w h relative to the image, ``attributes`` [n,k], k <= 16,
             -1 = empty (Visual Genome; missing: none), or ``answer_scores`` [A] or ``label``; ``orig_size``
@@ -210,9 +209,6 @@ def _targets(batch, samples, with_attributes, limits):
                 raise UserError(f"sample {i}: attributes has {int(value.min())}; -1 is an empty slot")
             batch.attributes[i, : len(value), : value.shape[1]] = value
         _point(batch, "attributes", batch.attributes, limits)
-
-
-# ------------------------------------------------------------------------------------------------------- helpers
 
 
 def _tensor(sample, index, name, dimensions, kind) -> Tensor:

@@ -1,5 +1,6 @@
 """Errors of the data sets, and the book of what a reader found odd."""
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from unit_fast.errors import UserError, printable
@@ -62,6 +63,17 @@ class Findings:
     def note(self, kind: str, message: str) -> None:
         """Something that is left out or tolerated by rule."""
         self._add(kind, "note", message)
+
+    def parsed(self, kind: str, records: Iterable[tuple[str, object]], parse: Callable) -> Iterator[tuple[str, object]]:
+        """(where, ``parse(record, where)``) of each (where, record); one that raises ``UserError`` is an error of
+        ``kind`` and left out."""
+        for where, record in records:
+            try:
+                found = parse(record, where)
+            except UserError as problem:
+                self.error(kind, str(problem))
+                continue
+            yield where, found
 
     def _add(self, kind, severity, message):
         finding = self.found.setdefault(kind, Finding(kind, severity))

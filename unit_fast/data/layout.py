@@ -30,24 +30,16 @@ PLACES: dict[str, tuple[str, ...]] = {
         "coco/annotations/image_info_test2017.json",
     ),
     **{
-        f"coco.{name}_images": (f"coco/images/{folder}", f"coco/{folder}")
-        for name, folder in {
-            "train": "train2017",
-            "val": "val2017",
-            "test": "test2017",
-            "train2014": "train2014",
-            "val2014": "val2014",
-            "test2015": "test2015",
-        }.items()
+        f"coco.{folder.removesuffix('2017')}_images": (f"coco/images/{folder}", f"coco/{folder}")
+        for folder in ("train2017", "val2017", "test2017", "train2014", "val2014", "test2015")
     },
-    "vg.train_annotations": (
-        "visual_genome/annotations/instances_train_split_by_coco_2017.json",
-        "visual_genome/instances_train_split_by_coco_2017.json",
-    ),
-    "vg.val_annotations": (
-        "visual_genome/annotations/instances_val_split_by_coco_2017.json",
-        "visual_genome/instances_val_split_by_coco_2017.json",
-    ),
+    **{
+        f"vg.{split}_annotations": (
+            f"visual_genome/annotations/instances_{split}_split_by_coco_2017.json",
+            f"visual_genome/instances_{split}_split_by_coco_2017.json",
+        )
+        for split in ("train", "val")
+    },
     "vg.annotations": ("visual_genome/annotations/instances_from_scene_graphs.json",),
     "vg.scene_graphs": ("visual_genome/scene_graphs.json",),
     "vg.objects": ("visual_genome/objects.json",),
@@ -56,11 +48,8 @@ PLACES: dict[str, tuple[str, ...]] = {
     "vg.object_vocab": ("visual_genome/1600-400-20/objects_vocab.txt", "visual_genome/objects_vocab.txt"),
     "vg.attribute_vocab": ("visual_genome/1600-400-20/attributes_vocab.txt", "visual_genome/attributes_vocab.txt"),
     "vg.images": ("visual_genome/images", "visual_genome"),
-    "vqa2.answers": (
-        "vqa2/trainval_label2ans.json",
-        "vqa2/answers_vqa.txt",
-        "vqa2/answers_vqa2.txt",
-        "vqa2/answers.txt",
+    "vqa2.answers": tuple(
+        f"vqa2/{name}" for name in ("trainval_label2ans.json", "answers_vqa.txt", "answers_vqa2.txt", "answers.txt")
     ),
     "vqa2.train_imdb": ("vqa2/imdb_train2017*.npy,vqa2/imdb_vg_karpathy*_not_in_val2017.npy",),
     "vqa2.val_imdb": ("vqa2/imdb_val2017.npy",),

@@ -6,7 +6,6 @@ counts it, so that with it a figure would depend on the batch. Texts are sorted 
 
 import collections
 import concurrent.futures
-import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,14 +15,12 @@ import torch
 
 from unit_fast.batch import Batch
 from unit_fast.config import DataConfig
-from unit_fast.data.background import Background, Move, received
+from unit_fast.data.background import Background, received
 from unit_fast.data.collate import collate
 from unit_fast.data.errors import BadImage
 from unit_fast.data.images.checked import CheckedImages
-from unit_fast.data.images.reader import DecodedSteps, one_core_threads
-from unit_fast.data.images.transforms import Picture
-from unit_fast.data.loader import decoding_threads
-from unit_fast.data.store.cache import open_cache
+from unit_fast.data.images.decoded_steps import DecodedSteps, one_core_threads
+from unit_fast.data.images.geometry import Picture
 from unit_fast.errors import UserError
 from unit_fast.tasks import Task
 
@@ -81,7 +78,7 @@ class Part:
 
 
 class _Fetcher:
-    """Reads or describes some groups; what ``reader.DecodedSteps`` asks for."""
+    """Reads or describes some groups; what ``DecodedSteps`` asks for."""
 
     def __init__(self, dataset, task: Task, labelled: Callable[[dict], bool], pad_text: int):
         self.dataset, self.task, self.labelled, self.pad_text = dataset, task, labelled, pad_text
@@ -97,13 +94,9 @@ class _Fetcher:
         """The groups without pixels, and what is to be read for each batch."""
         return self._part(request, lambda index: self.dataset.describe(index, None, checked))
 
-    def image_paths(self, request: Sequence[Group]) -> list:
-        """The images of the groups, as far as their names are usable."""
-        found = []
-        for index in itertools.chain(*request):
-            with contextlib.suppress(BadImage):
-                found.append(self.dataset.image_path(index))
-        return found
+    def visited(self, request: Sequence[Group]) -> tuple[object, list[int]]:
+        """The data set and the indices of the groups."""
+        return self.dataset, list(itertools.chain(*request))
 
     def _part(self, request: Sequence[Group], get: Callable[[int], dict]) -> tuple[Part, list[list[Picture]]]:
         part, pictures = Part(), []
@@ -170,21 +163,16 @@ class SplitReader:
         engine: str | None = None,
     ):
         fetcher = _Fetcher(dataset, task, labelled, pad_text)
-        self.device, self.background = device, None
-        on_gpu = device.type == "cuda"
-        if engine is not None and task.has_image:
-            checked = CheckedImages(open_cache(data).folder, data.max_pixels)
-            threads = decoding_threads(data)
-            reader = DecodedSteps(fetcher, _together(wanted), data, checked, size, threads, device, engine)
-            parts = iter(reader)
+        decoded = engine is not None and task.has_image
+        if decoded:
+            parts = iter(DecodedSteps(fetcher, _together(wanted), data, size, device, engine))
         elif data.workers:
             parts = _ahead(fetcher.read, ([group] for group in wanted), data.workers, data.workers * data.prefetch)
         else:
             parts = (fetcher.read([group]) for group in wanted)
-        if on_gpu or (engine is not None and task.has_image):
-            move = Move(device) if on_gpu else None
-            self.background = Background(parts, data.prefetch, move, move.on_stream if move else contextlib.nullcontext)
-        self._inner, self.parts = parts, self.background or parts
+        if decoded or device.type == "cuda":
+            parts = Background(parts, data.prefetch, device)
+        self.device, self.parts = device, parts
 
     def __iter__(self):
         return self
@@ -203,10 +191,7 @@ class SplitReader:
 
     def close(self) -> None:
         """End the threads; what they have read ahead is dropped."""
-        if self.background:
-            self.background.close()  # its thread closes what it reads from
-        else:
-            self._inner.close()
+        self.parts.close()
 
 
 def _together(wanted: Iterable[Group]) -> Iterator[list[Group]]:
@@ -234,6 +219,3 @@ def _ahead(function: Callable, items: Iterable, workers: int, depth: int) -> Ite
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-__all__ = ["Group", "Part", "SplitReader", "groups"]

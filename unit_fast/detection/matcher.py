@@ -1,6 +1,5 @@
 """Which query stands for which object: exact minimum-cost pairing, per image and decoder layer (SPEC 2.1)."""
 
-import torch
 from torch import Tensor
 
 from unit_fast import ops
@@ -8,7 +7,6 @@ from unit_fast.batch import Batch
 from unit_fast.config import LossConfig
 
 
-@torch.no_grad()
 def match(logits: Tensor, boxes: Tensor, batch: Batch, loss: LossConfig) -> Tensor:
     """The query of every object in every decoder layer: int64 [L,B,N], -1 = none. No gradient.
 

@@ -30,12 +30,9 @@ class VqaAccuracy:
     def __init__(self):
         self.total, self.count, self.per_answer = 0.0, 0, None
 
-    def add(self, scores: Tensor, targets: Tensor) -> None:
-        """``scores`` [B,A] logits, ``targets`` [B,A] soft scores in 0..1 of questions that have answers."""
-        self.count_answers(best_answer(scores).cpu(), targets.cpu())
-
     def count_answers(self, answers: Tensor, targets: Tensor) -> None:
-        """``answers`` [B] int64 given (``best_answer``), ``targets`` as for ``add``; both on the host."""
+        """``answers`` [B] int64 given (``best_answer``), ``targets`` [B,A] soft scores in 0..1 of questions
+        that have answers; both on the host."""
         targets = targets.detach().double()
         self.total += targets.gather(1, answers[:, None]).sum().item()
         self.count += len(targets)
@@ -54,10 +51,6 @@ class Accuracy:
 
     def __init__(self):
         self.right, self.count, self.per_class = 0, 0, None
-
-    def add(self, scores: Tensor, label: Tensor) -> None:
-        """``scores`` [B,K] logits, ``label`` [B] int64."""
-        self.count_classes(scores.detach().argmax(-1).cpu(), label.cpu(), scores.shape[-1])
 
     def count_classes(self, given: Tensor, label: Tensor, classes: int) -> None:
         """``given`` and ``label`` [B] int64, both on the host; ``classes`` there are."""

@@ -2,14 +2,13 @@
 
 ``Detection`` (COCO, Visual Genome), ``Answers`` (VQA) and ``Classes`` (SNLI-VE, GLUE) have the same methods:
 ``labelled(sample)``; ``compute(output, batch)``, what is wanted of a batch: tensors [B,...] that stay on the device;
-``add(values, members, labelled)`` with these values on the host (``Readback``) and (index, sample) of each row;
+``add(values, members, labelled)`` with these values on the host and (index, sample) of each row;
 ``add_unreadable(index)``, ``result(limited, scorer)``, ``write(stem)``, ``example(sample, prediction)``. Prediction
 files are in the order of the data set, whatever the order in which batches were added.
 """
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import torch
@@ -19,6 +18,8 @@ from unit_fast.batch import Batch, Output
 from unit_fast.detection.boxes import cxcywh_to_xywh, image_scale
 from unit_fast.errors import UserError, printable
 from unit_fast.evaluation.metrics import Accuracy, VqaAccuracy, best_answer, coco_average_precision
+from unit_fast.evaluation.precision import full_precision
+from unit_fast.files import replace
 from unit_fast.tasks import Task
 
 TOP = 5
@@ -41,83 +42,6 @@ def detections(output: Output, orig_size: Tensor) -> tuple[Tensor, Tensor, Tenso
     boxes = full_precision(output.boxes[-1])
     size = orig_size.to(boxes).flip(-1).repeat(1, 2)[:, None]  # width, height, width, height
     return scores, classes, cxcywh_to_xywh(boxes) * size
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """At least single precision."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def in_full_precision(output: Output) -> Output:
-    """``output`` with tensors of at least single precision, as losses want them after autocast."""
-    return Output(**{k: full_precision(v) for k, v in vars(output).items() if isinstance(v, Tensor)})
-
-
-def pick(output: Output, batch: Batch, row: int) -> tuple[Output, Batch]:
-    """Output and batch of the one sample ``row``."""
-    one = slice(row, row + 1)
-    layered = {"hidden_states", "logits", "boxes", "layer_scores"}
-    values = {k: v for k, v in vars(output).items() if isinstance(v, Tensor)}
-    output = Output(**{k: v[:, one] if k in layered else v[one] for k, v in values.items()})
-    lists = {k: v[one] for k in ("sample_ids", "sizes") if (v := getattr(batch, k)) is not None}
-    return output, Batch(task=batch.task, **{k: v[one] for k, v in batch.tensors().items()}, **lists)
-
-
-def finite_rows(output: Output) -> Tensor:
-    """bool [B]: whether all outputs of a sample are finite, of the last layer where there are several."""
-    last = [output.logits, output.boxes]
-    found = [x[-1] for x in last if x is not None]
-    found += [x for x in (output.attribute_logits, output.scores) if x is not None]
-    return torch.stack([x.isfinite().flatten(1).all(1) for x in found]).all(0)
-
-
-def nonfinite_weights(model: torch.nn.Module) -> str:
-    """A clause about the model's weights and constants that are not finite; empty where all are. Reads the device."""
-    tensors = {name: x for name, x in model.state_dict().items() if x.is_floating_point()}
-    fine = torch.stack([x.isfinite().all() for x in tensors.values()]).tolist()
-    bad = [name for name, is_fine in zip(tensors, fine) if not is_fine]
-    if not bad:
-        return ""
-    return f"{len(bad)} of {len(tensors)} weight tensors are not finite (first: {printable(bad[0])})"
-
-
-def why_nonfinite(model: torch.nn.Module) -> str:
-    """Why outputs may not be finite, and what to do."""
-    if weights := nonfinite_weights(model):
-        return f"{weights}: take another checkpoint"
-    return "all weights are finite, so numbers became too large on the way: try --precision fp32, look at the input"
-
-
-class Readback:
-    """Values of several batches on their way from the device to the host, in one copy that waits for nothing.
-
-    values: of each batch tensors by name, of any shape and type that double precision holds exactly.
-    """
-
-    def __init__(self, values: list[dict[str, Tensor]]):
-        self.forms = [{name: (x.shape, x.dtype) for name, x in batch.items()} for batch in values]
-        packed = torch.cat([x.detach().reshape(-1).double() for batch in values for x in batch.values()])
-        self.event = None
-        if packed.is_cuda:
-            self.host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            self.host.copy_(packed, non_blocking=True)
-            self.event = torch.cuda.current_stream(packed.device).record_event()
-        else:
-            self.host = packed
-
-    def take(self) -> list[dict[str, Tensor]]:
-        """The values, floating ones in double precision; waits for the copy."""
-        if self.event is not None:
-            self.event.synchronize()
-        found, at = [], 0
-        for forms in self.forms:
-            batch = {}
-            for name, (shape, dtype) in forms.items():
-                flat = self.host[at : at + shape.numel()]
-                batch[name] = (flat if dtype.is_floating_point else flat.to(dtype)).reshape(shape)
-                at += shape.numel()
-            found.append(batch)
-        return found
 
 
 class Detection:
@@ -323,14 +247,9 @@ def _number(sample_id):
 
 def write_aside(path: Path, text: str) -> Path:
     """Write aside and rename: a reader sees the old file or the new one. ``UserError`` where it cannot be written."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        replace(path, text)
     except OSError as error:
         raise UserError(
             f"{printable(path, 400)}: cannot be written ({error.strerror or error}); make room or take another folder"

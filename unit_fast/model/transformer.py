@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unit_fast import ops
+from unit_fast.config import DecoderConfig, EncoderConfig
 
 LAYER_NORM_EPS = 1e-5
 
@@ -79,14 +80,15 @@ def linear_act_dropout(linear: nn.Linear, x: Tensor, act: str, dropout_p: float 
 
 
 class _Layer(nn.Module):
-    """Feed-forward net and the dropout probability of a layer."""
+    """Self-attention, feed-forward net and norms of a layer, and its dropout probability."""
 
-    def __init__(self, width: int, heads: int, ffn_width: int, dropout: float, norms: int):
+    def __init__(self, config: EncoderConfig | DecoderConfig, norms: int):
         super().__init__()
-        self.dropout = dropout
-        self.self_attn = Attention(width, heads)
-        self.linear1 = nn.Linear(width, ffn_width)
-        self.linear2 = nn.Linear(ffn_width, width)
+        width = config.width
+        self.dropout = config.dropout
+        self.self_attn = Attention(width, config.heads)
+        self.linear1 = nn.Linear(width, config.ffn_width)
+        self.linear2 = nn.Linear(config.ffn_width, width)
         for i in range(1, norms + 1):
             setattr(self, f"norm{i}", nn.LayerNorm(width, eps=LAYER_NORM_EPS))
 
@@ -103,8 +105,8 @@ class _Layer(nn.Module):
 
 
 class EncoderLayer(_Layer):
-    def __init__(self, width: int, heads: int, ffn_width: int, dropout: float):
-        super().__init__(width, heads, ffn_width, dropout, norms=2)
+    def __init__(self, config: EncoderConfig):
+        super().__init__(config, norms=2)
 
     def forward(self, x, x_pos, pos, mask, seeds) -> tuple[Tensor, Tensor]:
         attended = self.self_attn.self_attention(x, x_pos, mask, self.p, seeds.next())
@@ -115,10 +117,10 @@ class EncoderLayer(_Layer):
 class ImageEncoder(nn.Module):
     """Transformer over image tokens with an optional task token in front (SPEC 1.5)."""
 
-    def __init__(self, width, layers, heads, ffn_width, dropout, task_rows: int):
+    def __init__(self, config: EncoderConfig, task_rows: int):
         super().__init__()
-        self.task_embedding = nn.Embedding(task_rows, width) if task_rows else None
-        self.layers = nn.ModuleList(EncoderLayer(width, heads, ffn_width, dropout) for _ in range(layers))
+        self.task_embedding = nn.Embedding(task_rows, config.width) if task_rows else None
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
 
     def forward(self, x_BSC: Tensor, pos_BSC: Tensor, mask_BS: Tensor, task_index: int, seeds) -> Tensor:
         x, pos, mask = x_BSC, pos_BSC, mask_BS
@@ -134,9 +136,9 @@ class ImageEncoder(nn.Module):
 
 
 class DecoderLayer(_Layer):
-    def __init__(self, width: int, heads: int, ffn_width: int, dropout: float):
-        super().__init__(width, heads, ffn_width, dropout, norms=3)
-        self.multihead_attn = Attention(width, heads)
+    def __init__(self, config: DecoderConfig):
+        super().__init__(config, norms=3)
+        self.multihead_attn = Attention(config.width, config.heads)
 
     def forward(self, t, t_pos, query, cross, seeds, identical: bool) -> tuple[Tensor, Tensor]:
         """One layer. t, t_pos = t + query: [B,Q,C]; cross(layer, t_pos, seed) attends to the memory.
@@ -156,11 +158,10 @@ class DecoderLayer(_Layer):
 class Decoder(nn.Module):
     """Six layers over the memory; the final norm is applied to the output of every layer (SPEC 1.8)."""
 
-    def __init__(self, width: int, layers: int, heads: int, ffn_width: int, dropout: float):
+    def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.width = width
-        self.layers = nn.ModuleList(DecoderLayer(width, heads, ffn_width, dropout) for _ in range(layers))
-        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
 
     def forward(self, query_QC: Tensor, memory_BSC: Tensor, pos_BSC: Tensor | None, mask_BS: Tensor | None, seeds):
         """Hidden states [L,B,Q,C]. ``pos`` None: the memory is one token that is never masked (GLUE)."""

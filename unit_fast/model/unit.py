@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unit_fast.batch import Batch, Output
-from unit_fast.config import DecoderConfig, ModelConfig, RunConfig
+from unit_fast.config import ModelConfig, RunConfig
 from unit_fast.detection import criterion, matcher
 from unit_fast.errors import UserError, nearest
 from unit_fast.model.backbone import Backbone
@@ -41,10 +41,7 @@ class UniT(nn.Module):
         # Image encoder (paper 3.1).
         self.backbone = Backbone(config.backbone)
         self.input_proj = nn.Conv2d(config.backbone.out_channels, encoder.width, 1)
-        self.image_encoder = ImageEncoder(
-            encoder.width, encoder.layers, encoder.heads, encoder.ffn_width, encoder.dropout,
-            TASK_ROWS if encoder.task_embedding else 0,
-        )  # fmt: skip
+        self.image_encoder = ImageEncoder(encoder, TASK_ROWS if encoder.task_embedding else 0)
         equal = encoder.width == width
         self.enc2dec_proj = nn.Identity() if equal else nn.Linear(encoder.width, width)
         self.pos_embed_proj = nn.Identity() if equal else nn.Linear(encoder.width, width)
@@ -56,9 +53,9 @@ class UniT(nn.Module):
 
         # Decoder and task queries (paper 3.3).
         if config.decoder.share:
-            self.decoder = _decoder(config.decoder)
+            self.decoder = Decoder(config.decoder)
         else:
-            self.decoders = nn.ModuleDict({name: _decoder(config.decoder) for name in config.tasks})
+            self.decoders = nn.ModuleDict({name: Decoder(config.decoder) for name in config.tasks})
         self.query_embeds = nn.ModuleDict(
             {name: nn.Embedding(task.queries, width) for name, task in config.tasks.items()}
         )
@@ -132,7 +129,11 @@ class UniT(nn.Module):
     def encode_image(self, batch: Batch, seeds) -> tuple[Tensor, Tensor, Tensor]:
         """Image memory and positions [B,P,C] and mask [B,P] (SPEC 1.3 to 1.5)."""
         features = self.input_proj(self.backbone(batch.image))
-        mask_Bhw = self._pixel_mask(batch, features)
+        height, width = features.shape[-2:]
+        if batch.pixel_mask is None:
+            mask_Bhw = torch.zeros(len(features), height, width, dtype=torch.bool, device=features.device)
+        else:
+            mask_Bhw = feature_mask(batch.pixel_mask, height, width)
         mask_BP = mask_Bhw.flatten(1)
         sine = sine_positions(mask_Bhw, self.config.encoder.width).to(features.dtype)
         x = features.flatten(2).transpose(1, 2)
@@ -152,12 +153,6 @@ class UniT(nn.Module):
         positions = self.bert_pos_projection(self.text_encoder.position_embeddings.weight[:length])
         memory = self.bert_projection(tokens)
         return memory, positions.expand(len(memory), -1, -1), (batch.attention_mask != 1)[:, :length]
-
-    def _pixel_mask(self, batch: Batch, features: Tensor) -> Tensor:
-        height, width = features.shape[-2:]
-        if batch.pixel_mask is None:
-            return torch.zeros(len(features), height, width, dtype=torch.bool, device=features.device)
-        return feature_mask(batch.pixel_mask, height, width)
 
     def _detect(self, name: str, hidden_LBQC: Tensor) -> Output:
         logits, boxes = self.class_embeds[name](hidden_LBQC), self.bbox_embeds[name](hidden_LBQC)
@@ -179,7 +174,6 @@ class UniT(nn.Module):
 
     # -------------------------------------------------------------------------------------------------- losses
 
-    @torch.no_grad()
     def match(self, out: Output, batch: Batch) -> Tensor:
         """Query of every target, int64 [L,B,N]; -1 for padding and for targets that got none."""
         layers = slice(None) if self.config.loss.auxiliary else slice(-1, None)
@@ -209,10 +203,9 @@ class UniT(nn.Module):
         name, loss = batch.task, self.config.loss
         check_indices(f"losses of {name}", batch.largest or {}, index_limits(self.tasks[name], self.config))
         if self.tasks[name].is_detection:
-            layers = slice(None) if loss.auxiliary else slice(-1, None)
             matching = self.match(out, batch) if matching is None else matching
             terms = criterion.detection_losses(
-                out.logits[layers], out.boxes[layers], out.hidden_states[layers], matching, batch, loss,
+                out.logits, out.boxes, out.hidden_states, matching, batch, loss,
                 attribute_head=self.attribute_heads[name] if name in self.attribute_heads else None,
                 no_object=self.config.tasks[name].outputs - 1, share=share,
             )  # fmt: skip
@@ -264,9 +257,8 @@ class UniT(nn.Module):
     # -------------------------------------------------------------------------------------------------- helpers
 
     def _has_dropout(self) -> bool:
-        config = self.config
-        decoder = config.decoder
-        return any((config.encoder.dropout, config.text.dropout, decoder.dropout, decoder.classifier_dropout))
+        encoder, text, decoder = self.config.encoder, self.config.text, self.config.decoder
+        return any((encoder.dropout, text.dropout, decoder.dropout, decoder.classifier_dropout))
 
     def _task(self, batch: Batch) -> Task:
         task = self.tasks.get(batch.task)
@@ -279,10 +271,3 @@ class UniT(nn.Module):
         pieces = {k: v for k, v in (batch.largest or {}).items() if k == "input_ids"}
         check_indices(batch.task, pieces, index_limits(task, self.config))
         return task
-
-
-def _decoder(config: DecoderConfig) -> Decoder:
-    return Decoder(config.width, config.layers, config.heads, config.ffn_width, config.dropout)
-
-
-__all__ = ["TASK_ROWS", "UniT"]

@@ -5,17 +5,17 @@ per parameter and moves the subset; what happens to the others is the policy ``u
 ``ops.adamw``.
 """
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unit_fast import ops
-from unit_fast.config import OptimConfig
-from unit_fast.errors import UserError, nearest
 from unit_fast.ops import Tables, adamw_step
+from unit_fast.optim.rates import Rates
+from unit_fast.optim.settings import check_group, check_settings, check_shadow
+from unit_fast.optim.state_dict import as_torch_saves, check_state_dict, complete_groups, copy_moments, moments_of
 
 
 class StepStats(NamedTuple):
@@ -51,9 +51,6 @@ class MaskedAdamW(torch.optim.Optimizer):
     gradients and step counts included.
 
     ``shadow``: bfloat16 copies of some parameters, by parameter, written whenever it moves (and filled here).
-    ``averages``: float32 averages of some parameters, by parameter; whenever it moves, average <- average_decay average
-    + (1 - average_decay) parameter, and while it does not move its average keeps every bit: an average over the
-    parameter's own updates. A run's ``ema_decay`` is another one, over all updates of the run (``setup_model.Ema``).
 
     Implementations with one meaning, chosen as for every operator (``ops.adamw``, ``unit_fast.kernels(...)``):
     ``reference`` (plain PyTorch, any device), ``cpu`` (torch's fused AdamW) and ``fused`` (three Triton launches for
@@ -69,7 +66,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     hyperparameter out of range.
     """
 
-    _OWN = ("rule", "unused", "max_norm", "clip_gradients_in_place", "shadow", "averages", "average_decay", "_counts")
+    _OWN = ("rule", "unused", "max_norm", "clip_gradients_in_place", "shadow", "_counts")
     _step_supports_amp_scaling = True
     """Tells ``torch.amp.GradScaler`` to hand over ``grad_scale`` and ``found_inf``."""
 
@@ -86,60 +83,25 @@ class MaskedAdamW(torch.optim.Optimizer):
         max_norm: float | None = None,
         clip_gradients_in_place: bool = True,
         shadow: Mapping[Tensor, Tensor] | None = None,
-        averages: Mapping[Tensor, Tensor] | None = None,
-        average_decay: float = 0.999,
     ):
-        for name, value, known in (("rule", rule, adamw_step.RULES), ("unused", unused, adamw_step.POLICIES)):
-            if value not in known:
-                raise ValueError(f"MaskedAdamW: {name} is {value!r}; {nearest(value, known)}")
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"MaskedAdamW: max_norm is {max_norm}; give a positive number, or None not to clip")
-        if not 0 <= average_decay < 1:
-            raise ValueError(f"MaskedAdamW: average_decay is {average_decay}; it must be in [0, 1)")
+        check_settings(rule, unused, max_norm)
         self.rule, self.unused, self.max_norm = rule, unused, max_norm
-        self.clip_gradients_in_place, self.average_decay = clip_gradients_in_place, average_decay
-        self.shadow, self.averages = dict(shadow or {}), dict(averages or {})
+        self.clip_gradients_in_place, self.shadow = clip_gradients_in_place, dict(shadow or {})
         self._counts: Tensor | None = None
         self._forget()
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
-        self._check_followers()
+        check_shadow(self.shadow, self._params())
         self.refresh_shadow()
 
     def _forget(self) -> None:
         """Drop what is made anew when it is needed."""
         self._tables: Tables | None = None
-        self._device_lr: Tensor | None = None
-        self._written: list[float] = []
+        self._rates = Rates()
 
     def add_param_group(self, group: dict) -> None:
         super().add_param_group(group)
         self._forget()
-        group = self.param_groups[-1]
-        if isinstance(group["lr"], Tensor):
-            raise ValueError("MaskedAdamW: lr is a tensor; give a number, and write rates of the device to device_lr")
-        for name in ("lr", "eps", "weight_decay"):
-            if not group[name] >= 0:
-                raise ValueError(f"MaskedAdamW: {name} is {group[name]}; it must not be negative")
-        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"MaskedAdamW: betas are {group['betas']}; both must be in [0, 1)")
-        for p in group["params"]:
-            if not p.is_floating_point():
-                raise ValueError(f"MaskedAdamW: a parameter of shape {tuple(p.shape)} is {p.dtype}, not floating point")
-
-    def _check_followers(self) -> None:
-        members = {p for p, _ in self._members()}
-        for name, tensors, dtype in (
-            ("shadow", self.shadow, torch.bfloat16),
-            ("averages", self.averages, torch.float32),
-        ):
-            for p, t in tensors.items():
-                if p not in members:
-                    raise ValueError(f"MaskedAdamW: {name} has a tensor that is not one of the parameters")
-                if t.shape != p.shape or t.dtype != dtype or t.device != p.device or not adamw_step.same_layout(t, p):
-                    raise ValueError(
-                        f"MaskedAdamW: {name} of a parameter {list(p.shape)} on {p.device} is {t.dtype} "
-                        f"{list(t.shape)} on {t.device}; it must be {dtype}, of its shape, device and strides"
-                    )
+        check_group(self.param_groups[-1])
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {name: getattr(self, name) for name in self._OWN}
@@ -161,10 +123,10 @@ class MaskedAdamW(torch.optim.Optimizer):
         ``found_inf``, one number: not zero changes nothing. Both are taken from the attributes of these names, which a
         ``GradScaler`` sets, where they are not given. ``ValueError`` on another shape or dtype and on sparse gradients.
         """
-        members = self._members()
-        if used is not None and (used.dtype not in (torch.uint8, torch.bool) or used.shape != (len(members),)):
+        count = len(self._params())
+        if used is not None and (used.dtype not in (torch.uint8, torch.bool) or used.shape != (count,)):
             raise ValueError(
-                f"MaskedAdamW: used is {used.dtype} {list(used.shape)}; it must be uint8 or bool [{len(members)}]"
+                f"MaskedAdamW: used is {used.dtype} {list(used.shape)}; it must be uint8 or bool [{count}]"
             )
         step = self._step_of(used, grad_scale, found_inf)
         return StepStats(*ops.adamw(step, lambda: self._tables_for(step)))
@@ -173,24 +135,23 @@ class MaskedAdamW(torch.optim.Optimizer):
         self, used: Tensor | None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
     ) -> adamw_step.Step:
         """What a step works on."""
-        members = self._members()
-        if not members:
+        params = self._params()
+        if not params:
             raise ValueError("MaskedAdamW: no parameters to update")
-        params = [p for p, _ in members]
         grads = [p.grad for p in params]
         if any(g is not None and g.layout != torch.strided for g in grads):
             raise ValueError("MaskedAdamW: sparse gradients are not supported; build embeddings with sparse=False")
         counts = self.step_counts()
-        self._write_rates()
+        self._rates.follow(self.param_groups)
         return adamw_step.Step(
             params=params,
             grads=grads,
-            moments=lambda i: self._moments(params[i], counts[i]),
+            moments=lambda i: moments_of(self.state[params[i]], params[i], counts[i]),
             counts=counts,
             used=used,
             possible=self._possible(params, grads, used),
             groups=[i for i, group in enumerate(self.param_groups) for _ in group["params"]],
-            lr=[g["lr"] for g in self.param_groups] if self._device_lr is None else self._device_lr,
+            lr=[g["lr"] for g in self.param_groups] if self._rates.tensor is None else self._rates.tensor,
             hyper=[(*g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups],
             rule=self.rule,
             unused=self.unused,
@@ -199,8 +160,6 @@ class MaskedAdamW(torch.optim.Optimizer):
             found_inf=getattr(self, "found_inf", None) if found_inf is None else found_inf,
             in_place=self.clip_gradients_in_place,
             copies=[self.shadow.get(p) for p in params] if self.shadow else (),
-            averages=[self.averages.get(p) for p in params] if self.averages else (),
-            decay=self.average_decay,
         )
 
     def _possible(self, params, grads, used: Tensor | None) -> list[int] | None:
@@ -233,7 +192,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         step = self._step_of(None)
         fused = ops.prepare_adamw(step, lambda: self._tables_for(step))
         if fused or step.counts.device.type == "cuda":
-            self._rates()
+            self._rates.on_device(self.param_groups)
             for i in range(len(step.params)):
                 step.moments(i)
 
@@ -249,13 +208,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         """float64 [groups] on the device of the parameters: the learning rates that steps take, from the first time it
         is asked for. A group's ``lr`` is copied here when it changes; what is written here changes no group's ``lr``,
         and holds until that changes. A captured step follows it."""
-        return self._rates()
-
-    def _rates(self) -> Tensor:
-        if self._device_lr is None:
-            self._written = [group["lr"] for group in self.param_groups]
-            self._device_lr = adamw_step.upload(self._written, torch.float64, self._members()[0][0].device)
-        return self._device_lr
+        return self._rates.on_device(self.param_groups)
 
     def scale_lr(self, multiplier: float | Tensor) -> None:
         """Make every group's learning rate ``multiplier`` times its ``initial_lr`` (the ``lr`` before the first call).
@@ -263,130 +216,44 @@ class MaskedAdamW(torch.optim.Optimizer):
         A number changes the groups' ``lr``. A tensor (a scalar on the device) is not read: it changes ``device_lr``
         only, and the groups' ``lr`` are no longer what steps take.
         """
-        for group in self.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-        if isinstance(multiplier, Tensor):
-            rates = self.device_lr
-            for i, group in enumerate(self.param_groups):
-                rates[i].copy_(multiplier * group["initial_lr"])
-            return
-        for group in self.param_groups:
-            group["lr"] = group["initial_lr"] * multiplier
-        self._written = [math.nan] * len(self.param_groups)  # a tensor may have changed them since
-        self._write_rates()
-
-    def _write_rates(self) -> None:
-        """Copy rates that were changed in the groups to ``device_lr``, if there is one; by launches, not by copies."""
-        if self._device_lr is None:
-            return
-        for i, group in enumerate(self.param_groups):
-            if group["lr"] != self._written[i]:
-                adamw_step.refuse(self._device_lr.device, f"the learning rate of group {i}, a number, would be written")
-                self._written[i] = group["lr"]
-                self._device_lr[i].fill_(group["lr"])
+        self._rates.scale(self.param_groups, multiplier)
 
     # ---------------------------------------------------------------------------------------------------- the state
 
     def step_counts(self) -> Tensor:
         """int32 [n]: updates each parameter has had, in the order of the parameters over all groups (not a copy)."""
-        members = self._members()
-        device = members[0][0].device
+        params = self._params()
+        device = params[0].device
         if self._counts is None:
             adamw_step.refuse(device, "MaskedAdamW's step counts would be made")
-            self._counts = torch.zeros(len(members), dtype=torch.int32, device=device)
-        elif len(self._counts) < len(members) or self._counts.device != device:
-            more = torch.zeros(len(members) - len(self._counts), dtype=torch.int32, device=device)
+            self._counts = torch.zeros(len(params), dtype=torch.int32, device=device)
+        elif len(self._counts) < len(params) or self._counts.device != device:
+            more = torch.zeros(len(params) - len(self._counts), dtype=torch.int32, device=device)
             self._counts = torch.cat((self._counts.to(device), more))
             self._bind_steps()
         return self._counts
 
     def _bind_steps(self) -> None:
         """Make every ``state[p]["step"]`` a view of its count."""
-        for i, (p, _) in enumerate(self._members()):
+        for i, p in enumerate(self._params()):
             if self._counts is not None and self.state.get(p):
                 self.state[p]["step"] = self._counts[i]
 
-    def _members(self) -> list[tuple[Tensor, dict]]:
-        return [(p, group) for group in self.param_groups for p in group["params"]]
-
-    def _moments(self, p: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """exp_avg and exp_avg_sq of p, zeros at first; ``count`` is its element of the step counts."""
-        state = self.state[p]
-        if not state:
-            adamw_step.refuse(p.device, "the moments of a parameter would be made")
-            state |= {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        elif state["exp_avg"].stride() != p.stride():  # the parameter was laid out anew: so must they be
-            adamw_step.refuse(p.device, "the moments of a parameter would be laid out anew")
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.empty_like(p).copy_(state[name])
-        return state["exp_avg"], state["exp_avg_sq"]
-
-    # -------------------------------------------------------------------------------------------------- state dict
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def state_dict(self) -> dict:
         """As ``torch.optim.AdamW``'s: ``exp_avg``, ``exp_avg_sq`` and ``step`` (0-d float32) by parameter index."""
-        out = super().state_dict()
-        counts = self.step_counts().tolist()
-        # The reference makes moments before it knows whether the parameter moves; torch lists those that have moved.
-        moved = {i: state for i, state in out["state"].items() if counts[i] > 0}
-        out["state"] = {i: state | {"step": torch.tensor(float(counts[i]))} for i, state in moved.items()}
-        return out
+        return as_torch_saves(super().state_dict(), self.step_counts())
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load what this class or ``torch.optim.AdamW`` saved, by copying. ``UserError`` where it does not fit."""
-        shapes = [tuple(p.shape) for p, _ in self._members()]
-        saved = sum(len(group["params"]) for group in state_dict["param_groups"])
-        if saved != len(shapes) or len(state_dict["param_groups"]) != len(self.param_groups):
-            raise UserError(
-                f"optimiser state: saved for {saved} parameters in {len(state_dict['param_groups'])} groups, but there "
-                f"are {len(shapes)} in {len(self.param_groups)}; build the optimiser for the model it was saved with"
-            )
-        for group in state_dict["param_groups"]:
-            for name in ("amsgrad", "maximize"):
-                if group.get(name):
-                    raise UserError(f"optimiser state: saved with {name}=True, which MaskedAdamW does not have")
-        for i, state in state_dict["state"].items():
-            for name in ("step", "exp_avg", "exp_avg_sq"):
-                if name not in state:
-                    raise UserError(f"optimiser state: parameter {i} has no {name!r}; it is not the state of an AdamW")
-                if name != "step" and tuple(state[name].shape) != shapes[i]:
-                    raise UserError(
-                        f"optimiser state: {name} of parameter {i} is {list(state[name].shape)}, the parameter "
-                        f"{list(shapes[i])}; build the optimiser for the model it was saved with"
-                    )
+        params = self._params()
+        check_state_dict(state_dict, [tuple(p.shape) for p in params], len(self.param_groups))
         before = [dict(group) for group in self.param_groups]
         self._counts = None  # or the saved step counts would be replaced by views of the present ones while loading
         super().load_state_dict(state_dict)
-        for group, old in zip(self.param_groups, before, strict=True):
-            for name, value in old.items():
-                group.setdefault(name, value)
-            group["lr"] = float(group["lr"])  # torch's may be a tensor
-        counts = [0] * len(shapes)
-        for i, (p, _) in enumerate(self._members()):
-            if p not in self.state:
-                continue
-            state = self.state[p]
-            counts[i] = int(state["step"])
-            # Copies: the saved tensors may be shared, read-only, or laid out in memory unlike the parameter.
-            self.state[p] = {name: torch.empty_like(p).copy_(state[name]) for name in ("exp_avg", "exp_avg_sq")}
+        complete_groups(self.param_groups, before)
+        counts = copy_moments(self.state, params)
         self.step_counts().copy_(torch.tensor(counts, dtype=torch.int32))
         self._bind_steps()
-
-
-def make_optimizer(model: nn.Module, config: OptimConfig) -> MaskedAdamW:
-    """The optimiser of a run: ``model.parameter_groups(lr, lr_backbone)`` with the settings of ``config``.
-
-    Groups without parameters (a frozen backbone) are left out.
-    """
-    groups = [group for group in model.parameter_groups(config.lr, config.lr_backbone) if len(group["params"])]
-    return MaskedAdamW(
-        groups,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        rule=config.rule,
-        unused=config.unused,
-        max_norm=config.max_norm,
-        clip_gradients_in_place=False,  # nothing looks at the gradients afterwards
-    )

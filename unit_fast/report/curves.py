@@ -85,7 +85,7 @@ def write_curves(run: Run, published: dict[str, float] | None = None) -> str:
 def _task(axes, run: Run, task: Task, published: float | None, end: int) -> None:
     top, bottom = axes
     top.set_title(task.title, fontsize=9, fontweight="bold", loc="left")
-    evaluations = [row for row in run.evaluations.get(task.short, []) if number(row["metrics"].get(task.metric))]
+    evaluations = run.scored(task)
     if evaluations:
         steps = [row["step"] for row in evaluations]
         values = [row["metrics"][task.metric] for row in evaluations]
@@ -112,7 +112,7 @@ def _task(axes, run: Run, task: Task, published: float | None, end: int) -> None
             curves = [*curves, published]
         top.set_ylim(0, max(0.05, min(1.02, 1.15 * max(curves))))
     else:
-        top.text(0.5, 0.5, "not evaluated yet", transform=top.transAxes, ha="center", va="center", color=CHANCE)
+        _say(top, "not evaluated yet")
         top.set_yticks([])
     top.set_ylabel(METRIC_NAMES[task.metric])
     rows = [row for row in run.train.get(task.short, []) if number(row.get("loss"))]
@@ -127,7 +127,7 @@ def _task(axes, run: Run, task: Task, published: float | None, end: int) -> None
         if high > low:
             bottom.set_ylim(max(0.0, low - 0.1 * (high - low)), high + 0.15 * (high - low))
     else:
-        bottom.text(0.5, 0.5, "no training step", transform=bottom.transAxes, ha="center", va="center", color=CHANCE)
+        _say(bottom, "no training step")
         bottom.set_yticks([])
     points = [(r["step"], r["metrics"]["loss"]) for r in evaluations if number(r["metrics"].get("loss"))]
     if points:
@@ -150,7 +150,7 @@ def _rates(axes, run: Run, tasks: list[Task], end: int) -> None:
         if points:
             axis.plot(*_reduced(*zip(*points), _POINTS), color=METRIC, linewidth=1.2)
         else:
-            axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", va="center", color=CHANCE)
+            _say(axis, "not logged")
     if any(number(row.get("grad_norm")) and row["grad_norm"] > 0 for row in rows):
         norm.set_yscale("log")
         norm.yaxis.set_major_formatter("{x:g}")
@@ -180,6 +180,10 @@ def _rates(axes, run: Run, tasks: list[Task], end: int) -> None:
         axis.set_xlim(0, end)
         axis.set_xlabel("step")
         _few_ticks(axis)
+
+
+def _say(axis, text: str) -> None:
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color=CHANCE)
 
 
 def _few_ticks(axis) -> None:

@@ -119,22 +119,22 @@ def _content(run: Run, published: dict[str, float]) -> dict:
 
 
 def _headline(run: Run, task: Task, published: float | None) -> dict:
-    latest, best = run.latest(task), run.best(task)
+    scored = run.scored(task)
     row = {
         "title": task.title, "short": task.short, "metric": METRIC_NAMES[task.metric], "value": None,
         "published": published, "steps": len(run.train.get(task.short, [])),
     }  # fmt: skip
-    rows = run.evaluations.get(task.short, [])
-    row["why"] = "no labels in this split" if rows else "not evaluated"
-    if latest is None:
+    row["why"] = "no labels in this split" if run.evaluations.get(task.short) else "not evaluated"
+    if not scored:
         return row
+    latest, best = scored[-1], max(scored, key=lambda row: row["metrics"][task.metric])
     figures = latest["metrics"]
-    chance = figures.get("chance") if number(figures.get("chance")) else None
+    ap50, chance, loss = (_finite(figures.get(key)) for key in ("AP50", "chance", "loss"))
     return row | {
         "value": figures[task.metric],
-        "ap50": figures.get("AP50") if number(figures.get("AP50")) else None,
+        "ap50": ap50,
         "chance": chance,
-        "loss": figures.get("loss") if number(figures.get("loss")) else None,
+        "loss": loss,
         "count": figures.get("count"),
         "unreadable": figures.get("unreadable") or 0,
         "step": latest["step"],
@@ -144,11 +144,15 @@ def _headline(run: Run, task: Task, published: float | None) -> dict:
         # positions on a bar of 100 units; the value itself is printed beside
         "bar": {
             "value": round(100 * min(max(figures[task.metric], 0.0), 1.0), 2),
-            "ap50": round(100 * figures["AP50"], 2) if number(figures.get("AP50")) else None,
+            "ap50": round(100 * ap50, 2) if ap50 is not None else None,
             "chance": round(100 * chance, 2) if chance else None,
             "published": round(100 * published, 2) if published else None,
         },
     }
+
+
+def _finite(value) -> float | None:
+    return value if number(value) else None
 
 
 def _verdict(run: Run, rows: list[dict]) -> str:

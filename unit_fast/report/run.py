@@ -42,15 +42,9 @@ class Run:
         steps = [row["step"] for rows in (*self.train.values(), *self.evaluations.values()) for row in rows]
         return max(steps, default=None)
 
-    def latest(self, task: Task) -> dict | None:
-        """The last evaluation of ``task`` that has its metric: {"step", "metrics"}."""
-        rows = [row for row in self.evaluations.get(task.short, []) if number(row["metrics"].get(task.metric))]
-        return rows[-1] if rows else None
-
-    def best(self, task: Task) -> dict | None:
-        """The evaluation with the task's highest metric."""
-        rows = [row for row in self.evaluations.get(task.short, []) if number(row["metrics"].get(task.metric))]
-        return max(rows, key=lambda row: row["metrics"][task.metric]) if rows else None
+    def scored(self, task: Task) -> list[dict]:
+        """The evaluations of ``task`` that have its metric, {"step", "metrics"}, in the order of steps."""
+        return [row for row in self.evaluations.get(task.short, []) if number(row["metrics"].get(task.metric))]
 
 
 def number(value) -> bool:

@@ -3,7 +3,6 @@
 import datetime
 import os
 import platform
-import socket
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -36,11 +35,6 @@ def environment() -> dict:
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],
         "kernels": os.environ.get("UNIT_FAST_KERNELS", "auto"),
     }
-
-
-def host() -> str:
-    """Name of this machine, for the run lock."""
-    return socket.gethostname()
 
 
 def _version(name: str) -> str | None:

@@ -19,9 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from unit_fast.data import loader
 from unit_fast.errors import printable
+from unit_fast.files import replace
 from unit_fast.run.console import Console
-from unit_fast.run.rows import Appended, number_of, read_row, replace
+from unit_fast.run.rows import Appended, number_of, read_row
+from unit_fast.run.step import Update
 from unit_fast.tasks import TASKS
 
 
@@ -49,6 +52,22 @@ class Record:
     grad_norm: float = math.nan
     nonfinite: bool = False
     terms: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, item: loader.Step, step: int, lr: float, wait_s: float, readers: int) -> "Record":
+        """Of the update that was ``step``, on what the loader gave for it; ``readers`` read at once."""
+        return cls(
+            step=step,
+            task=item.task,
+            lr=lr,
+            samples=item.request.samples,
+            wait_s=wait_s,
+            images=sum(len(batch) for batch in item.batches if batch.image is not None),
+            read_s=item.read_s / readers,
+            real=item.real,
+            request=item.request,
+            sample_ids=[i for batch in item.batches for i in batch.sample_ids or ()],
+        )
 
 
 class RunLog:
@@ -177,10 +196,10 @@ class RunLog:
 
     # --------------------------------------------------------------------------------------------------- steps
 
-    def log(self, record: Record, names: tuple[str, ...], terms: Tensor, grad_norm: Tensor, nonfinite: Tensor) -> None:
-        """Keep one update's figures unread: terms [n] called ``names``, the others 0-d."""
-        values = torch.cat([torch.stack([grad_norm.float(), nonfinite.float()]), terms.float()])
-        self.pending.append((record, values, names))
+    def log(self, record: Record, update: Update) -> None:
+        """Keep one update's figures unread."""
+        figures = torch.stack([update.grad_norm.float(), update.nonfinite.float()])
+        self.pending.append((record, torch.cat([figures, update.terms.float()]), update.names))
         if self.first_step is None:
             self.first_step = record.step
             self.started = self.since

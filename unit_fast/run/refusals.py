@@ -1,10 +1,6 @@
-"""Updates that were refused because they were not finite: how many end a run, and weights that are not finite."""
+"""Updates that were refused because they were not finite, and how many of them end a run."""
 
-import math
 from collections import Counter
-
-import torch
-from torch import nn
 
 from unit_fast.errors import UserError
 from unit_fast.run.folder import EXIT
@@ -18,10 +14,6 @@ class NonFinite(UserError):
 
     status = "nonfinite"
     exit_code = EXIT[status]
-
-
-class BrokenWeights(NonFinite):
-    """An update with a finite loss and gradient made weights that are not finite. They are not saved."""
 
 
 class Refusals:
@@ -69,12 +61,3 @@ class Refusals:
         self.in_a_row = saved["in_a_row"]
         for name in ("of_task", "done", "refused"):
             getattr(self, name).update(saved[name])
-
-
-@torch.no_grad()
-def not_finite(model: nn.Module) -> list[str]:
-    """Names of the parameters of ``model`` that are not finite. Reads the device once."""
-    names, parameters = zip(*[(name, p) for name, p in model.named_parameters() if p.numel()])
-    # The largest magnitude of each: NaN and infinity come through, and one pass over the memory is enough.
-    finite = torch.stack(torch._foreach_norm(parameters, math.inf)).isfinite().tolist()
-    return [name for name, good in zip(names, finite, strict=True) if not good]

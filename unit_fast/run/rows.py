@@ -72,10 +72,3 @@ def number_of(cell: bytes) -> float:
         return int(cell)
     except ValueError:
         return math.inf
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Replace the file ``path``, whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(content)
-    aside.replace(path)

@@ -1,63 +1,19 @@
-"""From a configuration to a model and an optimiser ready for the first update."""
+"""From a configuration to what a run needs: device, samples, model and optimiser, what each task trains."""
 
-import copy
 import dataclasses
-import logging
-import math
-import operator
-from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from unit_fast.config import RunConfig, TextConfig
-from unit_fast.errors import UserError, nearest
+from unit_fast.config import RunConfig
+from unit_fast.config_check import FREEZABLE
+from unit_fast.data import open_dataset
+from unit_fast.errors import UserError
 from unit_fast.model import UniT
-from unit_fast.optim.masked_adamw import MaskedAdamW, make_optimizer
-from unit_fast.tasks import TASKS, get_task
-from unit_fast.weights import checkpoint, convert
-
-FREEZABLE = {
-    "image": ("backbone.", "input_proj.", "image_encoder.layers."),
-    "text": ("text_encoder.",),
-}
-"""What ``freeze`` holds still. The task tables stay trainable: in a single-task checkpoint the rows of other tasks are
-untrained noise. So do the projections to the decoder's width (SPEC 6.1)."""
-
-_log = logging.getLogger("unit_fast.train")
-
-
-_AT_LEAST = {
-    "steps": 1, "batch_per_process": 1, "accumulate": 1, "eval_every": -1, "eval_batch": 1, "eval_limit": 0,
-    "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "threads": 0, "optim.lr": 0, "optim.lr_backbone": 0,
-    "optim.weight_decay": 0, "optim.warmup_steps": 0, "data.workers": 0, "data.prefetch": 1, "data.max_bad_share": 0,
-    "data.cache_mib": 0, "model.backbone.group_channels": 1,
-    "buckets.heights": 1, "buckets.widths": 1, "buckets.least_text": 1, "buckets.least_targets": 1,
-}  # fmt: skip
-
-
-def check_config(config: RunConfig) -> None:
-    """``UserError`` on a number out of range or a data set that does not exist, naming the field."""
-    for name, least in _AT_LEAST.items():
-        value = operator.attrgetter(name)(config)
-        if not least <= value < math.inf:
-            raise UserError(f"{name}: is {value}; give at least {least}")
-    for field in ("encoder.dropout", "text.dropout", "decoder.dropout", "decoder.classifier_dropout"):
-        value = operator.attrgetter(field)(config.model)
-        if not 0 <= value < 1:
-            raise UserError(f"model.{field}: is {value}; give a probability of at least 0 and below 1")
-    if config.optim.max_norm is not None and not config.optim.max_norm > 0:
-        raise UserError(f"optim.max_norm: is {config.optim.max_norm}; give a positive number, or None not to clip")
-    for part in config.freeze:
-        if part not in FREEZABLE:
-            raise UserError(f"freeze: {part!r} is not an encoder; {nearest(part, FREEZABLE)}")
-    for field in ("ratios", "task_batch"):
-        for name, value in getattr(config, field).items():
-            if name not in TASKS:
-                raise UserError(f"{field}: {name!r} is not a data set key; {nearest(name, TASKS)}")
-            if field == "task_batch" and value < 1:
-                raise UserError(f"task_batch.{name}: is {value}; give at least 1")
+from unit_fast.optim import MaskedAdamW, make_optimizer
+from unit_fast.optim.state_dict import member_names
+from unit_fast.run.initial_weights import load_initial
+from unit_fast.tasks import get_task
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -74,6 +30,15 @@ def device_of(config: RunConfig) -> torch.device:
     return device
 
 
+def open_split(config: RunConfig, name: str, split: str, *, augment: bool):
+    """A split of the data set ``name`` as the run's model takes it, see ``data.open_dataset``."""
+    model = config.model
+    return open_dataset(
+        name, split, config.data, model.tasks[name], augment=augment, vocab_size=model.text.vocab_size,
+        attribute_outputs=model.loss.attribute_outputs,
+    )  # fmt: skip
+
+
 def build(config: RunConfig, device: torch.device, *, pretrained: bool = True) -> tuple[UniT, MaskedAdamW, RunConfig]:
     """Model, optimiser and the configuration with ``started_from`` filled in.
 
@@ -82,65 +47,10 @@ def build(config: RunConfig, device: torch.device, *, pretrained: bool = True) -
     torch.manual_seed(config.seed)
     model = UniT(config.model)
     if pretrained:
-        config = dataclasses.replace(config, started_from=_load_initial(model, config))
+        config = dataclasses.replace(config, started_from=load_initial(model, config))
     model.to(device, memory_format=model.backbone.memory_format)
     freeze(model, config)
     return model, make_optimizer(model, config.optim), config
-
-
-PARTS = {"backbone": "backbone.", "text encoder": "text_encoder."}
-"""Parts that pretrained files exist for, and how their tensors' names begin."""
-
-
-def _load_initial(model: UniT, config: RunConfig) -> dict[str, str]:
-    """``init_from`` first, then pretrained files for the parts it left. Returns part -> source."""
-    found: dict[str, str] = {}
-    loaded: list[str] = []
-    if config.init_from:
-        path, loaded = _load_from_run(model, config)
-        found["model"] = path
-    elif config.skip_load:
-        raise UserError("skip_load: leaves parts of --init-from out; give --init-from too")
-    left = [part for part, prefix in PARTS.items() if not any(name.startswith(prefix) for name in loaded)]
-    published = {
-        "backbone": (config.model.backbone.depth, config.model.backbone.width, config.model.backbone.norm)
-        == (50, 64, "frozen"),
-        "text encoder": all(
-            getattr(config.model.text, f) == getattr(TextConfig(), f)
-            for f in ("width", "layers", "heads", "ffn_width", "vocab_size", "max_positions")
-        ),
-    }
-    parts = [part for part in left if published[part]]
-    for part in left:
-        if part not in parts:  # of another size than the published files: there is nothing to look for
-            if config.require_weights:
-                raise UserError(f"require_weights: the {part} has not the published size; no pretrained weights fit")
-            found[part] = "random"
-    if parts:
-        folder = config.weights or (config.data.root and str(Path(config.data.root) / "pretrained"))
-        if folder is None or (config.weights and not Path(folder).is_dir()):
-            raise UserError(f"--weights {folder}: no such folder" if folder else "give --data-root or --weights")
-        found |= convert.load_pretrained(model, folder, require=config.require_weights, parts=parts)
-    return found
-
-
-def _load_from_run(model: UniT, config: RunConfig) -> tuple[str, list[str]]:
-    """Load what fits of ``init_from``; its path and the names loaded."""
-    path = Path(config.init_from)
-    for prefix in config.skip_load:
-        if not any(name.startswith(prefix) for name in model.state_dict()):
-            raise UserError(
-                f"skip_load {prefix!r}: no tensor of the model begins so; "
-                f"{nearest(prefix, {n.split('.')[0] for n in model.state_dict()})}"
-            )
-    if path.is_dir():
-        path = checkpoint.find(path) / checkpoint.WEIGHTS
-    elif not path.is_file():
-        raise UserError(f"--init-from {path}: no such run, checkpoint or weights file")
-    checkpoint.verify_weights(path)
-    report = convert.load_matching(model, checkpoint.load_weights(path), skip=config.skip_load, source=str(path))
-    _log.info("initial weights: %s", report)
-    return str(path), report.loaded
 
 
 def freeze(model: UniT, config: RunConfig) -> None:
@@ -168,86 +78,11 @@ def used_masks(model: UniT, optimizer: MaskedAdamW, tasks) -> dict[str, Tensor]:
     Known from the module tree before the forward pass. On GLUE ``bert_pos_projection`` is in the graph with a gradient
     of exactly zero: the policy ``graph`` leaves it out, the others see to it themselves.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
-    members = [p for group in optimizer.param_groups for p in group["params"]]
+    members, device = member_names(model, optimizer), next(model.parameters()).device
     masks = {}
     for task in tasks:
         used = model.used_parameters(task)
         if optimizer.unused == "graph" and not get_task(task).has_image:
             used = {n: u and not n.startswith("bert_pos_projection.") for n, u in used.items()}
-        masks[task] = torch.tensor([used[names[id(p)]] for p in members], dtype=torch.uint8, device=members[0].device)
+        masks[task] = torch.tensor([used[name] for name in members], dtype=torch.uint8, device=device)
     return masks
-
-
-def optimizer_state(model: nn.Module, optimizer: MaskedAdamW) -> dict[str, dict[str, Tensor]]:
-    """Parameter name -> its moments and step count."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    members = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    return {members[i]: dict(state) for i, state in optimizer.state_dict()["state"].items()}
-
-
-def load_optimizer_state(model: nn.Module, optimizer: MaskedAdamW, saved: dict[str, dict[str, Tensor]]) -> None:
-    """The reverse; ``UserError`` on a parameter that the optimiser does not have."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    members = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    if extra := sorted(set(saved) - set(members)):
-        raise UserError(f"checkpoint: optimiser state for {extra[0]}, which this run does not train")
-    fresh = optimizer.state_dict()
-    index = {name: i for i, name in enumerate(members)}
-    optimizer.load_state_dict({**fresh, "state": {index[name]: state for name, state in saved.items()}})
-
-
-class Ema:
-    """Exponential moving average of all weights over the run's updates, float32 (``ema_decay``): after every update
-    that was not refused, average <- decay average + (1 - decay) weights, whether or not the update moved a weight.
-
-    ``MaskedAdamW(averages=...)`` keeps other averages, of each parameter over its own updates; no run uses them.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        if not 0 < decay < 1:
-            raise UserError(f"ema_decay: {decay} is not between 0 and 1; 0 keeps no average")
-        self.decay = decay
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
-        # On a card pieces of this size keep what is between them small, and are still few launches.
-        self.pieces = _pieces(pairs, PIECE if pairs[0][0].device.type == "cuda" else math.inf)
-
-    @torch.no_grad()
-    def update(self, refused: Tensor) -> None:
-        """After an update; ``refused`` is its ``Update.nonfinite``, 0-d: not zero leaves every average as it is.
-
-        Nothing is read back from the device. Buffers are constants in this model.
-        """
-        for averages, weights in self.pieces:
-            # A weight of 0 gives back the average to the bit; as a tensor it has the bits of the number.
-            weight = torch.where(refused == 0, 1 - self.decay, 0.0).to(averages[0].dtype)
-            if weight.is_cuda and self.decay > 0.5:
-                lerp_in_few_launches(averages, weights, weight)
-            else:
-                torch._foreach_lerp_(averages, weights, [weight] * len(averages))
-
-
-PIECE = 1 << 24
-"""Numbers that are averaged at a time on a card."""
-
-
-def lerp_in_few_launches(averages: Sequence[Tensor], weights: Sequence[Tensor], weight: Tensor) -> None:
-    """average <- average + weight (weight's - average), ``weight`` a 0-d tensor below 0.5, with which
-    ``torch._foreach_lerp_`` would take a launch for each tensor."""
-    moves = torch._foreach_sub(weights, averages)
-    torch._foreach_mul_(moves, weight)
-    torch._foreach_add_(averages, moves)
-
-
-def _pieces(pairs: list[tuple[Tensor, Tensor]], most: float) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """The pairs in groups of at most ``most`` numbers (or a single pair), each as two lists."""
-    found, size = [([], [])], 0
-    for average, weight in pairs:
-        if found[-1][0] and size + average.numel() > most:
-            found.append(([], []))
-            size = 0
-        found[-1][0].append(average)
-        found[-1][1].append(weight)
-        size += average.numel()
-    return found

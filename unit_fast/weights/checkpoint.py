@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from unit_fast import faults
-from unit_fast.config import RunConfig, load_config, to_dict, to_json
+from unit_fast.config import RunConfig, load_config, to_json
 from unit_fast.data.store.files import sync_folder
-from unit_fast.errors import UserError, nearest, printable
+from unit_fast.errors import UserError, printable
+from unit_fast.model import UniT
 from unit_fast.weights.files import DIGEST, digest, has_digest, load_weights, read_json
 
 WEIGHTS, EMA, CONFIG = "model.safetensors", "ema.safetensors", "config.json"
@@ -270,8 +271,6 @@ def load_model(path: str | Path, *, ema: bool = False, device="cpu"):
     ema: take the averaged weights. The files are compared with their checksums, of the manifest or of their own;
     names and shapes must be the model's. Nothing in them is executed.
     """
-    from unit_fast.model import UniT
-
     folder = find(path, ("best_ema", "last") if ema else ("best", "last"))
     if (folder / MANIFEST).exists():
         verify(folder)
@@ -283,6 +282,14 @@ def load_model(path: str | Path, *, ema: bool = False, device="cpu"):
     model = UniT(config.model)
     fill(model, load_weights(folder / (EMA if ema else WEIGHTS), expected=model.state_dict()))
     return model.to(device), config
+
+
+def run_of(path: str | Path) -> Path | None:
+    """The run folder of a checkpoint, of anything in one, or of a run itself; None where there is none."""
+    path = Path(path)
+    if (path / "checkpoints").is_dir():
+        return path
+    return next((p.parent for p in path.absolute().parents if p.name == "checkpoints"), None)
 
 
 @torch.no_grad()
@@ -322,69 +329,6 @@ def _unpack(value, tensors: dict[str, Tensor], used: set[str], folder: Path):
     return {key: _unpack(v, tensors, used, folder) for key, v in value.items()}
 
 
-# --------------------------------------------------------------------------------------------- may a run go on?
-
-FREE = {
-    "recipe", "steps", "eval_every", "eval_batch", "eval_limit", "eval_split", "save_every", "keep_checkpoints",
-    "log_every", "criterion", "device", "threads", "weights", "require_weights", "init_from", "skip_load",
-    "started_from", "data.root", "data.paths", "data.vocab", "data.workers", "data.prefetch", "data.decoder",
-    "data.max_bad_share", "data.max_pixels", "data.cache_dir", "data.cache_mib", "graph", "buckets",
-}  # fmt: skip
-"""Fields a resumed run may change: where things are, what is watched, how long it goes on, how its steps are run."""
-
-
-def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple]:
-    """Dotted name -> (old, new) of every field that differs."""
-    return dict(_differences(to_dict(old), to_dict(new), ""))
-
-
-def _differences(old, new, name):
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif old != new:
-        yield name, (old, new)
-
-
-def check_resumable(path: Path, old: RunConfig, new: RunConfig, allowed: Iterable[str] = ()) -> dict[str, tuple]:
-    """The harmless differences between a checkpoint's config and the run's; ``UserError`` on others.
-
-    allowed: dotted names (or their beginnings) that may change too; those of the model never may.
-    """
-    found, allowed = differences(old, new), set(allowed)
-    for name in allowed:
-        known = {".".join(k.split(".")[:n]) for k in _names(to_dict(new)) for n in range(1, 1 + len(k.split(".")))}
-        if name not in known:
-            raise UserError(f"--allow-changed {name}: no such field; {nearest(name, known)}")
-    refused = []
-    for name, (was, now) in found.items():
-        beginnings = {".".join(name.split(".")[:n]) for n in range(1, 1 + len(name.split(".")))}
-        if not beginnings & FREE and (name.startswith("model.") or not beginnings & allowed):
-            refused.append(f"{name} was {was!r}, is {now!r}")
-    if refused:
-        more = "the model cannot change" if any(r.startswith("model.") for r in refused) else "--allow-changed NAME"
-        raise UserError(
-            f"{path}: the checkpoint has another config: {'; '.join(refused[:5])}"
-            f"{f' and {len(refused) - 5} more' if len(refused) > 5 else ''}. Leave these as they were ({more}), or "
-            "start a new run with --init-from"
-        )
-    return found
-
-
-def _names(tree: dict, name: str = ""):
-    for key, value in tree.items():
-        path = f"{name}.{key}" if name else key
-        yield path
-        if isinstance(value, dict):
-            yield from _names(value, path)
-
-
 def config_of(folder: Path) -> RunConfig:
     """The configuration stored in a checkpoint."""
     return load_config(folder / CONFIG)
-
-
-__all__ = [
-    "SaveError", "check_resumable", "config_of", "differences", "fill", "find", "load_model", "load_state",
-    "load_weights", "numbered", "point", "prune", "save", "save_weights", "sweep", "verify", "verify_weights",
-]  # fmt: skip

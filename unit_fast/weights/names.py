@@ -103,4 +103,4 @@ def current_name(name: str) -> str:
 
 
 def as_tensor(value) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.asas_tensor(value)
+    return value if isinstance(value, Tensor) else torch.as_tensor(value)

@@ -1,4 +1,4 @@
-"""The generated world's four GLUE tasks: sentences from templates.
+"""The generated world's four GLUE tasks: sentences from templates, and their tables.
 
 What has to be learned: SST-2, the polarity of an adjective or verb and its negation; QNLI, whether the sentence holds
 the kind of information that the question asks for; QQP, whether two questions have the same intent, verb and object,
@@ -7,7 +7,8 @@ under synonyms; MNLI, what follows from a sentence with a quantifier, under syno
 
 import random
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 PEOPLE = ("man", "woman", "boy", "girl", "child", "king")
 ANIMALS = ("dog", "cat", "horse", "cow", "bird")
@@ -174,3 +175,47 @@ WORDS = words_of(
     _PLACES, _GENRES.values(), ("the is are a with and not never i do its was",),
 )  # fmt: skip
 """Every word of these tasks."""
+
+
+def write_tables(folder: Path, rng: Callable[..., random.Random], train: int, dev: int) -> None:
+    """The official tables of the four tasks with so many rows each. rng: generator by (task, split)."""
+
+    def drawn(name: str, draw, split: str, number: int, texts: int = 2) -> list[tuple]:
+        """``number`` samples that belong to the split: validation's sentences never occur in training."""
+        generator, found = rng(name, split), []
+        while len(found) < number:
+            sample = draw(generator)
+            if held_out(*sample[:texts]) == (split != "train"):
+                found.append(sample)
+        return found
+
+    for split, number in (("train", train), ("dev", dev)):
+        _write_table(folder / "SST-2", split, "sentence label", drawn("sst2", sst2, split, number, texts=1))
+        rows = [(i, *pair) for i, pair in enumerate(drawn("qnli", qnli, split, number))]
+        _write_table(folder / "QNLI", split, "index question sentence label", rows)
+        rows = [(i, 2 * i + 1, 2 * i + 2, *pair) for i, pair in enumerate(drawn("qqp", qqp, split, number))]
+        _write_table(folder / "QQP", split, "id qid1 qid2 question1 question2 is_duplicate", rows)
+
+    for split, genres in (("train", GENRES[:5]), ("dev_matched", GENRES[:5]), ("dev_mismatched", GENRES[5:])):
+
+        def draw(generator, genres=genres):
+            genre = generator.choice(genres)
+            return (*mnli(generator, genre), genre)
+
+        labels, number = (1, train) if split == "train" else (5, dev)
+        header = (
+            "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse "
+            "sentence1 sentence2 " + " ".join(f"label{i + 1}" for i in range(labels)) + " gold_label"
+        )
+        rows = []
+        for i, (premise, said, label, genre) in enumerate(drawn("mnli", draw, split, number)):
+            (binary_1, parse_1), (binary_2, parse_2) = parses(premise), parses(said)
+            trees = (binary_1, binary_2, parse_1, parse_2)
+            rows.append((i, i, f"{i}{label[0]}", genre, *trees, premise, said, *[label] * (labels + 1)))
+        _write_table(folder / "MNLI", split, header, rows)
+
+
+def _write_table(folder: Path, split: str, header: str, rows: Iterable[tuple]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    content = "".join("\t".join(map(str, line)) + "\n" for line in [header.split(), *rows])
+    (folder / f"{split}.tsv").write_text(content, encoding="utf-8")

@@ -173,9 +173,6 @@ def hypothesis(rng: random.Random, scene: Scene, label: str) -> str:
     return f"The background is {ground}."
 
 
-# ------------------------------------------------------------------------------------------------------- vocabulary
-
-
 _WORDS = words_of(
     KINDS, [plural(k) for k in KINDS], COLORS, GROUNDS, NUMBERS, ANSWERS[1:], PEOPLE, ANIMALS, CITIES,
     ("what color is the of shape here there do you see how many are shapes things left right above below background",),

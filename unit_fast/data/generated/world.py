@@ -133,8 +133,6 @@ class _World:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    # --------------------------------------------------------------------------------------------------------- COCO
-
     def _coco(self, split: str) -> dict[int, Scene]:
         """COCO 2017 ``split``; returns image id -> scene."""
         year = f"{split}2017"
@@ -178,8 +176,6 @@ class _World:
         )
         self.counts["detection_coco"][split] = len(records)
         return scenes
-
-    # ------------------------------------------------------------------------------------------------ Visual Genome
 
     def _visual_genome(self, coco: dict[str, dict[int, Scene]]) -> None:
         """Both forms: scene graphs with vocabularies, and the COCO-style files made from them."""
@@ -251,8 +247,6 @@ class _World:
                     relationships.append({"synsets": [], "predicate": "left of", "relationship_id": number, **pair})
         return {"relationships": relationships, "image_id": image_id, "objects": objects}
 
-    # ---------------------------------------------------------------------------------------------------------- VQA
-
     def _vqa(self, coco: dict[str, dict[int, Scene]]) -> None:
         asked = {split: self._questions(split, scenes) for split, scenes in coco.items()}
         for split, (questions, annotations) in asked.items():
@@ -309,8 +303,6 @@ class _World:
                 )  # fmt: skip
         return questions, annotations
 
-    # ------------------------------------------------------------------------------------------------------ SNLI-VE
-
     def _snli_ve(self) -> None:
         images = self.folder("snli_ve", "flickr30k_images")
         rows = {"train": [], "dev": []}
@@ -335,55 +327,11 @@ class _World:
             self.counts["visual_entailment"]["val" if split == "dev" else split] = len(rows[split])
         self.blind["snli_ve"] = _blind(*([(r["sentence2"], [r["gold_label"]]) for r in rows[s]] for s in rows))
 
-    # --------------------------------------------------------------------------------------------------------- GLUE
-
     def _glue(self) -> None:
-        for split, number in zip(("train", "dev"), self.sizes["glue"]):
-            key = "val" if split == "dev" else split
-            pairs = self._pairs("sst2", glue.sst2, split, number, texts=1)
-            self._tsv("SST-2", split, "sentence label", pairs)
-            pairs = self._pairs("qnli", glue.qnli, split, number)
-            self._tsv("QNLI", split, "index question sentence label", [(i, *p) for i, p in enumerate(pairs)])
-            pairs = self._pairs("qqp", glue.qqp, split, number)
-            rows = [(i, 2 * i + 1, 2 * i + 2, *p) for i, p in enumerate(pairs)]
-            self._tsv("QQP", split, "id qid1 qid2 question1 question2 is_duplicate", rows)
-            for task in ("glue_sst2", "glue_qnli", "glue_qqp", "glue_mnli_mismatched"):
-                self.counts[task][key] = number
-        matched, mismatched = glue.GENRES[:5], glue.GENRES[5:]
-        self._mnli("train", matched, self.sizes["glue"][0])
-        self._mnli("dev_matched", matched, self.sizes["glue"][1])
-        self._mnli("dev_mismatched", mismatched, self.sizes["glue"][1])
-
-    def _pairs(self, name: str, draw, split: str, number: int, texts: int = 2) -> list[tuple]:
-        """``number`` samples of ``draw`` that belong to the split: validation's sentences never occur in training."""
-        rng, found = self.rng(name, split), []
-        while len(found) < number:
-            sample = draw(rng)
-            if glue.held_out(*sample[:texts]) == (split != "train"):
-                found.append(sample)
-        return found
-
-    def _mnli(self, split: str, genres: tuple[str, ...], number: int) -> None:
-        def draw(rng):
-            genre = rng.choice(genres)
-            return (*glue.mnli(rng, genre), genre)
-
-        labels = 1 if split == "train" else 5
-        header = (
-            "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse "
-            "sentence1 sentence2 " + " ".join(f"label{i + 1}" for i in range(labels)) + " gold_label"
-        )
-        rows = []
-        for i, (premise, said, label, genre) in enumerate(self._pairs("mnli", draw, split, number)):
-            (binary_1, parse_1), (binary_2, parse_2) = glue.parses(premise), glue.parses(said)
-            parses = (binary_1, binary_2, parse_1, parse_2)
-            rows.append((i, i, f"{i}{label[0]}", genre, *parses, premise, said, *[label] * (labels + 1)))
-        self._tsv("MNLI", split, header, rows)
-
-    def _tsv(self, task: str, split: str, header: str, rows) -> None:
-        lines = [header.split(), *rows]
-        content = "".join("\t".join(map(str, line)) + "\n" for line in lines)
-        (self.folder("glue", task) / f"{split}.tsv").write_text(content, encoding="utf-8")
+        train, val = self.sizes["glue"]
+        glue.write_tables(self.root / "glue", self.rng, train, val)
+        for task in ("glue_sst2", "glue_qnli", "glue_qqp", "glue_mnli_mismatched"):
+            self.counts[task] = {"train": train, "val": val}
 
 
 def _vg_annotation(image_id: int, thing, item: dict) -> dict:

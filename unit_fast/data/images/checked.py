@@ -108,8 +108,6 @@ class CheckedImages:
             if len(self._new) >= _WRITE_EVERY:
                 self._write()
 
-    # ---------------------------------------------------------------------------------------------------- the file
-
     def _open(self, folder: Path):
         store = None
         try:

@@ -10,15 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from unit_fast.data.errors import BadImage
 from unit_fast.data.store.files import describe
 
 FORMATS = ("JPEG", "PNG")
 """The only decoders used; the others of the library have had bombs of their own and no data set needs them."""
-
-
 BYTES_LIMIT = 512 * 2**20
 """Bytes of the largest image file; 50 million pixels of 16-bit RGB without compression are 300 MB."""
 
@@ -53,36 +50,29 @@ def read_bytes(path) -> bytes:
 
 
 @contextlib.contextmanager
-def _named(path):
-    """Errors of the system as ``BadImage`` of this path; a shard's member raises its own."""
+def _named(path, *kinds: type[Exception]):
+    """Errors of the system, and of ``kinds``, as ``BadImage`` of this path; a shard's member raises its own."""
     try:
         yield
     except BadImage:
         raise
     except FileNotFoundError:
         raise BadImage(path, "no such file") from None
-    except (OSError, ValueError) as error:
+    except Image.UnidentifiedImageError:
+        raise BadImage(path, "not a JPEG or PNG image") from None
+    except (OSError, ValueError, *kinds) as error:
         raise BadImage(path, describe(error)) from None
 
 
 def _open(path, max_pixels):
-    try:
+    # fed with foreign bytes, decoders fail in many ways, KeyError included
+    with _named(path, Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower and an error
         if isinstance(path, (str, Path)):
-            source = path
             _check_bytes(path)
+            image = Image.open(path, formats=FORMATS)
         else:
-            source = io.BytesIO(read_bytes(path))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower and an error
-            image = Image.open(source, formats=FORMATS)
-    except BadImage:
-        raise
-    except FileNotFoundError:
-        raise BadImage(path, "no such file") from None
-    except Image.UnidentifiedImageError:
-        raise BadImage(path, "not a JPEG or PNG image") from None
-    except Exception as error:  # fed with foreign bytes, decoders fail in many ways, KeyError included
-        raise BadImage(path, describe(error)) from None
+            image = Image.open(io.BytesIO(read_bytes(path)), formats=FORMATS)
     width, height = image.size
     if width * height > max_pixels or width * height == 0:
         image.close()
@@ -118,36 +108,8 @@ def load_image(path, max_pixels: int) -> Image.Image:
     Raises:
         BadImage: naming the file and the reason: absent, not JPEG or PNG, larger than ``max_pixels``, damaged.
     """
-    with _open(path, max_pixels) as image:
-        try:
-            return to_rgb(image)
-        except Exception as error:  # see _open
-            raise BadImage(path, describe(error)) from None
-
-
-class PixelCache:
-    """Decoded pixels of the images read first, up to ``limit`` bytes; see ``ImageCache`` for what is dropped: nothing.
-
-    A file that changed is another image. Not thread-safe.
-    """
-
-    def __init__(self, limit: int):
-        self.left, self._kept = limit, {}
-
-    def get(self, path, now: Stamp) -> Tensor | None:
-        """The [H,W,3] uint8 pixels of the file with this stamp, which belong to the cache; None where it has none."""
-        known, pixels = self._kept.get(str(path), (None, None))
-        return pixels if known == now else None
-
-    def put(self, path, now: Stamp, pixels: Tensor) -> None:
-        """Keep a copy of ``pixels`` on the host, if there is room."""
-        name = str(path)
-        _, old = self._kept.get(name, (None, None))
-        room = self.left + (old.numel() if old is not None else 0)
-        if pixels.numel() <= room:
-            # a decoder's own tensor may be part of a whole batch's memory
-            self._kept[name] = (now, pixels.to("cpu", copy=True))
-            self.left = room - pixels.numel()
+    with _open(path, max_pixels) as image, _named(path, Exception):  # see _open
+        return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -163,25 +125,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
-
-
-class ImageCache:
-    """``load_image`` with the images read first kept, up to ``limit`` bytes of pixels.
-
-    Nothing is dropped for a later one: visits are in random order, so none is likelier to be asked for again.
-    """
-
-    def __init__(self, limit: int):
-        self.left, self._images = limit, {}
-
-    def load(self, path, max_pixels: int) -> Image.Image:
-        """As ``load_image``; the image belongs to the cache and is not to be changed."""
-        name = str(path)
-        image = self._images.get(name)
-        if image is None:
-            image = load_image(path, max_pixels)
-            size = 3 * image.width * image.height
-            if size <= self.left:
-                self.left -= size
-                self._images[name] = image
-        return image

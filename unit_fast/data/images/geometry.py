@@ -1,7 +1,7 @@
 """What happens to an image on its way to the model, decided as numbers (SPEC 4.3).
 
 A ``Geometry`` depends only on the image's size, the settings and a seeded generator. Boxes are changed by it here and
-nowhere else; pixels by ``apply_image``, which is the reference for the faster ways of ``images.py`` and ``dali.py``.
+nowhere else; pixels by ``apply_image``, the reference for the faster ways of ``transforms.py`` and ``dali.py``.
 """
 
 import random
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from unit_fast.config import DataConfig
+from unit_fast.data.images.decode import Stamp
 from unit_fast.errors import UserError
 
 
@@ -103,6 +104,17 @@ def _resize(image, size):
     if (image.height, image.width) == (height, width):
         return image
     return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image that is still to be read: where it is and what happens to it."""
+
+    path: object
+    """A ``Path`` or a member of a shard (``shards/member.py``)."""
+    geometry: Geometry
+    stamp: Stamp | None = None
+    """The file as it was when it was described."""
 
 
 class EvalTransform:

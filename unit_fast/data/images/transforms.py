@@ -1,4 +1,4 @@
-"""Pixels for the model: the choice of the engine, the reference transform, and the fast one.
+"""Pixels for the model: the reference transform, and the fast one.
 
 Which changes an image undergoes is decided in ``geometry.py``. Two engines carry them out:
 
@@ -12,22 +12,13 @@ On the same decoded pixels ``place`` differs from the reference by at most two o
 passes rounds once, and averaging makes no difference larger.
 """
 
-import importlib.util
-import mmap
-import threading
-import weakref
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unit_fast.config import DataConfig
-from unit_fast.data.images.decode import ImageCache, Stamp, image_size, load_image
-from unit_fast.data.images.geometry import EvalTransform, Geometry, TrainTransform, resized
-from unit_fast.errors import UserError
+from unit_fast.data.images.geometry import Geometry
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -38,67 +29,10 @@ _MEAN = torch.tensor(MEAN).view(3, 1, 1)
 _STD = torch.tensor(STD).view(3, 1, 1)
 
 
-@dataclass(frozen=True)
-class Picture:
-    """An image that is still to be read: where it is and what happens to it."""
-
-    path: object
-    """A ``Path`` or a member of a shard (``shards.Member``)."""
-    geometry: Geometry
-    stamp: Stamp | None = None
-    """The file as it was when it was described."""
-
-
-def engine_of(data: DataConfig) -> str:
-    """``dali`` or ``torchvision``: what ``data.engine`` means here. ``UserError`` where it cannot be."""
-    if data.engine == "dali" and not has_dali():
-        raise UserError(
-            "--data.engine dali: DALI is not installed; run `pip install nvidia-dali-cuda130`, or take "
-            "--data.engine torchvision"
-        )
-    if data.engine == "dali" and data.cache_mib and data.dali_graph == "whole":
-        raise UserError(
-            f"--data.cache-mib {data.cache_mib}: with --data.dali-graph whole decoded images never leave DALI; take 0 "
-            "or --data.dali-graph decode"
-        )
-    if data.engine == "dali" and data.cache_mib and data.decoder == "mixed":
-        raise UserError(
-            f"--data.cache-mib {data.cache_mib}: images are kept in the memory of the host, and --data.decoder mixed "
-            "decodes on the GPU; take 0 or --data.decoder cpu"
-        )
-    if data.engine != "auto":
-        return data.engine
-    return "torchvision" if why_not_dali(data) else "dali"
-
-
-def why_not_dali(data: DataConfig) -> str | None:
-    """Why ``auto`` does not take DALI, or None where it does."""
-    if data.cache_mib:
-        return (
-            f"data.cache_mib {data.cache_mib} keeps images as torchvision's way decodes them; --data.engine dali keeps "
-            "DALI's"
-        )
-    return None if has_dali() else "DALI is not installed (pip install nvidia-dali-cuda130)"
-
-
-def has_dali() -> bool:
-    """Whether DALI is installed; it is not imported."""
-    try:
-        return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:
-        return False
-
-
-# ------------------------------------------------------------------------------------------------- the reference
-
-
 def to_tensor(image: Image.Image) -> Tensor:
     """[3,H,W] float32: RGB scaled to 0..1, then normalised with ``MEAN`` and ``STD``."""
     pixels = torch.from_numpy(np.array(image))  # np.array copies: the image's own memory is read-only
     return pixels.permute(2, 0, 1).contiguous().float().div_(255).sub_(_MEAN).div_(_STD)
-
-
-# ------------------------------------------------------------------------------------------------------ the fast way
 
 
 def transform(pixels: Tensor, geometry: Geometry, bits8: bool | None = None) -> Tensor:
@@ -162,43 +96,3 @@ def _constants(device, dtype):
         mean, scale = (255 * _MEAN).to(device, dtype), (1 / (255 * _STD)).to(device, dtype)
         found = _known[device, dtype] = (mean, scale)
     return found
-
-
-class Buffers:
-    """Memory for batches of pixels that is used again once nothing refers to it any more.
-
-    A new 80 MB block costs the kernel as much time to provide, page by page, as the normalised pixels cost to compute
-    (3 of 6 ms an image on a Xeon). Torch keeps no free CPU memory, so this does; at most ``keep`` blocks.
-    """
-
-    def __init__(self, keep: int = 4):
-        self.keep, self._free, self._lock = keep, [], threading.Lock()
-
-    def empty(self, *shape: int) -> Tensor:
-        """An uninitialised float32 tensor of this shape."""
-        size = 4 * int(np.prod(shape))
-        with self._lock:
-            fitting = [block for block in self._free if len(block) >= size]
-            block = min(fitting, key=len, default=None)
-            if block is not None:
-                self._free.remove(block)
-        if block is None:
-            block = mmap.mmap(-1, max(size, mmap.PAGESIZE))
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                block.madvise(mmap.MADV_HUGEPAGE)
-        view = np.frombuffer(block, dtype=np.float32, count=size // 4)
-        # The tensor's storage holds ``view``: when the last tensor on it is gone, so is ``view``.
-        weakref.finalize(view, self._back, block).atexit = False
-        return torch.from_numpy(view).view(shape)
-
-    def _back(self, block) -> None:
-        with self._lock:
-            self._free.append(block)
-            if len(self._free) > self.keep:
-                self._free.remove(min(self._free, key=len))
-
-
-__all__ = [
-    "MEAN", "STD", "Buffers", "EvalTransform", "Geometry", "ImageCache", "Picture", "TrainTransform", "engine_of",
-    "has_dali", "image_size", "load_image", "place", "resized", "to_tensor", "transform", "why_not_dali",
-]  # fmt: skip

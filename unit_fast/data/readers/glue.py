@@ -7,7 +7,7 @@ import numpy as np
 from unit_fast.data.readers.dataset import Dataset
 from unit_fast.data.readers.sources import read_through
 from unit_fast.data.store import files
-from unit_fast.data.store.cache import Content
+from unit_fast.data.store.content import Content
 from unit_fast.errors import UserError, printable
 
 COLUMNS = {
@@ -17,13 +17,9 @@ COLUMNS = {
     "sst2": (("sentence",), "label"),
 }
 """Text columns and label column of the official tables, by short task name."""
-EXPORT_COLUMNS = {
-    "qnli": ("question", "sentence"),
-    "mnli": ("premise", "hypothesis"),
-    "qqp": ("question1", "question2"),
-    "sst2": ("sentence",),
-}
-"""Text columns of the Hugging Face export; the label column is ``label``, -1 in test."""
+EXPORT_COLUMNS = {"mnli": ("premise", "hypothesis")}
+"""Text columns of the Hugging Face export where they are called otherwise; the label column is ``label``, -1 in
+test."""
 BAD_ROWS = 0.01
 """Largest share of rows with a wrong number of columns; the official QQP table has a few."""
 
@@ -74,14 +70,12 @@ class Glue(Dataset):
         """Number of the row in its file or files, from 0."""
         return int(self.row_numbers[index])
 
-    def _sample(self, index: int, key: int | None, image) -> dict:
+    def _fields(self, index: int, geometry: None) -> dict:
         """``input_ids`` and so on, and ``label`` where the split has labels."""
         sample = {**self._encode(index), "sample_id": self.sample_id(index)}
         if self.labelled:
             sample["label"] = int(self.labels[index])
         return sample
-
-    # ------------------------------------------------------------------------------------------------- reading
 
     def _label(self, label, where) -> int | None:
         """Class of a label by name or number; None for a row that has none."""
@@ -139,7 +133,7 @@ class Glue(Dataset):
 
     def _export(self, path: Path):
         """The same from a Hugging Face export."""
-        texts = EXPORT_COLUMNS[self.task.short]
+        texts = EXPORT_COLUMNS.get(self.task.short, COLUMNS[self.task.short][0])
         wanted = [*texts, *(("label",) if self.labelled else ())]
         name = printable(path, 400)
         row = 0

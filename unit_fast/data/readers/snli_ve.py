@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from unit_fast.data.errors import BadImage
+from unit_fast.data.images.geometry import Geometry
 from unit_fast.data.readers.dataset import Dataset
 from unit_fast.data.readers.sources import read_through
 from unit_fast.data.store import files
-from unit_fast.data.store.cache import Content
+from unit_fast.data.store.content import Content
 from unit_fast.errors import UserError, printable
 
 IMAGE_KEYS = ("Flikr30kID", "Flickr30K_ID", "Flickr30kID")
@@ -19,10 +19,7 @@ class SnliVe(Dataset):
     """SNLI-VE. Rows whose annotators did not agree (``gold_label`` is ``-``) are left out and counted."""
 
     def _read(self) -> None:
-        path = self.layout.find(f"snli_ve.{self.split}")
-        if path is None:
-            raise self._missing(f"snli_ve.{self.split}")
-        self.facts["file"] = str(path)
+        path = self._file(f"snli_ve.{self.split}")
         self.labelled = True
         self.folder = self._folder("snli_ve.images")
         self.rows = read_through(self, {"file": [path]}, {}, lambda: self._rows(path))
@@ -36,22 +33,9 @@ class SnliVe(Dataset):
         ids: list[str] = []
         labels = []
         seen = set()
-        for number, line in files.read_lines(path):
-            if not line.strip():
-                continue
-            where = f"{printable(path, 400)}:{number}"
-            try:
-                record = files.parse_json(line.encode(), where)
-                if not isinstance(record, dict):
-                    raise UserError(f"{where}: must be an object with keys, found {type(record).__name__}")
-                key = next((k for k in IMAGE_KEYS if k in record), IMAGE_KEYS[0])
-                image = files.string(record, key, where)
-                hypothesis = files.string(record, "sentence2", where)
-                gold = files.string(record, "gold_label", where)
-                pair = files.string(record, "pairID", where) if "pairID" in record else f"{image}:{number}"
-            except UserError as problem:
-                self.findings.error("malformed row", str(problem))
-                continue
+        name = printable(path, 400)
+        lines = ((f"{name}:{number}", (number, line)) for number, line in files.read_lines(path) if line.strip())
+        for where, (image, hypothesis, gold, pair) in self.findings.parsed("malformed row", lines, _row):
             if gold == "-":
                 self.findings.note("row without a gold label", f"{where}: gold_label is -")
                 continue
@@ -81,10 +65,9 @@ class SnliVe(Dataset):
     def sample_id(self, index: int) -> str:
         return self.ids[index]
 
-    def _sample(self, index: int, key: int | None, image) -> dict:
-        """``image``, ``input_ids`` and so on of the hypothesis, and ``label``."""
+    def _fields(self, index: int, geometry: Geometry) -> dict:
+        """``input_ids`` and so on of the hypothesis, and ``label``."""
         return {
-            **self._image(index, key, image)[0],
             **self._encode(index),
             "label": int(self.labels[index]),
             "image_id": self.images[index],
@@ -95,9 +78,18 @@ class SnliVe(Dataset):
         """The Flickr30k image of a row; ``BadImage`` when its name leads out of the data root."""
         return self._inside(self.folder, self.images[index])
 
-    def image_paths(self):
-        for name in sorted(set(self.images)):
-            try:
-                yield self._inside(self.folder, name), None
-            except BadImage as error:
-                self.findings.error("file name outside the data root", str(error))
+    def _images(self) -> list[int]:
+        row_of = {name: index for index, name in enumerate(self.images)}
+        return [row_of[name] for name in sorted(row_of)]
+
+
+def _row(numbered: tuple[int, str], where: str) -> tuple[str, str, str, str]:
+    """Image, hypothesis, label and pair id of a line and its number."""
+    number, line = numbered
+    record = files.parse_json(line.encode(), where)
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: must be an object with keys, found {type(record).__name__}")
+    image = files.string(record, next((k for k in IMAGE_KEYS if k in record), IMAGE_KEYS[0]), where)
+    hypothesis = files.string(record, "sentence2", where)
+    gold = files.string(record, "gold_label", where)
+    return image, hypothesis, gold, files.string(record, "pairID", where) if "pairID" in record else f"{image}:{number}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from unit_fast.data.errors import Finding, Findings
 from unit_fast.data.layout import Layout
-from unit_fast.data.store.cache import Content, hash_of
+from unit_fast.data.store.content import Content, hash_of
 from unit_fast.errors import UserError
 
 SMALL = 2**20

@@ -12,12 +12,16 @@ val2017, and to train otherwise; without a known ``coco_id`` (null, or no list o
 training image is an image of COCO's val, as far as the ids are known.
 """
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from unit_fast.data.readers.coco import ATTRIBUTES, Detection, read_instances
+from unit_fast.data.readers.coco import read_instances
+from unit_fast.data.readers.detection import Detection
+from unit_fast.data.readers.objects import ATTRIBUTES
 from unit_fast.data.readers.sources import existing
 from unit_fast.data.store import files
-from unit_fast.data.store.cache import Content, hash_of
+from unit_fast.data.store.content import Content, hash_of
 from unit_fast.errors import UserError, printable
 
 VOCABULARIES = ("vg.object_vocab", "vg.attribute_vocab")
@@ -50,19 +54,16 @@ class VisualGenome(Detection):
 
     def _read(self) -> None:
         split = "val" if self.split == "test" else self.split
-        path = self.layout.find(f"vg.{split}_annotations")
-        if path is not None:
+        if (path := self.layout.find(f"vg.{split}_annotations")) is not None:
             self.facts["file"] = str(path)
-            objects = self._read_objects({"file": [path]}, lambda: read_instances(self, path))
+            sources, build = {"file": [path]}, partial(read_instances, self, path)
         elif (path := self.layout.find("vg.annotations")) is not None:
             self.facts["file"] = str(path)
-            sources = existing(self.layout, "vg.annotations", *SPLIT_BY)
-            objects = self._read_objects(sources, lambda: self._from_annotations(path))
+            sources, build = existing(self.layout, "vg.annotations", *SPLIT_BY), partial(self._from_annotations, path)
         else:
             sources = existing(self.layout, "vg.scene_graphs", "vg.objects", "vg.attributes", *VOCABULARIES, *SPLIT_BY)
-            objects = self._read_objects(sources, lambda: self._from_scene_graphs(split))
-        self.folder = self._folder("vg.images")
-        self._set_up(objects)
+            build = partial(self._from_scene_graphs, split)
+        self._fill(sources, build, "vg.images")
 
     def meaning(self) -> dict[str, str]:
         path = self.layout.find("vg.attribute_vocab")
@@ -85,8 +86,6 @@ class VisualGenome(Detection):
         self._val_images()
         return read_instances(self, path, lambda record, i: self._belongs(record.get("coco_id", coco_ids.get(i))))
 
-    # ------------------------------------------------------------------------------------------------- splits
-
     def _coco_ids(self) -> dict[int, int | None]:
         """Visual Genome image id -> COCO image id, from ``image_data.json``."""
         path = self.layout.find("vg.image_data")
@@ -106,13 +105,8 @@ class VisualGenome(Detection):
 
     def _image_records(self, path):
         """image id -> (file name, height, width, coco_id) from ``image_data.json``."""
-        name = printable(path, 400)
-        content = files.read_json(path)
-        if not isinstance(content, list) or not content:
-            raise UserError(f"{name}: expected a list of images")
         out = {}
-        for n, record in enumerate(content):
-            where = f"{name}: [{n}]"
+        for where, record in _listed(path):
             try:
                 # the first releases say "id" where the later ones say "image_id"
                 image_id = files.integer(record, "image_id" if "image_id" in record else "id", where)
@@ -134,8 +128,6 @@ class VisualGenome(Detection):
             out[image_id] = entry
         return out
 
-    # ------------------------------------------------------------------------------------------------- scene graphs
-
     def _from_scene_graphs(self, split) -> Content:
         graphs = self.layout.find("vg.scene_graphs")
         plain = self.layout.find("vg.objects")
@@ -148,10 +140,10 @@ class VisualGenome(Detection):
                 raise UserError(f"vg: scene graphs need also {self.layout.where(key)}")
         class_ids, names = read_vocabulary(vocabularies[0])
         attribute_ids, _ = read_vocabulary(vocabularies[1])
-        if len(names) > self._class_limit():
+        if len(names) > self.class_limit():
             raise UserError(
                 f"{printable(vocabularies[0], 400)}: {len(names)} classes, but the task's {self.config.outputs} "
-                f"outputs allow {self._class_limit()}; set the task's outputs to {len(names) + 2}"
+                f"outputs allow {self.class_limit()}; set the task's outputs to {len(names) + 2}"
             )
         if max(attribute_ids.values()) > self.attribute_limit:
             raise UserError(
@@ -166,7 +158,7 @@ class VisualGenome(Detection):
 
         self._described = self._named = self._attributes = self._known_attributes = 0
         rows: dict[int, list[tuple]] = {}
-        for where, image_id, graph in self._graphs(path):
+        for where, (image_id, graph) in self._graphs(path):
             if image_id not in records:
                 continue
             _, height, width, _ = records[image_id]
@@ -189,18 +181,14 @@ class VisualGenome(Detection):
                 f"{printable(path, 400)}: none of {self._attributes} attributes is in "
                 f"{printable(vocabularies[1], 400)}; give the vocabulary of these scene graphs",
             )
-        return self._packed(images, rows, names, printable(path, 400))
+        return self.packed(images, rows, names, printable(path, 400))
 
     def _graphs(self, path):
-        content = files.read_json(path, drop=("relationships", "synsets", "merged_object_ids"))
-        if not isinstance(content, list) or not content:
-            raise UserError(f"{printable(path, 400)}: expected a list of images")
-        for n, graph in enumerate(content):
-            where = f"{printable(path, 400)}: [{n}]"
-            try:
-                yield where, files.integer(graph, "image_id", where), graph
-            except UserError as problem:
-                self.findings.error("malformed image record", str(problem))
+        """(where, (image id, record)) of each image of a file of scene graphs, of objects or of attributes."""
+        listed = _listed(path, drop=("relationships", "synsets", "merged_object_ids"))
+        return self.findings.parsed(
+            "malformed image record", listed, lambda graph, where: (files.integer(graph, "image_id", where), graph)
+        )
 
     def _attributes_of_objects(self) -> dict[int, list]:
         """Object id -> attribute names, from ``attributes.json``."""
@@ -209,7 +197,7 @@ class VisualGenome(Detection):
             self.findings.note("no attributes", f"{self.layout.where('vg.attributes')} is missing")
             return {}
         out = {}
-        for where, _, graph in self._graphs(path):
+        for where, (_, graph) in self._graphs(path):
             for m, record in enumerate(files.sequence(graph, "attributes", where)):
                 if isinstance(record, dict) and record.get("attributes"):
                     out[files.integer(record, "object_id", f"{where}.attributes[{m}]")] = record["attributes"]
@@ -234,7 +222,7 @@ class VisualGenome(Detection):
             # raw crowd-sourced boxes, not somebody's training file: left out like the other boxes without area
             self.findings.note("negative box", f"{where}: w {box[2]:g}, h {box[3]:g}")
             return
-        if not self._check_box(box, *size, where):
+        if not self.check_box(box, *size, where):
             return
         wanted = record.get("attributes") or described.get(object_id) or []
         if not isinstance(wanted, list):
@@ -246,6 +234,16 @@ class VisualGenome(Detection):
         rows.append((label, *box, box[2] * box[3], False, tuple(known)[:ATTRIBUTES]))
 
 
+def _listed(path, drop=()) -> Iterator[tuple[str, object]]:
+    """(where it stands, the record) of each image of a file that is a list of them."""
+    name = printable(path, 400)
+    content = files.read_json(path, drop=drop)
+    if not isinstance(content, list) or not content:
+        raise UserError(f"{name}: expected a list of images")
+    for n, record in enumerate(content):
+        yield f"{name}: [{n}]", record
+
+
 def _normal(name) -> str:
     return " ".join(name.lower().split()) if isinstance(name, str) else ""
 
@@ -254,5 +252,4 @@ def coco_image_ids(path: Path) -> set[int]:
     """Ids of all images in a COCO file."""
     name = printable(path, 400)
     content = files.read_json(path, drop=("segmentation", "annotations"))
-    records = files.sequence(content, "images", name)
-    return {files.integer(record, "id", f"{name}: images[{n}]") for n, record in enumerate(records)}
+    return {files.integer(record, "id", where) for where, record in files.records(content, "images", name)}

@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from unit_fast.data.images.geometry import Geometry
 from unit_fast.data.readers.dataset import Dataset
 from unit_fast.data.readers.sources import existing, read_through
 from unit_fast.data.readers.visual_genome import coco_image_ids
 from unit_fast.data.store import files
-from unit_fast.data.store.cache import Content, hash_of
+from unit_fast.data.store.content import Content, hash_of
 from unit_fast.data.store.pickles import read_records
 from unit_fast.errors import UserError, printable
 
@@ -183,10 +184,9 @@ class Vqa2(Dataset):
     def sample_id(self, index: int) -> int:
         return int(self.question_ids[index])
 
-    def _sample(self, index: int, key: int | None, image) -> dict:
-        """``image``, ``input_ids`` and so on, and ``answer_scores`` float32 [answers] where the split has answers."""
+    def _fields(self, index: int, geometry: Geometry) -> dict:
+        """``input_ids`` and so on, and ``answer_scores`` float32 [answers] where the split has answers."""
         sample = {
-            **self._image(index, key, image)[0],
             **self._encode(index),
             "image_id": int(self.image_ids[index]),
             "sample_id": self.sample_id(index),
@@ -202,14 +202,7 @@ class Vqa2(Dataset):
 
     def image_path(self, index: int) -> Path:
         """COCO 2014 / 2015 image of a question; the 2017 folders hold the same images and serve where it is absent."""
-        return self._find_image(PARTS[self.part[index]], int(self.image_ids[index]))
-
-    def image_paths(self):
-        parts = (PARTS[part] for part in self.part.tolist())
-        for part, image_id in sorted(set(zip(parts, self.image_ids.tolist()))):
-            yield self._find_image(part, image_id), None
-
-    def _find_image(self, part, image_id):
+        part, image_id = PARTS[self.part[index]], int(self.image_ids[index])
         places = [(f"coco.{part}_images", f"COCO_{part}_{image_id:012d}.jpg")]
         if part != "test2015":
             places += [("coco.train_images", f"{image_id:012d}.jpg"), ("coco.val_images", f"{image_id:012d}.jpg")]
@@ -222,7 +215,10 @@ class Vqa2(Dataset):
                 first = first or path
         return first or self.layout.root / "coco" / "images" / part / f"COCO_{part}_{image_id:012d}.jpg"
 
-    # ------------------------------------------------------------------------------------------------- reading
+    def image_paths(self):
+        parts = (PARTS[part] for part in self.part.tolist())
+        row_of = {image: index for index, image in enumerate(zip(parts, self.image_ids.tolist()))}
+        return ((self.image_path(row_of[image]), None) for image in sorted(row_of))
 
     def _rows(self):
         """(where, question id, (part, image id), question, answers or None) of every question of the split."""
@@ -239,30 +235,26 @@ class Vqa2(Dataset):
         yield from self._official()
 
     def _imdb(self, path):
+        def question(record, where):
+            question_id = files.integer(record, "question_id", where)
+            text = files.string(record, "question_str" if "question_str" in record else "question", where)
+            image_name = files.string(record, "image_name", where)
+            matched = _PART.fullmatch(image_name)
+            if matched is None:
+                raise UserError(
+                    f"{where}: image_name {printable(image_name)!r} is not like COCO_train2014_000000000009"
+                )
+            return question_id, (matched[1], int(matched[2])), text, self._imdb_answers(record, where)
+
         name = printable(path, 400)
-        for n, record in enumerate(read_records(path)):
-            where = f"{name}: record {n}"
-            try:
-                question_id = files.integer(record, "question_id", where)
-                key = "question_str" if "question_str" in record else "question"
-                question = files.string(record, key, where)
-                image_name = files.string(record, "image_name", where)
-                matched = _PART.fullmatch(image_name)
-                if matched is None:
-                    raise UserError(
-                        f"{where}: image_name {printable(image_name)!r} is not like COCO_train2014_000000000009"
-                    )
-                answers = self._imdb_answers(record, where)
-            except UserError as problem:
-                self.findings.error("malformed question", str(problem))
+        records = ((f"{name}: record {n}", record) for n, record in enumerate(read_records(path)))
+        for where, (question_id, image, text, answers) in self.findings.parsed("malformed question", records, question):
+            if self.split == "test":
+                answers = None
+            elif answers is None:
+                self.findings.note("question without answers", f"{where}: question_id {question_id}")
                 continue
-            if (answers is None) != (self.split == "test"):
-                if self.split == "test":
-                    answers = None
-                else:
-                    self.findings.note("question without answers", f"{where}: question_id {question_id}")
-                    continue
-            yield where, question_id, (matched[1], int(matched[2])), question, answers
+            yield where, question_id, image, text, answers
 
     @staticmethod
     def _imdb_answers(record, where):
@@ -302,45 +294,41 @@ class Vqa2(Dataset):
         yield from (row for row, val in zip(answered, in_val) if val == (self.split == "val"))
 
     def _questions(self, path, part, answers):
+        def question(record, where):
+            question_id = files.integer(record, "question_id", where)
+            image_id = files.integer(record, "image_id", where)
+            text = files.string(record, "question", where)
+            if not 0 <= image_id < 10**12:
+                raise UserError(f"{where}: image_id {image_id} is not a COCO image id")
+            said = answers.get(question_id)
+            if said is not None and said[0] != image_id:
+                raise UserError(f"{where}: image_id {image_id}, but its annotation says {said[0]}")
+            return question_id, (part, image_id), text, said and said[1]
+
         name = printable(path, 400)
-        content = files.read_json(path)
         asked = set()
-        for n, record in enumerate(files.sequence(content, "questions", name)):
-            where = f"{name}: questions[{n}]"
-            try:
-                question_id = files.integer(record, "question_id", where)
-                image_id = files.integer(record, "image_id", where)
-                question = files.string(record, "question", where)
-                if not 0 <= image_id < 10**12:
-                    raise UserError(f"{where}: image_id {image_id} is not a COCO image id")
-                said = answers.get(question_id)
-                if said is not None and said[0] != image_id:
-                    raise UserError(f"{where}: image_id {image_id}, but its annotation says {said[0]}")
-            except UserError as problem:
-                self.findings.error("malformed question", str(problem))
-                continue
-            asked.add(question_id)
-            yield where, question_id, (part, image_id), question, said[1] if said is not None else None
+        records = files.records(files.read_json(path), "questions", name)
+        for where, found in self.findings.parsed("malformed question", records, question):
+            asked.add(found[0])
+            yield where, *found
         for question_id in answers.keys() - asked:
             self.findings.note("annotation without its question", f"{name}: question_id {question_id} is missing")
 
     def _annotations(self, path) -> dict[int, tuple[int, list[str]]]:
         """Question id -> (image id, answers)."""
-        name = printable(path, 400)
+
+        def annotation(record, where):
+            question_id = files.integer(record, "question_id", where)
+            answers = files.sequence(record, "answers", where)
+            said = [files.string(answer, "answer", f"{where}.answers[{m}]") for m, answer in enumerate(answers)]
+            if not said:
+                raise UserError(f"{where}: answers is empty")
+            return question_id, files.integer(record, "image_id", where), said
+
         out = {}
         content = files.read_json(path, drop=("question_type", "answer_type", "answer_confidence", "answer_id"))
-        for n, record in enumerate(files.sequence(content, "annotations", name)):
-            where = f"{name}: annotations[{n}]"
-            try:
-                question_id = files.integer(record, "question_id", where)
-                answers = files.sequence(record, "answers", where)
-                said = [files.string(answer, "answer", f"{where}.answers[{m}]") for m, answer in enumerate(answers)]
-                if not said:
-                    raise UserError(f"{where}: answers is empty")
-                image_id = files.integer(record, "image_id", where)
-            except UserError as problem:
-                self.findings.error("malformed annotation", str(problem))
-                continue
+        records = files.records(content, "annotations", printable(path, 400))
+        for where, (question_id, image_id, said) in self.findings.parsed("malformed annotation", records, annotation):
             if question_id in out:
                 self.findings.note("annotation id twice", f"{where}: question_id {question_id} was used before")
             out[question_id] = (image_id, said)

@@ -191,9 +191,6 @@ def _is_in(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-# ------------------------------------------------------------------------------------------------ checked fields
-
-
 def integer(record, key: str, where: str) -> int:
     """``record[key]`` as an int; ``UserError`` for a missing key, a bool, a float with a fraction, a string."""
     value = _field(record, key, where)
@@ -236,6 +233,12 @@ def sequence(record, key: str, where: str) -> list:
     if not isinstance(value, list):
         raise UserError(f"{where}: {key} must be a list, found {type(value).__name__}")
     return value
+
+
+def records(record, key: str, name: str) -> Iterator[tuple[str, object]]:
+    """(where it stands, the entry) of each entry of the list ``record[key]`` of the file ``name``."""
+    for n, entry in enumerate(sequence(record, key, name)):
+        yield f"{name}: {key}[{n}]", entry
 
 
 def _shown(value) -> str:

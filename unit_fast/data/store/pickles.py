@@ -107,6 +107,29 @@ def _call(function, arguments):
 
 
 _MARK = object()
+_CONSTANTS = {
+    0x5D: list, 0x7D: dict, 0x8F: set, 0x29: tuple, 0x4E: lambda: None, 0x88: lambda: True, 0x89: lambda: False,
+}  # fmt: skip
+"""Instruction -> what makes the value it pushes."""
+
+
+def _text_or_bytes(raw: bytes) -> str | bytes:
+    """A Python 2 string: text where it is text, else bytes (the data of a numpy scalar)."""
+    try:
+        return raw.decode("ascii")
+    except UnicodeDecodeError:
+        return raw
+
+
+_BYTES = {
+    0x54: ("i", bytes.decode),  # BINSTRING
+    0x55: ("B", _text_or_bytes),  # SHORT_BINSTRING
+    0x43: ("B", bytes),  # SHORT_BINBYTES
+    0x42: ("I", bytes),  # BINBYTES
+    0x8E: ("Q", bytes),  # BINBYTES8
+    0x8D: ("Q", bytes.decode),  # BINUNICODE8
+}
+"""Instruction -> form of the length that precedes its bytes, and what is made of them."""
 
 
 def loads(data: bytes, start: int = 0) -> object:
@@ -194,10 +217,8 @@ def loads(data: bytes, start: int = 0) -> object:
             extend_list(marked())
         elif op == 0x75:  # SETITEMS
             extend_dict(marked())
-        elif op == 0x5D:  # EMPTY_LIST
-            push([])
-        elif op == 0x7D:  # EMPTY_DICT
-            push({})
+        elif op in _CONSTANTS:
+            push(_CONSTANTS[op]())
         elif op == 0x4A:  # BININT
             push(unpack("i"))
         elif op == 0x4B:  # BININT1
@@ -209,19 +230,11 @@ def loads(data: bytes, start: int = 0) -> object:
             push(int.from_bytes(take(unpack("B")), "little", signed=True))
         elif op == 0x47:  # BINFLOAT, the one big-endian number
             push(struct.unpack(">d", take(8))[0])
-        elif op == 0x4E:
-            push(None)
-        elif op == 0x88:
-            push(True)
-        elif op == 0x89:
-            push(False)
         elif op == 0x61:  # APPEND
             extend_list([pop()])
         elif op == 0x73:  # SETITEM
             value = pop()
             extend_dict([pop(), value])
-        elif op == 0x29:
-            push(())
         elif op in (0x85, 0x86, 0x87):  # TUPLE1 to TUPLE3
             count = op - 0x84
             items = tuple(stack[-count:])
@@ -231,20 +244,9 @@ def loads(data: bytes, start: int = 0) -> object:
             push(items)
         elif op == 0x74:
             push(tuple(marked()))
-        elif op == 0x54:  # BINSTRING
-            push(take(unpack("i")).decode("utf-8"))
-        elif op == 0x55:  # SHORT_BINSTRING
-            push(_text_or_bytes(take(unpack("B"))))
-        elif op == 0x43:  # SHORT_BINBYTES
-            push(take(unpack("B")))
-        elif op == 0x42:  # BINBYTES
-            push(take(unpack("I")))
-        elif op == 0x8E:  # BINBYTES8
-            push(take(unpack("Q")))
-        elif op == 0x8D:  # BINUNICODE8
-            push(take(unpack("Q")).decode("utf-8"))
-        elif op == 0x8F:  # EMPTY_SET
-            push(set())
+        elif op in _BYTES:
+            code, make = _BYTES[op]
+            push(make(take(unpack(code))))
         elif op == 0x90:  # ADDITEMS
             items = marked()
             if not isinstance(stack[-1], set):
@@ -277,14 +279,6 @@ def loads(data: bytes, start: int = 0) -> object:
             return pop()
         else:
             raise Refused(f"pickle instruction {op:#04x}")
-
-
-def _text_or_bytes(raw):
-    """A Python 2 string: text where it is text, else bytes (the data of a numpy scalar)."""
-    try:
-        return raw.decode("ascii")
-    except UnicodeDecodeError:
-        return raw
 
 
 def read_records(path: str | Path, limit: int = NPY_LIMIT) -> list[dict]:

@@ -2,11 +2,12 @@
 
 import sys
 from array import array
-from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from unit_fast.data.store.cache import Cache, Content, Strings
+from unit_fast.data.progress import progress_bar
+from unit_fast.data.store.cache import Cache
+from unit_fast.data.store.content import Content, Strings
 from unit_fast.data.text.wordpieces import MAX_CHARACTERS, WordPieces
 from unit_fast.errors import UserError
 
@@ -59,7 +60,9 @@ def tokenise(words: WordPieces, columns: tuple[Strings, ...], title: str) -> Con
     content = Content()
     dtype = np.dtype(np.uint16 if len(words) <= np.iinfo(np.uint16).max else np.uint32)
     cannot = int(np.iinfo(dtype).max)
-    with _progress(sum(map(len, columns)), title) as advance:
+    total = sum(map(len, columns))
+    shown = total >= LONG and sys.stderr.isatty()
+    with progress_bar(f"word pieces of {title}", total, shown, stderr=True) as advance:
         for c, column in enumerate(columns):
             # one at a time: a batch of the library is no faster on one core, and its threads would be running when
             # loader processes are forked
@@ -70,7 +73,8 @@ def tokenise(words: WordPieces, columns: tuple[Strings, ...], title: str) -> Con
                 except UserError:
                     ids.append(cannot)
                 ends[i] = len(ids)
-                advance()
+                if i % 1000 == 0:  # drawing costs more than a sentence
+                    advance(1000)
             content.arrays[f"ids{c}"] = np.frombuffer(ids, dtype=dtype) if ids else np.zeros(0, dtype=dtype)
             content.arrays[f"ends{c}"] = ends
     return content
@@ -87,32 +91,3 @@ def cached_tokens(cache: Cache, rows: Content, words: WordPieces, columns: tuple
         "tokenizers": tokenizers.__version__,
     }  # fmt: skip
     return Tokens(cache.open(name, key, lambda: tokenise(words, columns, title), lambda: True), len(columns))
-
-
-class _progress:
-    """A bar on a terminal for many sentences, nothing otherwise; the value is called once a sentence."""
-
-    def __init__(self, total: int, title: str):
-        self.total, self.title, self.bar = total, title, None
-
-    def __enter__(self) -> Callable[[], None]:
-        if self.total < LONG or not sys.stderr.isatty():
-            return lambda: None
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self.bar = Progress(console=Console(stderr=True), transient=True)
-        task = self.bar.add_task(f"word pieces of {self.title}", total=self.total)
-        self.bar.start()
-        steps = self._steps(task)
-        return lambda: next(steps)
-
-    def _steps(self, task) -> Iterator[None]:
-        while True:
-            for _ in range(1000):  # drawing costs more than a sentence
-                yield
-            self.bar.advance(task, 1000)
-
-    def __exit__(self, *_):
-        if self.bar is not None:
-            self.bar.stop()

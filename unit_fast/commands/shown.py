@@ -1,0 +1,41 @@
+"""What several commands print in the same way."""
+
+import contextlib
+import json
+import sys
+
+from unit_fast.errors import UserError
+from unit_fast.tasks import get_task
+
+
+@contextlib.contextmanager
+def errors_as_json(wanted: bool):
+    """Where JSON is to be printed, print a user's mistake as JSON too; it is raised all the same."""
+    try:
+        yield
+    except UserError as error:
+        if wanted:
+            print(json.dumps({"error": str(error)}))
+        raise
+
+
+def show_metrics(metrics: dict[str, dict]) -> None:
+    """A line a task: its metric beside chance; nothing without any."""
+    if not metrics:
+        return
+    print(f"\n{'task':<8} {'metric':<18} {'value':>7} {'chance':>7} {'AP50':>7} {'count':>7}")
+    for short, found in metrics.items():
+        key = get_task(short).metric
+        value, chance, ap50 = (found.get(k) for k in (key, "chance", "AP50"))
+        cells = " ".join(f"{'' if v is None else f'{v:.4f}':>7}" for v in (value, chance, ap50))
+        print(f"{short:<8} {key:<18} {cells} {found.get('count', 0):>7}")
+
+
+def show_report(run) -> None:
+    """Write the report and say where it is; how the run ended does not depend on it."""
+    from unit_fast import report
+
+    try:
+        print(f"report: {report.write_report(run.folder)}")
+    except (OSError, UserError) as error:
+        print(f"unit-fast: no report: {' '.join(str(error).split())}", file=sys.stderr)

@@ -1,0 +1,44 @@
+"""How many images were unreadable, and whether that is more than a run bears."""
+
+import collections
+
+from unit_fast.data.fetch import Step
+from unit_fast.errors import UserError, printable
+
+
+class BadImages:
+    """Counts unreadable images and stops the run when they are certainly more than a share of those read."""
+
+    JUDGED_FROM = 100
+    """So many images are taken as read when fewer were: one bad image in the first twenty is no share yet."""
+
+    def __init__(self, max_share: float, read: int = 0, by_task: dict[str, int] | None = None):
+        self.max_share, self.read, self.by_task = max_share, read, collections.Counter(by_task or {})
+        self.paths: dict[str, str] = {}
+
+    def add(self, step: Step) -> list[str]:
+        """Count ``step``. Returns one message for each path not met before. ``UserError`` above the share."""
+        self.read += step.images_read
+        self.by_task[step.task] += len(step.bad)
+        new = {path: message for path, message in step.bad if path not in self.paths}
+        self.paths.update(new)
+        count = self.by_task.total()
+        if count > self.tolerated():
+            first = "; ".join(printable(message) for message in list(self.paths.values())[:3])
+            raise UserError(
+                f"{count} of {self.read} images read could not be decoded, more than the share of {self.max_share:g} "
+                f"allowed (first: {first}). Repair them (`unit-fast data check ROOT --decode` lists them all) or raise "
+                "--data.max-bad-share"
+            )
+        return [f"{printable(message)}; replaced by another sample of {step.task}" for message in new.values()]
+
+    def tolerated(self) -> float:
+        """Bad images among those read that ``max_share`` explains: so many are expected, and four deviations more.
+
+        Images come at random: of a root with just that share bad, every second stretch has more.
+        """
+        expected = self.max_share * max(self.read, self.JUDGED_FROM)
+        return expected + 4 * expected**0.5
+
+    def state(self) -> dict:
+        return {"read": self.read, "by_task": {k: v for k, v in self.by_task.items() if v}}
