@@ -70,7 +70,7 @@ MUTATIONS = [
              "value = tl.where(value < -0.1, 0.0, value)"),
     Mutation("bias_act_dropout", "backward kernel", "grad *= distribution + saved * density", "grad *= distribution"),
     Mutation("frozen_bn_act", "reference", "y = y + residual", "y = y - residual"),
-    Mutation("frozen_bn_act", "kernel", "value += _constants(shift_ptr", "value -= _constants(shift_ptr"),
+    Mutation("frozen_bn_act", "kernel", "value += vector(shift_ptr", "value -= vector(shift_ptr"),
     Mutation("frozen_bn_act", "backward kernel", "grad = tl.where(y <= 0.0, 0.0", "grad = tl.where(y < 0.0, 0.0"),
     Mutation("match_cost", "reference", "cost = -cost_class * score.gather", "cost = cost_class * score.gather"),
     Mutation("match_cost", "kernel", "tl.abs(aw - bw) + tl.abs(ah - bh)", "tl.abs(aw - bw)"),
