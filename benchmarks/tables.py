@@ -213,23 +213,27 @@ def fill(text: str) -> str:
 
 
 def main(arguments=None) -> int:
-    """Rewrite or check the README."""
+    """Rewrite or check README and ``docs/``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a table differs")
-    parser.add_argument("--file", type=Path, default=ROOT / "README.md")
+    parser.add_argument(
+        "--file", type=Path, nargs="+", default=[ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    )
     args = parser.parse_args(arguments)
-    before = args.file.read_text(encoding="utf-8")
-    try:
-        after = fill(before)
-    except (FileNotFoundError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    if args.check:
-        if before != after:
-            print(f"{args.file.name} differs from the results; run: python -m benchmarks.tables", file=sys.stderr)
-        return int(before != after)
-    args.file.write_text(after, encoding="utf-8")
-    return 0
+    differ = 0
+    for file in args.file:
+        before = file.read_text(encoding="utf-8")
+        try:
+            after = fill(before)
+        except (FileNotFoundError, ValueError) as error:
+            print(f"{file.name}: {error}", file=sys.stderr)
+            return 2
+        if args.check and before != after:
+            print(f"{file.name} differs from the results; run: python -m benchmarks.tables", file=sys.stderr)
+            differ = 1
+        elif before != after:
+            file.write_text(after, encoding="utf-8")
+    return differ
 
 
 if __name__ == "__main__":
