@@ -19,7 +19,7 @@ _HOME = {
     "ModelConfig": "unit_fast.config",
     "RunConfig": "unit_fast.config",
     "recipe": "unit_fast.recipes",
-    "load": "unit_fast.evaluation.predict",
+    "load": "unit_fast.prediction.predictor",
     "kernels": "unit_fast.ops",
     "UserError": "unit_fast.errors",
 }

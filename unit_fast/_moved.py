@@ -20,8 +20,10 @@ MOVED = {
     ),
     "unit_fast.labels": ("unit_fast.evaluation.labels",),
     "unit_fast.metrics": ("unit_fast.evaluation.metrics",),
-    "unit_fast.predict": ("unit_fast.evaluation.predict",),
-    "unit_fast.setup_model": ("unit_fast.run.setup", "unit_fast.config_check"),
+    "unit_fast.predict": ("unit_fast.prediction.predictor",),
+    "unit_fast.setup_model": (
+        "unit_fast.run.setup", "unit_fast.config_check", "unit_fast.run.ema", "unit_fast.run.initial_weights"
+    ),
     "unit_fast.train": ("unit_fast.run.train",),
     "unit_fast.data.synthetic": ("unit_fast.data.generated.world",),
 }  # fmt: skip

@@ -64,12 +64,10 @@ class PeerData(torch.utils.data.Dataset):
         self.dataset, self.peer = dataset, peer
 
     def __getitem__(self, visit: tuple[int, int]) -> dict:
-        return self.dataset._sample(*visit, self._image)
-
-    def _image(self, path, stated, key):
+        index, key = visit
+        path = self.dataset.image_path(index)
         size, change = PEERS[self.peer](str(path))
-        geometry = self.dataset._geometry(path, size, stated, key)
-        return {"image": change(geometry)}, geometry
+        return self.dataset.sample(index, key, path, size, lambda geometry: {"image": change(geometry)})
 
 
 def pad_collate(samples: list[dict]) -> dict:

@@ -92,7 +92,7 @@ def test_every_readable_sample_comes_once_as_it_is(root, tmp_path, engine, size,
             assert not batch.pixel_mask.any()
             assert batch.sample_ids == [100 + index for index, _ in members]
             expected = collate("coco", [dataset.get(index) for index, _ in members])
-            # two of 255 steps, see data/images.py; the reference engine gives the same bits
+            # two of 255 steps, see images/transforms.py; the reference engine gives the same bits
             limit = 2.01 / 255 / min(STD) if engine else 0.0
             assert (batch.image - expected.image).abs().max() <= limit
             assert torch.equal(batch.boxes, expected.boxes)
@@ -141,13 +141,13 @@ def test_leaving_early_ends_the_threads(root, tmp_path, engine):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_reading_is_the_readers(root, tmp_path, engine, workers, monkeypatch):
     dataset, data = opened(root, tmp_path, workers=workers)
-    real = dataset._sample
+    real = dataset._fields
 
     def broken(index, *more):
         if index == 5:
             raise UserError("row 5: is not what it was")
         return real(index, *more)
 
-    monkeypatch.setattr(dataset, "_sample", broken)
+    monkeypatch.setattr(dataset, "_fields", broken)
     with pytest.raises(UserError, match="row 5"):
         read(dataset, data, 1, engine)

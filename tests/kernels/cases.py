@@ -39,8 +39,10 @@ class Problem:
     """Inputs whose dtype is this in every precision below float64."""
 
     def to(self, device: str) -> "Problem":
-        return Problem(*({k: v.to(device) if isinstance(v, Tensor) else v for k, v in d.items()} for d in
-                         (self.inputs, self.others)), self.dtypes)  # fmt: skip
+        def moved(arguments):
+            return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+        return Problem(moved(self.inputs), moved(self.others), self.dtypes)
 
 
 def patched(module, **values) -> Callable:

@@ -44,7 +44,7 @@ def run(options: Options) -> int:
 
 
 def _predict(options: Options) -> int:
-    from unit_fast.evaluation.predict import load
+    from unit_fast.prediction.predictor import load
     from unit_fast.run.setup import device_of
 
     texts = options.text + ((options.text_b,) if options.text_b is not None else ())

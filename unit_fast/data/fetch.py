@@ -1,5 +1,6 @@
 """Samples to the batches of one step, unreadable images replaced by other samples."""
 
+import itertools
 import time
 from dataclasses import dataclass, field
 
@@ -68,8 +69,10 @@ class Fetcher(torch.utils.data.Dataset):
         return self._step(request, lambda index, key: dataset.describe(index, key, checked))
 
     def visited(self, request: Request) -> tuple[object, list[int]]:
-        """The data set of a request and the indices it visits."""
-        return self.datasets[request.task], [visit.index for micro in request.micro for visit in micro]
+        """The data set of a request and the indices of the images it visits."""
+        dataset = self.datasets[request.task]
+        visits = itertools.chain(*request.micro) if dataset.task.has_image else ()
+        return dataset, [visit.index for visit in visits]
 
     def _step(self, request: Request, get) -> tuple[Step, list[list[Picture]]]:
         step, pictures = Step(request, []), []

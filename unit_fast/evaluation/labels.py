@@ -11,11 +11,11 @@ from pathlib import Path
 
 from unit_fast.config import RunConfig
 from unit_fast.data.layout import Layout
+from unit_fast.data.store.files import read_json
 from unit_fast.data.text.wordpieces import load_vocabulary
 from unit_fast.errors import UserError, printable
 from unit_fast.evaluation.task_results import write_aside
 from unit_fast.tasks import get_task
-from unit_fast.weights.files import read_json
 
 LABELS, VOCABULARY = "labels.json", "vocab.txt"
 

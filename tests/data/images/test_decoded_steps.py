@@ -39,6 +39,7 @@ from tests.data.image_roots import (
 )  # fmt: skip
 from tests.data_roots import REAL, needs_real
 from tests.small_runs import log_of, make_world, rows, small_config, state_hash
+from unit_fast.config import to_json
 from unit_fast.data.images import decoded_steps as reader_module
 from unit_fast.data.images.checked import CheckedImages, Facts
 from unit_fast.data.images.dali import DecodeFailed
@@ -205,8 +206,6 @@ def test_torchvisions_decoder_says_what_it_cannot_decode(content):
             decoder.take()
 
 
-# ----------------------------------------------------------------------------------------------- order and resume
-
 READ = """
     import hashlib, json, sys
     from unit_fast.config import load_config
@@ -227,8 +226,6 @@ READ = """
 
 
 def reading(config, path, start, stop, counts):
-    from unit_fast.config import to_json
-
     settings = path.with_suffix(".config.json")
     settings.write_text(to_json(config))
     command = [sys.executable, "-c", textwrap.dedent(READ), settings, str(start), str(stop), path, json.dumps(counts)]
@@ -310,10 +307,6 @@ def test_memory_stays_bounded(tmp_path):
             if number in (100, 999):
                 sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
     assert sizes[1] - sizes[0] < 40 * 2**20
-
-
-def read_order(config, stop):
-    return [(s.task, i) for s in steps_of(config, stop=stop) for b in s.batches for i in b.sample_ids]
 
 
 @needs_dali

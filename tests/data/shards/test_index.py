@@ -369,33 +369,15 @@ def test_shards_may_stand_at_the_place_of_the_folder(coco):
     assert next(s for s in report.splits if s.task == "coco").facts["shards"] > 2
 
 
-def cut(tar):
-    os.truncate(tar, tar.stat().st_size - 600)
-
-
-def grow(tar):
-    with open(tar, "ab") as file:
-        file.write(bytes(512))
-
-
-def another(tar):
-    """Other members, the same size."""
-    size = tar.stat().st_size
+def refilled(tar, members):
+    """These (name, size) instead, the same length."""
+    length = tar.stat().st_size
     with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as made:
-        info = tarfile.TarInfo("stranger.jpg")
-        info.size = size - 10240
-        made.addfile(info, io.BytesIO(bytes(info.size)))
-    os.truncate(tar, size)
-
-
-def renamed(tar):
-    """The same places and sizes, other names."""
-    members = scan(tar)
-    with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as made:
-        for name, _, size, _ in members:
-            info = tarfile.TarInfo("stranger.jpg".rjust(len(name), "x"))
+        for name, size in members:
+            info = tarfile.TarInfo(name)
             info.size = size
             made.addfile(info, io.BytesIO(bytes(size)))
+    os.truncate(tar, length)
 
 
 def huge(tar):
@@ -407,21 +389,26 @@ def huge(tar):
     tar.write_bytes(content)
 
 
-def noise(tar):
-    tar.write_bytes(np.random.default_rng(0).bytes(tar.stat().st_size))
-
-
-def gone(tar):
-    tar.unlink()
+DAMAGE = {
+    "cut": lambda tar: os.truncate(tar, tar.stat().st_size - 600),
+    "grown": lambda tar: os.truncate(tar, tar.stat().st_size + 512),
+    "gone": lambda tar: tar.unlink(),
+    "noise": lambda tar: tar.write_bytes(np.random.default_rng(0).bytes(tar.stat().st_size)),
+    "another": lambda tar: refilled(tar, [("stranger.jpg", tar.stat().st_size - 10240)]),
+    "renamed": lambda tar: refilled(
+        tar, [("stranger.jpg".rjust(len(name), "x"), size) for name, _, size, _ in scan(tar)]
+    ),
+    "huge": huge,
+}
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"), [(cut, "cut off or replaced"), (grow, "cut off or replaced"), (gone, "no such file")]
+    ("damage", "message"), [("cut", "cut off or replaced"), ("grown", "cut off or replaced"), ("gone", "no such file")]
 )
 def test_damage_before_training_is_told_at_its_start(coco, damage, message):
     root, place = coco
     tar = tar_of(place)
-    damage(tar)
+    DAMAGE[damage](tar)
     with pytest.raises(UserError, match=message) as found:
         opened_set("coco", root)
     assert str(found.value).startswith(str(tar))
@@ -430,9 +417,9 @@ def test_damage_before_training_is_told_at_its_start(coco, damage, message):
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(cut, "bytes, index.json says"), (grow, "bytes, index.json says"), (gone, "does not exist any more"),
-     (another, "no member at this place"), (renamed, "stranger.jpg at this place"),
-     (noise, "no member at this place")],
+    [("cut", "bytes, index.json says"), ("grown", "bytes, index.json says"), ("gone", "does not exist any more"),
+     ("another", "no member at this place"), ("renamed", "stranger.jpg at this place"),
+     ("noise", "no member at this place")],
 )  # fmt: skip
 def test_damage_while_training_is_a_bad_image_with_the_path(coco, damage, message):
     root, place = coco
@@ -440,29 +427,29 @@ def test_damage_while_training_is_a_bad_image_with_the_path(coco, damage, messag
     member = dataset.image_path(0)
     assert isinstance(member, Member)
     assert load_image(member, 10**6).size == (60, 40)
-    damage(Path(member.shard))
+    DAMAGE[damage](Path(member.shard))
     with pytest.raises(BadImage, match=message) as found:
         dataset.get(0)
     assert found.value.path == f"{member.shard}::000000000009.jpg"
     with pytest.raises(BadImage, match=message):
         read_bytes(member)
-    if damage not in (another, renamed, noise):  # the stamp is of the file alone
+    if damage not in ("another", "renamed", "noise"):  # the stamp is of the file alone
         with pytest.raises(BadImage, match=message):
             stamp(member)
 
 
-@pytest.mark.parametrize("damage", [cut, grow, another, renamed, huge, noise, gone])
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_the_check_of_a_root_finds_each_damaged_shard(coco, damage):
     root, place = coco
     tars = [tar_of(place), tar_of(place, "000000000025.jpg")]
     for tar in tars:
-        damage(tar)
+        DAMAGE[damage](tar)
     report = check(root, examples=100)
     assert not report.ok
     messages = [message for *_, examples in report.problems() for message in examples]
     for tar in set(tars):
         assert any(message.startswith(f"{tar}: ") for message in messages)
-        assert any(message.startswith(f"{tar}::") for message in messages) or damage is huge
+        assert any(message.startswith(f"{tar}::") for message in messages) or damage == "huge"
 
 
 def test_the_stamp_changes_with_the_tar_file(coco):

@@ -1,7 +1,7 @@
 """DALI's part in reading images: a pipeline that decodes batches in its own threads, in our order.
 
-Two graphs. ``decode`` gives the decoded images as they are stored, and ``images.place`` does the rest, on the CPU or
-on a GPU. ``whole`` also resizes, crops, flips, normalises and pads in DALI; on a CPU its resize takes several times as
+Two graphs. ``decode`` gives the decoded images as they are stored; ``transforms.place`` does the rest, on the CPU or on
+a GPU. ``whole`` also resizes, crops, flips, normalises and pads in DALI; on a CPU its resize takes several times as
 long as torch's 8-bit one. Sizes, crops and flips come from our ``Geometry`` either way.
 
 Every run of the pipeline is a batch fed by ``feed`` and fetched by ``take``, in turn. A pipeline that met a file that

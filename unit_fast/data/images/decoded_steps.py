@@ -145,8 +145,8 @@ class DecodedSteps:
     def _begin(self, request) -> _Underway:
         """Describe a step and feed its images to the decoder."""
         dataset, indices = self.fetcher.visited(request)
-        if dataset.task.has_image:  # those not yet checked, by all threads at once
-            list(self.pool.map(lambda index: self._check(dataset, index), indices))
+        # those not yet checked, by all threads at once
+        list(self.pool.map(lambda index: self._check(dataset, index), indices))
         for _ in range(MOST_REPAIRS):
             step, pictures = self.fetcher.describe(request, self.checked)
             kept = [[self.kept.get(p.path, p.stamp) for p in group] for group in pictures]

@@ -1,6 +1,6 @@
 """What all data sets have in common: split, texts, images, the book of oddities."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +32,12 @@ NOTABLE = ("file", "files", "split by", "questions without answers")
 class Dataset:
     """One split of one data set: annotations in flat arrays, images made when asked for.
 
-    The arrays of large files are mapped from the cache (``cache.py``), and so are the word pieces of their texts; of
-    small files the arrays are in memory and the word pieces made when asked for. Forked workers share either; the
-    mapped ones cost them no memory of their own.
+    The arrays of large files are mapped from the cache, and so are the word pieces of their texts; of small files the
+    arrays are in memory and the word pieces made when asked for. Forked workers share either; the mapped ones cost them
+    no memory of their own.
 
     Subclasses fill themselves from files in ``_read``, those with texts ``columns`` and ``rows`` too, and define
-    ``__len__``, ``sample_id``, ``_sample`` and, with images, ``image_path``.
+    ``__len__``, ``sample_id``, ``_fields`` and, with images, ``image_path``.
     """
 
     columns: tuple[Strings, ...] = ()
@@ -130,17 +130,34 @@ class Dataset:
         Raises:
             BadImage: the image is absent or damaged.
         """
-        return self._sample(index, key, self._pixels)
+        if not self.task.has_image:
+            return self._fields(index, None)
+        path = self.image_path(index)
+        image = self.kept.get(path)
+        if image is None:
+            image = load_image(path, self.data.max_pixels)
+            self.kept.put(path, image, 3 * image.width * image.height)
+        size = image.height, image.width
+        return self.sample(index, key, path, size, lambda geometry: {"image": to_tensor(geometry.apply_image(image))})
 
     def describe(self, index: int, key: int | None, checked: CheckedImages) -> dict:
         """As ``get``, but with ``picture`` (``geometry.Picture``), which is still to be read, instead of ``image``."""
+        path = self.image_path(index)
+        facts = checked.facts(path)
+        size = facts.height, facts.width
+        return self.sample(index, key, path, size, lambda geometry: {"picture": Picture(path, geometry, facts.stamp)})
 
-        def picture(path, stated, key):
-            facts = checked.facts(path)
-            geometry = self._geometry(path, (facts.height, facts.width), stated, key)
-            return {"picture": Picture(path, geometry, facts.stamp)}, geometry
+    def sample(self, index: int, key: int | None, path, size: tuple[int, int], image: Callable[..., dict]) -> dict:
+        """The sample at ``index``, whose image lies at ``path`` and is stored in this (height, width).
 
-        return self._sample(index, key, picture)
+        image: makes the field that stands for the image of what is to happen to it (``Geometry``).
+        """
+        stated = self._stated_size(index)
+        if stated is not None and size != stated:
+            raise BadImage(path, f"is {size[1]} x {size[0]} pixels, its annotation says {stated[1]} x {stated[0]}")
+        geometry = self.transform.geometry(*size, key if self.augment else None)
+        fields = {**image(geometry), "orig_size": geometry.stored, "image_path": str(path)}
+        return fields | self._fields(index, geometry)
 
     def shape(self, index: int, key: int | None = None) -> tuple[int, ...]:
         """(height, width) of the image of ``get`` as far as its header tells, or (tokens,) of a text alone.
@@ -162,7 +179,11 @@ class Dataset:
 
     def image_paths(self):
         """(path, stated (height, width) or None) of every image of the split, each once."""
-        return iter(())
+        for index in self._images() if self.task.has_image else ():
+            try:
+                yield self.image_path(index), self._stated_size(index)
+            except BadImage as error:
+                self.findings.error("file name outside the data root", str(error))
 
     def text(self, index: int) -> str | tuple[str, str]:
         """The sentence of row ``index``, or the two of a pair."""
@@ -242,31 +263,22 @@ class Dataset:
             self.findings.error("shard missing or damaged", problem)
         return shards
 
-    def _sample(self, index: int, key: int | None, image: Callable[..., tuple[dict, Geometry | None]]) -> dict:
-        """What ``get`` and ``describe`` return; ``image(path, stated size or None, key)`` gives fields and geometry."""
+    def _fields(self, index: int, geometry: Geometry | None) -> dict:
+        """What a sample holds besides its image, to which ``geometry`` happens."""
         raise NotImplementedError
 
-    def _image(self, index: int, key: int | None, image: Callable, stated=None) -> tuple[dict, Geometry]:
-        """The fields that every sample with an image has, and what was done to the image."""
-        path = self.image_path(index)
-        fields, geometry = image(path, stated, key)
-        return {**fields, "orig_size": geometry.stored, "image_path": str(path)}, geometry
+    def _images(self) -> Iterable[int]:
+        """One sample of each image."""
+        return range(len(self))
 
-    def _pixels(self, path, stated, key):
-        image = self.kept.get(path)
-        if image is None:
-            image = load_image(path, self.data.max_pixels)
-            self.kept.put(path, image, 3 * image.width * image.height)
-        geometry = self._geometry(path, (image.height, image.width), stated, key)
-        return {"image": to_tensor(geometry.apply_image(image))}, geometry
-
-    def _geometry(self, path, size: tuple[int, int], stated, key) -> Geometry:
-        if stated is not None and size != stated:
-            raise BadImage(path, f"is {size[1]} x {size[0]} pixels, its annotation says {stated[1]} x {stated[0]}")
-        return self.transform.geometry(*size, key if self.augment else None)
+    def _stated_size(self, index: int) -> tuple[int, int] | None:
+        """(height, width) of an image as its annotation says, where it does."""
+        return None
 
     def _stored_size(self, index: int) -> tuple[int, int]:
         """(height, width) of an image as stored, from its annotation or its header."""
+        if (stated := self._stated_size(index)) is not None:
+            return stated
         path = self.image_path(index)
         found = self._sizes.get(str(path))
         if found is None:

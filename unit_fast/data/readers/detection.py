@@ -1,13 +1,12 @@
 """What COCO and Visual Genome share: targets, ground truth, and what is asked of boxes and classes (SPEC 4.2)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from unit_fast.data.errors import BadImage
-from unit_fast.data.images.geometry import TrainTransform
+from unit_fast.data.images.geometry import Geometry, TrainTransform
 from unit_fast.data.readers.dataset import Dataset
 from unit_fast.data.readers.objects import Objects, corners, pack
 from unit_fast.data.readers.sources import read_through
@@ -36,25 +35,16 @@ class Detection(Dataset):
         """Class -> name."""
         return self.objects.names
 
-    def image_paths(self) -> Iterator[tuple[Path, tuple[int, int]]]:
-        for index in range(len(self)):
-            try:
-                yield self.image_path(index), tuple(self.objects.sizes[index].tolist())
-            except BadImage as error:
-                self.findings.error("file name outside the data root", str(error))
-
-    def _stored_size(self, index: int) -> tuple[int, int]:
+    def _stated_size(self, index: int) -> tuple[int, int]:
         return tuple(self.objects.sizes[index].tolist())
 
-    def _sample(self, index: int, key: int | None, image) -> dict:
-        """``image`` [3,H,W] float32, ``labels`` int64 [n], ``boxes`` float32 [n,4] cx cy w h of the image as given,
+    def _fields(self, index: int, geometry: Geometry) -> dict:
+        """``labels`` int64 [n], ``boxes`` float32 [n,4] cx cy w h of the image as given,
         ``attributes`` int64 [n,16] (Visual Genome), ids and the stored size."""
-        stated = self._stored_size(index)
-        sample, geometry = self._image(index, key, image, stated)
-        sample["image_id"] = sample["sample_id"] = self.sample_id(index)
+        sample = dict.fromkeys(("image_id", "sample_id"), self.sample_id(index))
         if self.has_targets:
             rows = self.objects.rows(index)
-            boxes, keep = corners(self.objects.xywh[rows], *stated)
+            boxes, keep = corners(self.objects.xywh[rows], *self._stated_size(index))
             keep &= ~self.objects.crowd[rows]
             chosen = np.flatnonzero(keep)
             boxes, inside = geometry.apply_boxes(boxes[chosen])

@@ -70,7 +70,7 @@ class Glue(Dataset):
         """Number of the row in its file or files, from 0."""
         return int(self.row_numbers[index])
 
-    def _sample(self, index: int, key: int | None, image) -> dict:
+    def _fields(self, index: int, geometry: None) -> dict:
         """``input_ids`` and so on, and ``label`` where the split has labels."""
         sample = {**self._encode(index), "sample_id": self.sample_id(index)}
         if self.labelled:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unit_fast.data.errors import BadImage
+from unit_fast.data.images.geometry import Geometry
 from unit_fast.data.readers.dataset import Dataset
 from unit_fast.data.readers.sources import read_through
 from unit_fast.data.store import files
@@ -65,10 +65,9 @@ class SnliVe(Dataset):
     def sample_id(self, index: int) -> str:
         return self.ids[index]
 
-    def _sample(self, index: int, key: int | None, image) -> dict:
-        """``image``, ``input_ids`` and so on of the hypothesis, and ``label``."""
+    def _fields(self, index: int, geometry: Geometry) -> dict:
+        """``input_ids`` and so on of the hypothesis, and ``label``."""
         return {
-            **self._image(index, key, image)[0],
             **self._encode(index),
             "label": int(self.labels[index]),
             "image_id": self.images[index],
@@ -79,12 +78,9 @@ class SnliVe(Dataset):
         """The Flickr30k image of a row; ``BadImage`` when its name leads out of the data root."""
         return self._inside(self.folder, self.images[index])
 
-    def image_paths(self):
-        for name in sorted(set(self.images)):
-            try:
-                yield self._inside(self.folder, name), None
-            except BadImage as error:
-                self.findings.error("file name outside the data root", str(error))
+    def _images(self) -> list[int]:
+        row_of = {name: index for index, name in enumerate(self.images)}
+        return [row_of[name] for name in sorted(row_of)]
 
 
 def _row(numbered: tuple[int, str], where: str) -> tuple[str, str, str, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from unit_fast.data.images.geometry import Geometry
 from unit_fast.data.readers.dataset import Dataset
 from unit_fast.data.readers.sources import existing, read_through
 from unit_fast.data.readers.visual_genome import coco_image_ids
@@ -183,10 +184,9 @@ class Vqa2(Dataset):
     def sample_id(self, index: int) -> int:
         return int(self.question_ids[index])
 
-    def _sample(self, index: int, key: int | None, image) -> dict:
-        """``image``, ``input_ids`` and so on, and ``answer_scores`` float32 [answers] where the split has answers."""
+    def _fields(self, index: int, geometry: Geometry) -> dict:
+        """``input_ids`` and so on, and ``answer_scores`` float32 [answers] where the split has answers."""
         sample = {
-            **self._image(index, key, image)[0],
             **self._encode(index),
             "image_id": int(self.image_ids[index]),
             "sample_id": self.sample_id(index),
@@ -202,14 +202,7 @@ class Vqa2(Dataset):
 
     def image_path(self, index: int) -> Path:
         """COCO 2014 / 2015 image of a question; the 2017 folders hold the same images and serve where it is absent."""
-        return self._find_image(PARTS[self.part[index]], int(self.image_ids[index]))
-
-    def image_paths(self):
-        parts = (PARTS[part] for part in self.part.tolist())
-        for part, image_id in sorted(set(zip(parts, self.image_ids.tolist()))):
-            yield self._find_image(part, image_id), None
-
-    def _find_image(self, part, image_id):
+        part, image_id = PARTS[self.part[index]], int(self.image_ids[index])
         places = [(f"coco.{part}_images", f"COCO_{part}_{image_id:012d}.jpg")]
         if part != "test2015":
             places += [("coco.train_images", f"{image_id:012d}.jpg"), ("coco.val_images", f"{image_id:012d}.jpg")]
@@ -221,6 +214,11 @@ class Vqa2(Dataset):
                     return path
                 first = first or path
         return first or self.layout.root / "coco" / "images" / part / f"COCO_{part}_{image_id:012d}.jpg"
+
+    def image_paths(self):
+        parts = (PARTS[part] for part in self.part.tolist())
+        row_of = {image: index for index, image in enumerate(zip(parts, self.image_ids.tolist()))}
+        return ((self.image_path(row_of[image]), None) for image in sorted(row_of))
 
     def _rows(self):
         """(where, question id, (part, image id), question, answers or None) of every question of the split."""

@@ -15,9 +15,9 @@ from unit_fast.errors import UserError
 from unit_fast.evaluation.evaluate import evaluate
 from unit_fast.evaluation.labels import LABELS, read_labels, write_labels
 from unit_fast.evaluation.labels import VOCABULARY as VOCABULARY_FILE
-from unit_fast.evaluation.predict import load
-from unit_fast.evaluation.prediction import Prediction
 from unit_fast.model import UniT
+from unit_fast.prediction.prediction import Prediction
+from unit_fast.prediction.predictor import load
 from unit_fast.report.predictions import chosen
 
 
@@ -211,7 +211,7 @@ def test_a_damaged_note_of_the_orientation_is_no_orientation(predictor, tmp_path
     def fail(image):
         raise SyntaxError("not a TIFF file")
 
-    monkeypatch.setattr("unit_fast.evaluation.predict.ImageOps.exif_transpose", fail)
+    monkeypatch.setattr("unit_fast.prediction.predictor.ImageOps.exif_transpose", fail)
     assert predictor.predict("coco", image=path, threshold=0.0).image.size == (60, 40)
     assert "its EXIF record cannot be read (not a TIFF file); taken as stored" in caplog.text
 
