@@ -19,98 +19,25 @@ written, 4 more where the clipped gradient is written; eager takes about 100. FL
 parameters in float32, dense in memory; gradients in one of float32, bfloat16, float16.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from unit_fast_kernels.adamw.cpu import adamw_cpu, adamw_cpu_unfit
 from unit_fast_kernels.adamw.kernels import (
     CHUNK,
-    GRADIENT_ROW,
     SCALARS,
     _adamw_decide_kernel,
     _adamw_norms_kernel,
     _adamw_update_kernel,
 )
-from unit_fast_kernels.adamw.step import Stats, Step, adamw_reference, is_dense, same_layout, upload
+from unit_fast_kernels.adamw.step import Stats, Step, adamw_reference, is_dense, same_layout
+from unit_fast_kernels.adamw.tables import Tables
 from unit_fast_kernels.shared import capture
 from unit_fast_kernels.shared.operator import Operator
 from unit_fast_kernels.shared.registration import DTYPES, register
 from unit_fast_kernels.shared.triton import cdiv, tl
 from unit_fast_kernels.shared.tuned import launch_parameters
-
-# --- Tables on the device -------------------------------------------------------------------------------------------
-
-
-def addresses_of(rows: Sequence[Sequence[Tensor | None]]) -> list[list[int]]:
-    """[rows][n] addresses, 0 where there is no tensor; of an empty one, which nothing looks at, any other number.
-
-    The one place that asks for an address, outside the operator, which must not depend on where its arguments are. Fake
-    tensors have none: zeros, and nothing is ever launched with them."""
-    if any(isinstance(t, FakeTensor) for t in rows[0]):
-        return [[0] * len(row) for row in rows]
-    return [[0 if t is None else t.data_ptr() or 16 for t in row] for row in rows]
-
-
-class Tables:
-    """What the kernels know of an optimiser's tensors: sizes, chunks, groups; learning rates and other numbers; where
-    the tensors are. What may change is compared with the last call on the host, and copied when it differs.
-
-    Within the capture of a CUDA graph nothing is copied from the host: what an eager call or ``prepare`` left must do,
-    and is kept for the graph. Only the gradients are elsewhere, in the graph's own memory. Where, is written by the
-    graph itself in front of each update, from numbers that its launches carry: such a table is right in every replay
-    and there is nothing to be done after the capture. Eager steps in the graphs' memory do the same, so that no table
-    of theirs lies there when a replay comes.
-    """
-
-    def __init__(self, sizes: Sequence[int], groups: Sequence[int], device: torch.device):
-        self.device = torch.device(device)
-        counts = [cdiv(size, CHUNK) for size in sizes]
-        firsts = [0, *itertools.accumulate(counts)]
-        self.layout = upload([list(sizes), firsts[:-1], list(groups)], torch.int64, device)
-        chunks = [[i for i, c in enumerate(counts) for _ in range(c)], [j for c in counts for j in range(c)]]
-        self.chunks = upload(chunks, torch.int32, device)
-        self._hosts: dict[str, object] = {}
-        self._tensors: dict[str, Tensor] = {}
-        self._held: list[Tensor] = []  # what graphs read, also when it has been replaced here
-
-    def _real(self, question) -> bool:
-        return not isinstance(self.layout, FakeTensor) and question(self.device)
-
-    def kept(self, name: str, values, dtype: torch.dtype) -> Tensor:
-        """``values`` on the device. ``RuntimeError`` within a capture if they are not there yet."""
-        if self._hosts.get(name) != values:
-            if not isinstance(self.layout, FakeTensor):
-                capture.refuse(self.device, f"AdamW's {name} would be copied to the device")
-            self._hosts[name], self._tensors[name] = values, upload(values, dtype, self.device)
-        if self._real(capture.capturing):
-            self._held.append(self._tensors[name])
-        return self._tensors[name]
-
-    def addresses(self, rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
-        """The table [ROWS,n] of where the tensors are."""
-        values = addresses_of(rows)
-        homes = self._homes(values)
-        if not self._real(capture.in_graph_memory):
-            return self.kept("addresses", values, torch.int64)
-        table = homes.clone()
-        present = [i for i, address in enumerate(values[GRADIENT_ROW]) if address]
-        if present:
-            places = table[GRADIENT_ROW].unbind()
-            # Adds to zero: the scalars of a foreach launch travel with it, so that a graph holds them.
-            torch._foreach_add_([places[i] for i in present], [values[GRADIENT_ROW][i] for i in present])
-        return table
-
-    def _homes(self, values: list[list[int]]) -> Tensor:
-        """The table of what stays where it is, without gradients."""
-        return self.kept(
-            "table of addresses",
-            [[0] * len(row) if i == GRADIENT_ROW else row for i, row in enumerate(values)],
-            torch.int64,
-        )
-
 
 # --- The operator ---------------------------------------------------------------------------------------------------
 
@@ -127,8 +54,8 @@ GRADIENTS = dict(zip(DTYPES, (getattr(tl, str(d).removeprefix("torch."), None) f
 
 
 def _launch(
-    params, grads, exp_avgs, exp_avg_sqs, copies, averages, counts, grad_of, copy_of, average_of, used, lr, hyper,
-    max_norm, grad_scale, found_inf, addresses, layout, chunks, grad_dtype, rule, unused, in_place, decay,
+    params, grads, exp_avgs, exp_avg_sqs, copies, counts, grad_of, copy_of, used, lr, hyper, max_norm, grad_scale,
+    found_inf, addresses, layout, chunks, grad_dtype, rule, unused, in_place,
 ):  # fmt: skip
     norm, nonfinite = outputs = _outputs(counts)
     device, n, pieces = counts.device, counts.numel(), chunks.shape[1]
@@ -187,12 +114,10 @@ def _launch(
             actions,
             scalars,
             n,
-            1.0 - decay,
             GRAD=grad_type,
             HF=rule == "hf",
             IN_PLACE=in_place,
             COPY=len(copies) > 0,
-            AVERAGE=len(averages) > 0,
             CHUNK=CHUNK,
             SCALARS=SCALARS,
             BLOCK=tune["block"],
@@ -219,15 +144,15 @@ def _spread(tensors: Sequence[Tensor], where: Sequence[int], n: int) -> list[Ten
 
 
 def _operator_reference(
-    params, grads, exp_avgs, exp_avg_sqs, copies, averages, counts, grad_of, copy_of, average_of, used, lr, hyper,
-    max_norm, grad_scale, found_inf, addresses, layout, chunks, grad_dtype, rule, unused, in_place, decay,
+    params, grads, exp_avgs, exp_avg_sqs, copies, counts, grad_of, copy_of, used, lr, hyper, max_norm, grad_scale,
+    found_inf, addresses, layout, chunks, grad_dtype, rule, unused, in_place,
 ):  # fmt: skip
     n = len(params)
     step = Step(
         params=params, grads=_spread(grads, grad_of, n), moments=lambda i: (exp_avgs[i], exp_avg_sqs[i]),
         counts=counts, used=used, groups=layout[2].tolist(), lr=lr, hyper=hyper, rule=rule, unused=unused,
         max_norm=max_norm, grad_scale=grad_scale, found_inf=found_inf, in_place=in_place,
-        copies=_spread(copies, copy_of, n), averages=_spread(averages, average_of, n), decay=decay,
+        copies=_spread(copies, copy_of, n),
     )  # fmt: skip
     return adamw_reference(step)
 
@@ -235,13 +160,13 @@ def _operator_reference(
 _operator = register(
     "adamw",
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] copies, "
-    "Tensor(f!)[] averages, Tensor(g!) counts, int[] grad_of, int[] copy_of, int[] average_of, Tensor? used, "
+    "Tensor(f!) counts, int[] grad_of, int[] copy_of, Tensor? used, "
     "Tensor lr, Tensor hyper, Tensor? max_norm, Tensor? grad_scale, Tensor? found_inf, Tensor addresses, "
-    "Tensor layout, Tensor chunks, ScalarType grad_dtype, str rule, str unused, bool in_place, float decay) "
+    "Tensor layout, Tensor chunks, ScalarType grad_dtype, str rule, str unused, bool in_place) "
     "-> (Tensor norm, Tensor nonfinite)",
     reference=_operator_reference,
     launch=_launch,
-    fake=lambda params, grads, exp_avgs, exp_avg_sqs, copies, averages, counts, *_: _outputs(counts),
+    fake=lambda params, grads, exp_avgs, exp_avg_sqs, copies, counts, *_: _outputs(counts),
 )
 
 
@@ -261,33 +186,32 @@ def why_not(step: Step, *_) -> str | None:
     dtypes = {g.dtype for g in step.grads if g is not None}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         return f"gradients are {', '.join(sorted(map(str, dtypes)))}: give them one dtype, of at most 32 bits"
-    for name, tensors, dtype in (("copy", step.copies, torch.bfloat16), ("average", step.averages, torch.float32)):
-        for p, t in zip(step.params, tensors):
-            if t is not None and (t.dtype != dtype or t.device != device or not same_layout(p, t)):
-                return f"a parameter's {name} is not {dtype} on its device and laid out as it"
+    for p, t in zip(step.params, step.copies):
+        if t is not None and (t.dtype != torch.bfloat16 or t.device != device or not same_layout(p, t)):
+            return "a parameter's copy is not torch.bfloat16 on its device and laid out as it"
     return None
 
 
 def _arguments(step: Step, grads: Sequence[Tensor | None], tables: Tables) -> tuple:
     """The operator's arguments; ``grads`` laid out as the parameters."""
     n, device = len(step.params), step.params[0].device
-    copies, averages = (list(t) or [None] * n for t in (step.copies, step.averages))
+    copies = list(step.copies) or [None] * n
     exp_avgs, exp_avg_sqs = map(list, zip(*(step.moments(i) for i in range(n))))
-    rows = (step.params, grads, exp_avgs, exp_avg_sqs, copies, averages)
+    rows = (step.params, grads, exp_avgs, exp_avg_sqs, copies)
     used = step.used
     if used is not None:
         if used.device != device:
             capture.refuse(device, f"AdamW's mask of what was used, which is on {used.device}, would be copied")
         used = used.to(device, non_blocking=True).contiguous().view(torch.uint8)
-    present = [[i for i, t in enumerate(row) if t is not None] for row in (grads, copies, averages)]
+    present = [[i for i, t in enumerate(row) if t is not None] for row in (grads, copies)]
     grad_dtype = grads[present[0][0]].dtype if present[0] else torch.float32
     return (
         list(step.params), [grads[i] for i in present[0]], exp_avgs, exp_avg_sqs, [copies[i] for i in present[1]],
-        [averages[i] for i in present[2]], step.counts, *present, used, step.lr,
+        step.counts, *present, used, step.lr,
         tables.kept("hyper", [list(h) for h in step.hyper], torch.float64),
         None if step.max_norm is None else tables.kept("max_norm", step.max_norm, torch.float64), step.grad_scale,
         step.found_inf, tables.addresses(rows), tables.layout, tables.chunks, grad_dtype, step.rule, step.unused,
-        step.in_place, step.decay,
+        step.in_place,
     )  # fmt: skip
 
 
@@ -355,16 +279,16 @@ SHAPES: dict[str, tuple] = {
     "unit_201m": (UNIT_TENSORS, False, "hf", "skip", False, False),
     "unit_vision": (UNIT_TENSORS, True, "hf", "skip", False, False),
     "bert_layer_in_place": (BERT_LAYER, False, "hf", "graph", True, False),
-    "bert_layer_copy_average": (BERT_LAYER, False, "hf", "update_all", False, True),
+    "bert_layer_copy": (BERT_LAYER, False, "hf", "update_all", False, True),
     "bert_layer_torch": (BERT_LAYER, False, "torch", "skip", False, False),
 }
-"""(tensors, only those of COCO used, rule, policy, clipped gradients written, bfloat16 copies and averages)."""
+"""(tensors, only those of COCO used, rule, policy, clipped gradients written, bfloat16 copies)."""
 
 
 def make(shape: tuple, dtype: torch.dtype, device) -> tuple[Step, Tables]:
     """A step with gradients of ``dtype``, all of them of length 1 together or less: the clipping changes nothing, so
     that a step after another finds the same norm."""
-    tensors, vision, rule, unused, in_place, followers = shape
+    tensors, vision, rule, unused, in_place, copied = shape
     sizes = [size for size, count, _ in tensors for _ in range(count)]
     flags = [int(not vision or i < used) for _, count, used in tensors for i in range(count)]
     padded = [cdiv(size, 64) * 64 for size in sizes]  # one buffer, and every tensor at an aligned place in it
@@ -380,8 +304,7 @@ def make(shape: tuple, dtype: torch.dtype, device) -> tuple[Step, Tables]:
         used=torch.tensor(flags, dtype=torch.uint8, device=device), groups=[0] * len(sizes),
         lr=torch.full((1,), 5e-5, dtype=torch.float64, device=device), hyper=[(0.9, 0.999, 1e-8, 1e-4)], rule=rule,
         unused=unused, max_norm=10.0, in_place=in_place,
-        copies=cut(torch.zeros(sum(padded), dtype=torch.bfloat16, device=device)) if followers else (),
-        averages=cut(torch.zeros(sum(padded), device=device)) if followers else (),
+        copies=cut(torch.zeros(sum(padded), dtype=torch.bfloat16, device=device)) if copied else (),
     )  # fmt: skip
     return step, Tables(sizes, step.groups, torch.device(device))
 
@@ -412,12 +335,11 @@ def _used(shape: tuple) -> int:
 
 def bytes_moved(shape: tuple, dtype: torch.dtype) -> int:
     """A used element: its gradient read twice (norm, update), perhaps written; p, m and v read and written; perhaps its
-    copy written, its average read and written."""
-    in_place, followers = shape[4:]
-    return _used(shape) * (24 + dtype.itemsize * (3 if in_place else 2) + (10 if followers else 0))
+    copy written."""
+    in_place, copied = shape[4:]
+    return _used(shape) * (24 + dtype.itemsize * (3 if in_place else 2) + (2 if copied else 0))
 
 
 def flops(shape: tuple) -> int:
-    """Counted on the formulas: 2 for the norm, 1 clip, 3 for m, 4 for v, 7 for p (square root and division as one),
-    3 for an average."""
-    return _used(shape) * (17 + (3 if shape[5] else 0))
+    """Counted on the formulas: 2 for the norm, 1 clip, 3 for m, 4 for v, 7 for p (square root and division as one)."""
+    return _used(shape) * 17

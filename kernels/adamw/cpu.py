@@ -86,19 +86,10 @@ def adamw_cpu(step: Step, *_) -> Stats:
             weight_decay=decay, eps=eps, maximize=False, grad_scale=None if scaled else inverse,
         )  # fmt: skip
     step.counts.add_(torch.tensor(moves, dtype=torch.int32))
-    _followers(step, moves)
+    copied = [(t, p) for t, p, moved in zip(step.copies, step.params, moves) if moved and t is not None]
+    if copied:
+        torch._foreach_copy_(*map(list, zip(*copied)))
     return norm, torch.zeros((), dtype=torch.int32)
-
-
-def _followers(step: Step, moves: Sequence[bool]) -> None:
-    """Copies and averages of what moved."""
-    for tensors, follow in (
-        (step.copies, lambda copies, params: torch._foreach_copy_(copies, params)),
-        (step.averages, lambda averages, params: torch._foreach_lerp_(averages, params, 1 - step.decay)),
-    ):
-        pairs = [(t, p) for t, p, moved in zip(tensors, step.params, moves) if moved and t is not None]
-        if pairs:
-            follow(*map(list, zip(*pairs)))
 
 
 def _zeros(params: Sequence[Tensor]) -> Tensor:

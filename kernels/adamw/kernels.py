@@ -1,7 +1,7 @@
 """The Triton kernels of ``adamw``: three launches for all n tensors of an optimiser, found by their addresses.
 
 The tensors are cut into chunks of CHUNK elements, C in all; a program of the first and of the last kernel takes one.
-``addresses`` [ROWS,n] int64, by row: parameter, gradient, first moment, second moment, copy in bfloat16, average; 0
+``addresses`` [ROWS,n] int64, by row: parameter, gradient, first moment, second moment, copy in bfloat16; 0
 where there is none. ``layout`` [3,n] int64: elements, first chunk, group. ``chunks`` [2,C] int32: tensor, and which of
 its chunks.
 
@@ -11,7 +11,7 @@ computed once a tensor is float64.
 
 from unit_fast_kernels.shared.triton import jit, tl
 
-ROWS = 6
+ROWS = 5
 GRADIENT_ROW = 1
 """The row of ``addresses`` that changes from step to step."""
 CHUNK = 16384
@@ -176,9 +176,9 @@ def _adamw_decide_kernel(
 
 @jit
 def _update(
-    param_ptr, grad_ptr, first_ptr, second_ptr, copy_ptr, average_ptr, at, count, moves, reads, writes, copied,
-    averaged, factor, beta1, rest1, beta2, rest2, eps, rate, root, decay, weight, HF: tl.constexpr,
-    IN_PLACE: tl.constexpr, COPY: tl.constexpr, AVERAGE: tl.constexpr, MASKED: tl.constexpr,
+    param_ptr, grad_ptr, first_ptr, second_ptr, copy_ptr, at, count, moves, reads, writes, copied, factor, beta1, rest1,
+    beta2, rest2, eps, rate, root, decay, HF: tl.constexpr, IN_PLACE: tl.constexpr, COPY: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block, at the elements ``at``. MASKED: only those below ``count``. Else a mask is one value for the whole
     block, so that accesses stay wide."""
@@ -217,13 +217,6 @@ def _update(
         else:
             kept = tl.broadcast_to((moves & copied) != 0, at.shape)
         tl.store(copy_ptr + at, param.to(tl.bfloat16), mask=kept)
-    if AVERAGE:
-        if MASKED:
-            kept = at < tl.where((moves & averaged) != 0, count, 0)
-        else:
-            kept = tl.broadcast_to((moves & averaged) != 0, at.shape)
-        average = tl.load(average_ptr + at, mask=kept, other=0.0)
-        tl.store(average_ptr + at, average + weight * (param - average), mask=kept)
 
 
 @jit
@@ -234,12 +227,10 @@ def _adamw_update_kernel(
     actions_ptr,  # [n] int32
     scalars_ptr,  # [n,SCALARS] float32
     n,
-    weight,  # of the new parameter in the average
     GRAD: tl.constexpr,
     HF: tl.constexpr,
     IN_PLACE: tl.constexpr,
     COPY: tl.constexpr,
-    AVERAGE: tl.constexpr,
     CHUNK: tl.constexpr,
     SCALARS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -264,33 +255,27 @@ def _adamw_update_kernel(
     first = tl.load(addresses_ptr + 2 * n)
     second = tl.load(addresses_ptr + 3 * n)
     together = param | grad | first | second
-    copy, average = param, param
+    copy = param
     if COPY:
         copy = tl.load(addresses_ptr + 4 * n)
         together |= copy
-    if AVERAGE:
-        average = tl.load(addresses_ptr + 5 * n)
-        together |= average
     param_ptr = param.to(tl.pointer_type(tl.float32)) + start
     grad_ptr = grad.to(tl.pointer_type(GRAD)) + start
     first_ptr = first.to(tl.pointer_type(tl.float32)) + start
     second_ptr = second.to(tl.pointer_type(tl.float32)) + start
     copy_ptr = copy.to(tl.pointer_type(tl.bfloat16)) + start
-    average_ptr = average.to(tl.pointer_type(tl.float32)) + start
-    copied, averaged = tl.where(copy != 0, 1, 0), tl.where(average != 0, 1, 0)
+    copied = tl.where(copy != 0, 1, 0)
     whole = tl.where(together % 16 == 0, count // BLOCK, 0)
     for block in range(whole):
         _update(
             tl.multiple_of(param_ptr, 16), tl.multiple_of(grad_ptr, 16), tl.multiple_of(first_ptr, 16),
-            tl.multiple_of(second_ptr, 16), tl.multiple_of(copy_ptr, 16), tl.multiple_of(average_ptr, 16),
-            block * BLOCK + tl.arange(0, BLOCK), count, moves, reads, writes, copied, averaged, factor, beta1, rest1,
-            beta2, rest2, eps, rate, root, decay, weight, HF=HF, IN_PLACE=IN_PLACE, COPY=COPY, AVERAGE=AVERAGE,
-            MASKED=False,
+            tl.multiple_of(second_ptr, 16), tl.multiple_of(copy_ptr, 16), block * BLOCK + tl.arange(0, BLOCK), count,
+            moves, reads, writes, copied, factor, beta1, rest1, beta2, rest2, eps, rate, root, decay, HF=HF,
+            IN_PLACE=IN_PLACE, COPY=COPY, MASKED=False,
         )  # fmt: skip
     for block in range(whole, tl.cdiv(count, BLOCK)):
         _update(
-            param_ptr, grad_ptr, first_ptr, second_ptr, copy_ptr, average_ptr,
-            block * BLOCK + tl.arange(0, BLOCK), count, moves, reads, writes, copied, averaged, factor, beta1, rest1,
-            beta2, rest2, eps, rate, root, decay, weight, HF=HF, IN_PLACE=IN_PLACE, COPY=COPY, AVERAGE=AVERAGE,
-            MASKED=True,
+            param_ptr, grad_ptr, first_ptr, second_ptr, copy_ptr, block * BLOCK + tl.arange(0, BLOCK), count, moves,
+            reads, writes, copied, factor, beta1, rest1, beta2, rest2, eps, rate, root, decay, HF=HF, IN_PLACE=IN_PLACE,
+            COPY=COPY, MASKED=True,
         )  # fmt: skip

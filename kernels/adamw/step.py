@@ -48,9 +48,6 @@ class Step:
     """Whether the gradients of used parameters hold the clipped ones afterwards, or what is cheapest."""
     copies: Sequence[Tensor | None] = ()
     """bfloat16, written with each parameter that moves."""
-    averages: Sequence[Tensor | None] = ()
-    """float32, moved towards each parameter that moves by 1 - ``decay`` of the way."""
-    decay: float = 0.999
 
 
 Stats = tuple[Tensor, Tensor]
@@ -114,8 +111,6 @@ def _update_reference(step: Step, i: int, grad: Tensor, moves: Tensor) -> None:
     writes = [(m, new_m), (v, new_v), (p, new_p)]
     if step.copies and step.copies[i] is not None:
         writes.append((step.copies[i], new_p))
-    if step.averages and (average := step.averages[i]) is not None:
-        writes.append((average, average + (1 - step.decay) * (new_p - average)))
     for old, new in writes:
         old.copy_(torch.where(moves, new.to(old.dtype), old))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from unit_fast_kernels import adamw as module
 from unit_fast_kernels.adamw import CHUNK, Tables, adamw_fused, why_not
+from unit_fast_kernels.adamw import tables as tables_module
 from unit_fast_kernels.adamw.cpu import adamw_cpu
 from unit_fast_kernels.adamw.step import POLICIES, RULES, Step, adamw_reference
 from unit_fast_kernels.assembly import assemble as _assemble
@@ -65,8 +66,6 @@ def state(step: Step) -> dict[str, list]:
     found = {"p": step.params, "m": [m for m, _ in moments], "v": [v for _, v in moments], "grad": step.grads}
     if step.copies:
         found["copy"] = step.copies
-    if step.averages:
-        found["average"] = step.averages
     return {k: [None if t is None else t.clone() for t in row] for k, row in found.items()}
 
 
@@ -93,12 +92,8 @@ def assert_close(found: Step, expected: Step, exact: Step) -> None:
 
 
 def followers(step: Step) -> dict:
-    """Copies and averages of every second parameter."""
-    return {
-        "copies": [p.bfloat16() if i % 2 else None for i, p in enumerate(step.params)],
-        "averages": [None if i % 2 else p + 1 for i, p in enumerate(step.params)],
-        "decay": 0.9,
-    }
+    """Copies of every second parameter."""
+    return {"copies": [p.bfloat16() if i % 2 else None for i, p in enumerate(step.params)]}
 
 
 # --- Against the specification ----------------------------------------------------------------------------------------
@@ -247,7 +242,7 @@ def test_reads_inside_and_writes_everything(monkeypatch):
     step = make(unused="graph")
     step = dataclasses.replace(step, **followers(step))
     moments = [tuple(map(guarded, step.moments(i))) for i in range(N)]
-    rows = {name: [guarded(t) for t in getattr(step, name)] for name in ("params", "grads", "copies", "averages")}
+    rows = {name: [guarded(t) for t in getattr(step, name)] for name in ("params", "grads", "copies")}
     step = dataclasses.replace(step, moments=lambda i: moments[i], **rows)
     norm = fused(plain)[0]
     Canaries(monkeypatch)
@@ -307,7 +302,10 @@ def test_gradients_laid_out_unlike_their_parameters():
         (lambda s: s.grads.__setitem__(1, s.grads[1].bfloat16()), "gradients are torch.bfloat16, torch.float32"),
         (lambda s: setattr(s, "grads", [g if g is None else g.double() for g in s.grads]), "torch.float64: give them"),
         (lambda s: setattr(s, "copies", list(s.params)), "a parameter's copy is not torch.bfloat16"),
-        (lambda s: setattr(s, "averages", [p.mT if p.dim() == 3 else None for p in s.params]), "a parameter's average"),
+        (
+            lambda s: setattr(s, "copies", [p.bfloat16().mT if p.dim() == 3 else None for p in s.params]),
+            "laid out as it",
+        ),
     ],
 )
 def test_what_the_kernels_cannot_take_is_told(change, why):
@@ -375,8 +373,8 @@ def test_every_candidate_of_the_tuning_is_looked_up(monkeypatch):
 
 def test_tables_are_copied_when_something_has_changed(monkeypatch):
     copied = []
-    original = module.upload
-    monkeypatch.setattr(module, "upload", lambda values, *rest: copied.append(values) or original(values, *rest))
+    original = tables_module.upload
+    monkeypatch.setattr(tables_module, "upload", lambda values, *rest: copied.append(values) or original(values, *rest))
     step = make()
     tables = Tables([p.numel() for p in step.params], step.groups, "cpu")
     module._arguments(step, step.grads, tables)
@@ -400,8 +398,8 @@ def test_a_captured_step_writes_its_own_addresses(monkeypatch):
         patch.setattr(_capture, "capturing", lambda device: True)
         first, second = (module._arguments(step, grads, tables) for grads in (step.grads, others))
     for arguments, grads in ((eager, step.grads), (first, step.grads), (second, others)):
-        assert arguments[at].tolist() == module.addresses_of(
-            [step.params, grads, *zip(*map(step.moments, range(len(step.params)))), *[[None] * len(step.params)] * 2]
+        assert arguments[at].tolist() == tables_module.addresses_of(
+            [step.params, grads, *zip(*map(step.moments, range(len(step.params)))), [None] * len(step.params)]
         )
     assert len({arguments[at].data_ptr() for arguments in (eager, first, second)}) == 3
     assert any(held is first[hyper] for held in tables._held)
