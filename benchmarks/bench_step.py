@@ -21,7 +21,18 @@ from benchmarks.runner import main as runner
 from benchmarks.runner.cases import Benchmark, Case
 from benchmarks.runner.show import cell, times_as_fast
 from benchmarks.step import card
-from benchmarks.step.problems import CASES, QUICK, mmf_config, mmf_state, shape_of
+from benchmarks.step.problems import (  # noqa: F401  taken from here by others
+    CASES,
+    LR,
+    LR_BACKBONE,
+    MAX_NORM,
+    QUICK,
+    eager_inputs,
+    make_batch,
+    mmf_config,
+    mmf_state,
+    shape_of,
+)
 from benchmarks.step.providers import Eager, Ours
 
 MINUTES = 10.0

@@ -24,6 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.step.problems import make_batch
 from unit_fast import recipes
 from unit_fast.batch import Batch
 from unit_fast.buckets import Buckets, BucketSpec, buckets_of
@@ -85,6 +86,13 @@ def spec_of(buckets: Buckets, largest: dict[str, int], batch: int, detection: bo
     return buckets.bucket_of([size] * batch, text_len=largest["text"], targets=targets)
 
 
+def fields_of(task, batch: int) -> Batch:
+    """A batch with the fields of the task, of no size that counts."""
+    ones = (1,) * batch
+    image = (batch, 1, 1) if task.has_image else None
+    return make_batch(task.name, image, ones if task.has_text else (), ones if task.is_detection else ())
+
+
 def count(config, facts: dict[str, dict[str, np.ndarray]], batch: int, most: int = STEPS[-1]) -> dict:
     """The row of one choice of buckets and one batch size."""
     rng, buckets = np.random.default_rng(0), buckets_of(config)
@@ -104,7 +112,7 @@ def count(config, facts: dict[str, dict[str, np.ndarray]], batch: int, most: int
         shape = name, spec
         met[shape] += 1
         if met[shape] == 1:
-            static = arena.place(spec, [like(name, config, batch)])
+            static = arena.place(spec, [fields_of(task, batch)])
             memory += sum(t.nbytes for t in static[0].tensors().values())
             if len(met) <= MOST_GRAPHS:  # beyond the most graphs there may be, a shape stays eager
                 may_be_captured.add(shape)
@@ -116,26 +124,6 @@ def count(config, facts: dict[str, dict[str, np.ndarray]], batch: int, most: int
             out |= {f"shapes_{step}": len(met), f"replayed_{step}": round(replayed / step, 4)}
     out |= {f"real_{k}": round(real[k] / padded[k], 4) for k in padded}
     return out | {"arena_mib": round(arena.bytes / 2**20, 1), "a_set_each_mib": round(memory / 2**20, 1)}
-
-
-def like(name: str, config, batch: int) -> Batch:
-    """A batch with the fields of the task, of no size that counts."""
-    task, out = get_task(name), Batch(task=name)
-    if task.has_image:
-        out.image = torch.empty(batch, 3, 1, 1, device="meta")
-    if task.has_text:
-        for field in ("input_ids", "attention_mask", "token_type_ids"):
-            setattr(out, field, torch.empty(batch, 1, dtype=torch.int64, device="meta"))
-    if task.is_detection:
-        out.labels = torch.empty(batch, 1, dtype=torch.int64, device="meta")
-        out.boxes, out.counts = torch.empty(batch, 1, 4, device="meta"), torch.empty(batch, device="meta")
-        if task.attributes:
-            out.attributes = torch.empty(batch, 1, config.model.loss.max_attributes, dtype=torch.int64, device="meta")
-    elif task.loss == "bce":
-        out.answer_scores = torch.empty(batch, config.model.tasks[name].outputs, device="meta")
-    else:
-        out.label = torch.empty(batch, dtype=torch.int64, device="meta")
-    return out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

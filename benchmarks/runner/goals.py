@@ -97,44 +97,49 @@ class Goal:
         return row | {"verdict": "met" if met else "missed"}
 
 
-def _kernel(op: str):
-    return importlib.import_module(f"unit_fast_kernels.{op}")
-
-
-def _work(op: str, case: str, phase: str, kind: str) -> float:
-    """Bytes or FLOPs of a phase of one of the op's shapes, in bfloat16."""
-    module = _kernel(op)
-    name = kind + ("_bwd" if phase == "backward" else "")
-    shape = module.SHAPES[case]
-    return getattr(module, name)(shape, torch.bfloat16) if kind == "bytes_moved" else getattr(module, name)(shape)
-
-
-def _teraflops(phase: str) -> Callable[[Results], float]:
-    def find(results: Results) -> float:
-        time_ms = results.phase(phase, "bench_attention", "unit_encoder")
-        return _work("attention", "unit_encoder", phase, "flops") / time_ms * 1e-9
-
-    return find
-
-
-def _floors(op: str, cases: Sequence[str], phases: Sequence[str] = ("forward", "backward"), of: str = "") -> Callable:
-    """The worst time over the byte floor, of several cases and phases of a benchmark; ``of``: its op, if that has
-    another name."""
-
-    def find(results: Results) -> float:
-        times = [
-            results.phase(phase, f"bench_{op}", case)
-            / (_work(of or op, case, phase, "bytes_moved") / results.bandwidth() * 1e3)
-            for case in cases
-            for phase in phases
-        ]
-        return max(times)
-
-    return find
-
-
+_Find = Callable[[Results], float]
+ATTENTION = ("bench_attention", "unit_encoder")
+DATA = ("bench_data", "detection_train")
+FROZEN_NORM = ("bench_frozen_bn_act", "resnet50_layer1_block")
+LOSSES = ("bench_set_loss", "unit_coco")
+MATCHING = ("bench_match", "unit_coco")
 NORMS = ("unit_encoder_pos_800x1344", "bert_base")
-_MATCHING, _LOSSES, _NORM = ("_match_cost", "_assignment"), ("_set_loss",), ("_frozen_bn_act",)
+
+
+def _work(count: str, op: str, case: str, phase: str, *dtype: torch.dtype) -> float:
+    """What a function of the op's module counts, of a phase of one of its shapes."""
+    module = importlib.import_module(f"unit_fast_kernels.{op}")
+    return getattr(module, count + ("_bwd" if phase == "backward" else ""))(module.SHAPES[case], *dtype)
+
+
+def _teraflops(phase: str) -> _Find:
+    return lambda r: _work("flops", "attention", ATTENTION[1], phase) / r.phase(phase, *ATTENTION) * 1e-9
+
+
+def _floors(benchmark: str, op: str, cases: Sequence[str]) -> _Find:
+    """The worst time of a direction over the time that its bytes take at the card's bandwidth, in bfloat16."""
+
+    def times(results: Results, case: str, phase: str) -> float:
+        floor_ms = _work("bytes_moved", op, case, phase, torch.bfloat16) / results.bandwidth() * 1e3
+        return results.phase(phase, benchmark, case) / floor_ms
+
+    return lambda results: max(times(results, case, phase) for case in cases for phase in ("forward", "backward"))
+
+
+def _figure(key: str, *row: str) -> _Find:
+    return lambda results: results.figure(key, *row)
+
+
+def _step(key: str, case: str = "coco_b2") -> _Find:
+    return _figure(key, "bench_step", case)
+
+
+def _over(above: _Find, below: _Find) -> _Find:
+    return lambda results: above(results) / below(results)
+
+
+def _own_kernels(row: tuple[str, str], *beginnings: str) -> _Find:
+    return lambda results: results.own_kernels(*row, beginnings)
 
 
 def _times_eager(results: Results) -> float:
@@ -142,29 +147,9 @@ def _times_eager(results: Results) -> float:
     return min(results.figure(*key, "eager") / results.figure(*key) for key in keys)
 
 
-def _step(key: str, case: str = "coco_b2") -> Callable[[Results], float]:
-    return lambda results: results.figure(key, "bench_step", case)
-
-
-def _matching_peer(results: Results) -> float:
-    """From the host both: the peer reads the host and cannot be captured."""
-    peer = results.figure("time_ms", "bench_match", "unit_coco", "torch_linear_assignment")
-    return peer / results.figure("time_ms", "bench_match", "unit_coco")
-
-
 def _adamw(results: Results) -> float:
     results.figure("captured_ms", "bench_optimizer", "all_used")  # the share of the peak is that of replays then
     return results.figure("percent_of_peak", "bench_optimizer", "all_used")
-
-
-def _loader(results: Results) -> float:
-    step = results.figure("samples_per_s", "bench_step", "coco_b8")
-    return results.figure("images_per_s", "bench_data", "detection_train") / step
-
-
-def _dali(results: Results) -> float:
-    peer = results.figure("images_per_s", "bench_data", "detection_train", "torchvision_v2")
-    return results.figure("images_per_s", "bench_data", "detection_train") / peer
 
 
 _COCO = "COCO DC5 800x1344, bfloat16"
@@ -181,35 +166,34 @@ GOALS = (
     Goal("encoder self-attention, backward", True, {"a100": 100, "h200": 200}, _teraflops("backward"), "TFLOP/s"),
     Goal(
         "cross-attention, batch 8, each direction", False, 1.5,
-        _floors("cross_attention", ("unit_detection_b8", "unit_vqa_b8"), of="attention"), "x the time of its bytes",
+        _floors("bench_cross_attention", "attention", ("unit_detection_b8", "unit_vqa_b8")), "x the time of its bytes",
     ),
-    Goal(
-        "matching of 96 problems of 100 x 32", False, 0.06,
-        lambda results: results.figure("captured_ms", "bench_match", "unit_coco"), "ms",
+    Goal("matching of 96 problems of 100 x 32", False, 0.06, _figure("captured_ms", *MATCHING), "ms"),
+    Goal("matching: launches", False, 2, _own_kernels(MATCHING, "_match_cost", "_assignment"), "kernels"),
+    Goal("matching: waits of the host", False, 0, _figure("waits", *MATCHING), "a step"),
+    Goal(  # from the host both: the peer reads the host and cannot be captured
+        "matching against torch-linear-assignment", True, 10,
+        _over(_figure("time_ms", *MATCHING, "torch_linear_assignment"), _figure("time_ms", *MATCHING)), "x faster",
     ),
-    Goal(
-        "matching: launches", False, 2, lambda r: r.own_kernels("bench_match", "unit_coco", _MATCHING), "kernels"
-    ),
-    Goal("matching: waits of the host", False, 0, lambda r: r.figure("waits", "bench_match", "unit_coco"), "a step"),
-    Goal("matching against torch-linear-assignment", True, 10, _matching_peer, "x faster"),
-    Goal(
-        "set loss: launches, both directions", False, 2,
-        lambda r: r.own_kernels("bench_set_loss", "unit_coco", _LOSSES), "kernels",
-    ),
-    Goal(
-        "AdamW with masks, 201 M parameters", True, 90, _adamw, "% of the bandwidth",
-    ),
+    Goal("set loss: launches, both directions", False, 2, _own_kernels(LOSSES, "_set_loss"), "kernels"),
+    Goal("AdamW with masks, 201 M parameters", True, 90, _adamw, "% of the bandwidth"),
     Goal(
         "residual + dropout + norm, widths 256 and 768, each direction", True, 85,
-        lambda r: 100 / _floors("residual_norm", NORMS)(r), "% of the bandwidth",
+        lambda r: 100 / _floors("bench_residual_norm", "residual_norm", NORMS)(r), "% of the bandwidth",
     ),
     Goal("residual + dropout + norm against eager", True, 2.5, _times_eager, "x faster"),
     Goal(
         "frozen norm + ReLU + residual: passes, both directions", False, 2,
-        lambda r: r.own_kernels("bench_frozen_bn_act", "resnet50_layer1_block", _NORM), "kernels",
+        _own_kernels(FROZEN_NORM, "_frozen_bn_act"), "kernels",
     ),
-    Goal("DALI against torchvision, the same cores and pixels", True, 2, _dali, "x images/s"),
-    Goal("loader against the COCO step, batch 8", True, 1.5, _loader, "x images/s"),
+    Goal(
+        "DALI against torchvision, the same cores and pixels", True, 2,
+        _over(_figure("images_per_s", *DATA), _figure("images_per_s", *DATA, "torchvision_v2")), "x images/s",
+    ),
+    Goal(
+        "loader against the COCO step, batch 8", True, 1.5,
+        _over(_figure("images_per_s", *DATA), _step("samples_per_s", "coco_b8")), "x images/s",
+    ),
 )  # fmt: skip
 
 

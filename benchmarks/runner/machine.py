@@ -14,6 +14,7 @@ import torch
 from unit_fast_kernels.shared.cards import CARDS
 
 from benchmarks.runner.cases import Case
+from unit_fast.run.environment import environment as run_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,17 +24,19 @@ PEAKS = {name.upper(): {**card.flops, "bytes": card.bandwidth} for name, card in
 
 def environment() -> dict:
     """What a figure depends on besides the code: machine, devices, threads, versions, commit."""
+    found = run_environment()
+    commit, changed, _ = (found["commit"] or "").partition("+")
     packages = ("torch", "torchvision", "triton", "transformers", "numpy", "scipy")
     return {
         "machine": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
+        "cpu": found["cpu"]["name"],
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "driver": _driver() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in packages},
-        "commit": _commit(),
+        "versions": {"python": found["python"]} | {name: version_of(name) for name in packages},
+        "commit": commit[:7] + changed or None,
         "sources": sources(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
@@ -81,30 +84,6 @@ def _driver() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.split()[0] if done.returncode == 0 and done.stdout.split() else None
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
-
-
-def _commit() -> str | None:
-    """Short commit of the repository, with ``+`` when tracked files differ from it; None outside one."""
-
-    def git(*arguments):
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    try:
-        commit = git("rev-parse", "--short", "HEAD")
-        return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except OSError:
-        return None
 
 
 def peak_of(gpu: str | None) -> dict[str, float] | None:

@@ -53,8 +53,9 @@ def planted(folder, *benchmarks):
     for name in benchmarks:
         (folder / "benchmarks" / f"{name}.py").touch()
     (folder / "kernels").mkdir()
-    for op in ("alpha", "attention", "residual_norm", "zeta"):
+    for op in ("alpha", "residual_norm", "zeta"):
         (folder / "kernels" / f"{op}.py").touch()
+    (folder / "kernels" / "attention").mkdir()  # an op of several files
     (folder / "tests").mkdir()
     (folder / "tests" / "test_a.py").write_text("@pytest.mark.gpu\ndef test_a(): pass\n")
     (folder / "tests" / "test_b.py").write_text("import what_is_not_there\n")
@@ -80,6 +81,11 @@ def test_the_order_of_the_suite(tmp_path):
     assert [step.name for step in found] == ["bench_zeta"]
     with pytest.raises(ValueError, match="--only: unknown bench_eta; known: bench_step, bench_attention"):
         gpu_suite.steps(tmp_path, quick=True, cuda=False, folder=tmp_path, only=["bench_eta"])
+
+
+def test_the_suite_has_every_benchmark(tmp_path):
+    names = {step.name for step in gpu_suite.steps(tmp_path, quick=True, cuda=False)}
+    assert names == {path.stem for path in (gpu_suite.ROOT / "benchmarks").glob("bench_*.py")}
 
 
 def test_every_problem_of_the_step_is_in_a_part():

@@ -241,7 +241,6 @@ ALLOWED = {
     ("unit_fast/run", "CudaGraphs.random_state"): "seed and offset, which the host knows",
     ("unit_fast/run", "CudaGraphs.release"): "after memory has run out",
     ("unit_fast/run", "StepGraphs.check"): "asked for at log intervals",
-    ("unit_fast/run", "memory_told"): "an error message",
 }
 """Functions of the step's rooms that may read the host, and why."""
 ROOT = Path(__file__).parents[2]

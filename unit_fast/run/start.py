@@ -52,6 +52,12 @@ class Parts:
     missed_evaluation: bool
     """Whether the checkpoint's step was to be evaluated and was not."""
 
+    def save(self, *, final: bool = False) -> None:
+        """Save a checkpoint, see ``Checkpoints.save``. ``BrokenWeights`` where there is nothing worth to be saved."""
+        self.guard.check_weights()
+        self.checkpoints.save(self.state, self.config, final=final)
+        self.log.restart_clock()
+
 
 def start(config: RunConfig, folder: RunFolder, resume, allow_changed: Sequence[str], progress: str, drawn) -> Parts:
     """Make a run in ``folder``, or take it up where a checkpoint left it; see ``train.train``."""

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor
 from unit_fast.batch import Batch, Output
 from unit_fast.buckets import buckets_of
 from unit_fast.config import RunConfig
-from unit_fast.errors import OutOfMemory, is_out_of_memory, printable
 from unit_fast.numerics import takes_bf16
 from unit_fast.optim.masked_adamw import MaskedAdamW
 from unit_fast.run import step_graph
+from unit_fast.run.memory import memory_told
 from unit_fast.run.state import State
 from unit_fast.schedule import lr_multiplier, lr_multiplier_tensor
 
@@ -131,22 +131,3 @@ class Step:
             return f"every step runs eagerly, without CUDA graphs: {self.why_eager}"
         count = len(self.graphs.buckets.images)
         return f"steps are captured as CUDA graphs, images padded to one of {count} shapes"
-
-
-@contextlib.contextmanager
-def memory_told(state: State, config: RunConfig, device: torch.device, task: str | None = None) -> Iterator[None]:
-    """Within the block, what runs out of memory is an ``OutOfMemory`` that says what to do."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        batch = config.batch_of(task) if task else config.batch_per_process
-        peak = f", peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OutOfMemory(
-            f"out of memory in step {state.step + 1} on {task or 'the model'}, batch {batch}{peak} "
-            f"({printable(said)}). In this order: halve --batch and double --accumulate; use --precision bf16; lower "
-            "--data.max-side and --data.train-short-sides. A run that goes on with --resume takes them with "
-            "--allow-changed, e.g. --allow-changed batch_per_process,accumulate"
-        ) from error

@@ -1,11 +1,10 @@
-"""Training, to be read from here: ``train``, how a run ends, and the loop.
+"""Training, to be read from here: ``train``, and the loop.
 
 What a run computes follows from its configuration and seed: tasks, samples and augmentation are pure functions of
 counters (``data/sampler.py``), dropout follows the default generators, whose state is saved. Evaluation, saving and
 logging touch none of these, so a run may be cut anywhere and go on to the same bits (at one thread count).
 """
 
-import logging
 import os
 import shlex
 import time
@@ -17,20 +16,17 @@ import torch
 
 from unit_fast.config import RunConfig
 from unit_fast.data.loader import Loader
-from unit_fast.errors import OutOfMemory, UserError, printable
+from unit_fast.errors import UserError, printable
 from unit_fast.numerics import arithmetic
+from unit_fast.run.ending import finish, save_what_is_good, write_summary
 from unit_fast.run.folder import EXIT, RunFolder
-from unit_fast.run.guard import BrokenWeights
 from unit_fast.run.log import Record
+from unit_fast.run.memory import memory_told
 from unit_fast.run.refusals import NonFinite
 from unit_fast.run.start import Parts, start
-from unit_fast.run.step import Step, Update, memory_told, train_step
-from unit_fast.run.summary import write_summary
-from unit_fast.weights.checkpoint import SaveError
+from unit_fast.run.step import Step, Update, train_step
 
 __all__ = ["NonFinite", "Run", "Update", "train", "train_step"]
-
-_log = logging.getLogger("unit_fast.train")
 
 
 @dataclass
@@ -97,10 +93,10 @@ def _run(parts: Parts, stop_at: int | None) -> Run:
             if parts.missed_evaluation:  # the best checkpoint may depend on it
                 log.line(f"the evaluation after step {state.step} was not finished: it is made up for")
                 if parts.evaluator.evaluate(state).improved:
-                    save(parts)
+                    parts.save()
             if signals.requested is None:
                 loop(parts, min(config.steps, stop_at or config.steps))
-            status = _finish(parts)
+            status = finish(parts)
         if status == "interrupted":
             message = f"{signals.requested or 'stopped'} after step {state.step}: saved; {go_on}"
             log.line(message)
@@ -109,7 +105,7 @@ def _run(parts: Parts, stop_at: int | None) -> Run:
         raise
     except Exception as error:
         status, message = getattr(error, "status", "failed"), str(error)
-        _save_what_is_good(parts, error)
+        save_what_is_good(parts, error)
         raise
     finally:
         write_summary(parts, status, message)
@@ -143,7 +139,7 @@ def loop(parts: Parts, stop: int) -> None:
                 step.check()
             improved = evaluating and not last and parts.evaluator.evaluate(state).improved
             if improved or (saving and not last):
-                save(parts)
+                parts.save()
             if parts.signals.requested:
                 break
         guard.judge(log.flush())
@@ -156,39 +152,3 @@ def loop(parts: Parts, stop: int) -> None:
 def due(step: int, every: int) -> bool:
     """Whether something that happens every ``every`` updates (0 or less: only at the end) is due after ``step``."""
     return every > 0 and step % every == 0
-
-
-def save(parts: Parts, *, final: bool = False) -> None:
-    """Save a checkpoint, see ``Checkpoints.save``. ``BrokenWeights`` where there is nothing worth to be saved."""
-    parts.guard.check_weights()
-    parts.checkpoints.save(parts.state, parts.config, final=final)
-    parts.log.restart_clock()
-
-
-def _finish(parts: Parts) -> str:
-    """The last evaluation and the last checkpoint; a failed evaluation is an error only after the save."""
-    config, state, signals, evaluator = parts.config, parts.state, parts.signals, parts.evaluator
-    error, done = None, state.step >= config.steps and not signals.requested
-    if done and config.eval_every >= 0 and evaluator.evaluated_at != state.step:
-        error = evaluator.evaluate(state).error
-    save(parts, final=True)
-    if error:
-        raise error
-    if done:
-        parts.guard.check_trained()
-    return "finished" if done and not signals.requested else "interrupted"
-
-
-def _save_what_is_good(parts: Parts, error: Exception) -> None:
-    """Before ``error`` ends the run: save where it stands, if that is just after an update and the error is not of the
-    weights or of saving itself. With its data gone a run loses nothing."""
-    state = parts.state
-    outside = isinstance(error, UserError | OSError) and not isinstance(error, SaveError | BrokenWeights | OutOfMemory)
-    if not outside or not state.whole or state.step == 0 or parts.checkpoints.saved_at == state.step:
-        return
-    for record in parts.log.flush():  # or their steps were done and never logged
-        state.refusals.add(record.task, record.nonfinite)
-    try:
-        save(parts)
-    except BrokenWeights as broken:
-        _log.error("%s", broken)
