@@ -147,6 +147,12 @@ def run(mutation: Mutation) -> Outcome:
     return Outcome(mutation.op, mutation.part, said, failed[0].split("::")[-1].split(" - ")[0] if failed else "")
 
 
+def run_and_say(mutation: Mutation) -> Outcome:
+    outcome = run(mutation)
+    print(f"{outcome.op}, {outcome.part}: {outcome.outcome}", file=sys.stderr, flush=True)
+    return outcome
+
+
 def main(arguments: list[str] | None = None) -> int:
     ops = list(dict.fromkeys(mutation.op for mutation in MUTATIONS))
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -155,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many breaks are tried at a time")
     options = parser.parse_args(arguments)
     with ThreadPoolExecutor(options.jobs) as pool:
-        outcomes = list(pool.map(run, (mutation for mutation in MUTATIONS if mutation.op in options.op)))
+        outcomes = list(pool.map(run_and_say, (mutation for mutation in MUTATIONS if mutation.op in options.op)))
     if options.json:
         print(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
     else:

@@ -223,6 +223,17 @@ def test_skip_looks_at_the_gradient_after_clipping(run):
     assert step.grads[3].abs().max() == 0
 
 
+@pytest.mark.parametrize("run", [fused, adamw_reference])
+def test_averages_follow_the_new_parameters(run):
+    step = make(unused="graph")
+    step = dataclasses.replace(step, **followers(step))
+    before = [None if a is None else a.clone() for a in step.averages]
+    run(step)
+    for old, new, p in zip(before, step.averages, step.params):
+        if old is not None:
+            torch.testing.assert_close(new, old + (1 - step.decay) * (p - old))
+
+
 def test_without_a_mask_those_with_a_gradient_are_used():
     a, b = make(used=None, unused="graph"), make(unused="graph")
     b.used = torch.tensor([g is not None for g in b.grads])  # bool

@@ -67,6 +67,7 @@ CASES = Cases(
     },
     make=make,
     settings=WEIGHTS,
+    main=("log_softmax",),
     gives=torch.float32,
     leaves=(),
     ways={"fused": {"as_it_is": as_it_is, "small_tiles": launched(queries=4, targets=32, classes=64, warps=1)}},
