@@ -1,4 +1,4 @@
-"""How a run ends: the last evaluation and checkpoint, a save after an error, ``summary.json`` and what ``train`` returns."""
+"""How a run ends: last evaluation and checkpoint, a save after an error, ``summary.json``, what ``train`` returns."""
 
 import json
 import logging
