@@ -1,10 +1,13 @@
-"""How a run ends: its last evaluation and checkpoint, what is saved after an error, and ``summary.json``."""
+"""How a run ends: last evaluation and checkpoint, a save after an error, ``summary.json``, what ``train`` returns."""
 
 import json
 import logging
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
+from unit_fast.config import RunConfig
 from unit_fast.errors import OutOfMemory, UserError
 from unit_fast.files import replace
 from unit_fast.run.environment import environment
@@ -16,6 +19,25 @@ from unit_fast.run.start import Parts
 from unit_fast.weights.checkpoint import SaveError
 
 _log = logging.getLogger("unit_fast.train")
+
+
+@dataclass
+class Run:
+    """What ``train`` returns."""
+
+    folder: Path
+    model: torch.nn.Module
+    config: RunConfig
+    status: str
+    """A key of ``folder.EXIT``."""
+    step: int
+    """Updates done."""
+    metrics: dict[str, dict] = field(default_factory=dict)
+    """Short task name -> metrics of the last evaluation."""
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT[self.status]
 
 
 def finish(parts: Parts) -> str:

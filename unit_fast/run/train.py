@@ -9,17 +9,14 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from unit_fast.config import RunConfig
 from unit_fast.data.loader import Loader
 from unit_fast.errors import UserError, printable
 from unit_fast.numerics import arithmetic
-from unit_fast.run.ending import finish, save_what_is_good, write_summary
-from unit_fast.run.folder import EXIT, RunFolder
+from unit_fast.run.ending import Run, finish, save_what_is_good, write_summary
+from unit_fast.run.folder import RunFolder
 from unit_fast.run.log import Record
 from unit_fast.run.memory import memory_told
 from unit_fast.run.refusals import NonFinite
@@ -27,25 +24,6 @@ from unit_fast.run.start import Parts, start
 from unit_fast.run.step import Step, Update, train_step
 
 __all__ = ["NonFinite", "Run", "Update", "train", "train_step"]
-
-
-@dataclass
-class Run:
-    """What ``train`` returns."""
-
-    folder: Path
-    model: torch.nn.Module
-    config: RunConfig
-    status: str
-    """A key of ``folder.EXIT``."""
-    step: int
-    """Updates done."""
-    metrics: dict[str, dict] = field(default_factory=dict)
-    """Short task name -> metrics of the last evaluation."""
-
-    @property
-    def exit_code(self) -> int:
-        return EXIT[self.status]
 
 
 def train(
