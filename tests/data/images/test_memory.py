@@ -23,9 +23,10 @@ from tests.small_runs import small_config
 from unit_fast.data import open_dataset
 from unit_fast.data.images import decoded_steps as reader
 from unit_fast.data.images.checked import FILE, CheckedImages
-from unit_fast.data.images.decode import Stamp, stamp
+from unit_fast.data.images.decode import Stamp, load_image, stamp
 from unit_fast.data.images.memory import Buffers, KeptImages
 from unit_fast.data.loader import Loader
+from unit_fast.data.readers import dataset
 
 SIDES = (60, 80)
 engines = pytest.mark.parametrize("engine", [pytest.param("decode", marks=needs_dali), "torchvision"])
@@ -151,15 +152,19 @@ def test_images_are_kept_up_to_the_limit():
     assert cache.get("b") is None  # did not fit beside a
 
 
-def test_a_cache_changes_no_sample(root):
+def test_a_cache_changes_no_sample_and_each_image_is_read_once(root, monkeypatch):
+    reads = []
+    monkeypatch.setattr(dataset, "load_image", lambda path, limit: reads.append(path) or load_image(path, limit))
     run = small_config(root, "coco", "vqa2", "snli_ve")
     config = run.data
     for name, task in run.model.tasks.items():
         plain = open_dataset(name, "train", config, task, augment=True)
         cached = open_dataset(name, "train", dataclasses.replace(config, cache_mib=4), task, augment=True)
+        reads.clear()
         for key in (3, 4):  # the second visit finds the image decoded
             a, b = plain.get(1, key), cached.get(1, key)
             assert torch.equal(a["image"], b["image"])
             assert {k: v for k, v in a.items() if not isinstance(v, torch.Tensor)} == {
                 k: v for k, v in b.items() if not isinstance(v, torch.Tensor)
             }
+        assert len(reads) == 2 + 1
