@@ -64,3 +64,10 @@ def test_links_lead_somewhere(page):
         headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.M) if heading else []
         slugs = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings]
         assert not heading or heading in slugs, f"{page.name}: {target}"
+
+
+def test_a_step_of_coco_is_read_in_under_1500_lines():
+    (block,) = [b for b in readme.blocks((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")) if "wc -l" in b.code]
+    files = re.findall(r"[\w/]+\.py", block.code)
+    assert len(files) >= 10
+    assert sum(len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in files) < 1500
