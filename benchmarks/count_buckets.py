@@ -4,7 +4,7 @@
 
 Nothing is trained or timed. The sizes of the root's real samples (images after their random resizing and cropping,
 texts in word pieces, objects of an image) are drawn again and again into the steps of the recipe ``all8_shared``,
-grouped as the loader groups them (``data.group``) and padded as ``batch.Buckets`` does. Of each choice of buckets the
+grouped as the loader groups them (``data.group``) and padded as ``buckets.Buckets`` does. Of each choice of buckets the
 table tells the shapes met after so many steps and the share of steps that were replayed (a shape's first step is
 eager), the share of pixels and of tokens that is real, and the memory of the input arena beside that of a set of
 tensors for each shape. A shape's text and targets are powers of two from ``--least-text`` and ``--least-targets``.

@@ -274,7 +274,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BucketConfig:
-    """Static shapes that batches are padded to where whole steps are captured (``batch.Buckets``)."""
+    """Static shapes that batches are padded to where whole steps are captured (``buckets.Buckets``)."""
 
     heights: int = 2
     """Short sides of image buckets, evenly down from the longest one."""

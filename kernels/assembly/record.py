@@ -1,7 +1,7 @@
 """What a launcher launches, without a card: kernels, types, constants and grid, as Triton specialises them.
 
 ``record`` runs a launcher on fake CUDA tensors and keeps every launch as Triton's own ``run`` would specialise it:
-types, constants, which integers and pointers are divisible by 16. So what ``_assemble`` compiles is the binary that
+types, constants, which integers and pointers are divisible by 16. So what ``assemble`` compiles is the binary that
 runs.
 """
 

@@ -1,4 +1,4 @@
-"""The child process of ``_assemble``: compiles kernels for a card that need not exist, and takes the binaries apart.
+"""The child process of ``assemble``: compiles kernels for a card that need not exist, and takes the binaries apart.
 
 One JSON object a line on standard input, one answer a line on standard output. A process of its own, because some
 kernels keep the compiler busy for minutes, and because it must not run under ``TRITON_INTERPRET``.

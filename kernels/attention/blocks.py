@@ -2,14 +2,14 @@
 
 Decisions. Key j of batch entry b is its j-th *real* key (``key_list``: real keys first, in order, then padded ones), so
 that kernels run over the real keys alone. The decision of (bh = b H + h, query i, key j) is number s of Philox call
-(c, lane) of ``_philox``, whatever the block sizes:
+(c, lane) of ``philox``, whatever the block sizes:
 
     c = 32 (j // 128) + 8 (j // 16 % 4) + j % 8,   lane = 2^16 bh + 8 (i // 16) + i % 8,
     s = 4 (i // 8 % 2) + 2 (j // 8 % 2) + j // 64 % 2
 
 so the eight numbers of a call serve {i, i + 8} x {j, j + 8} x {j, j + 64}, which tensor-core layouts give to one thread
 in both forms of the product (q k^T and k q^T). A probability is dropped where (0xFC00 - number) mod 2^16 is below
-``threshold(p)`` of ``_random``. Read as float16 these numbers are the ones below a limit near -infinity, so that one
+``threshold(p)`` of ``random``. Read as float16 these numbers are the ones below a limit near -infinity, so that one
 packed instruction (``drop_pairs``) decides on two; NaN patterns compare as kept.
 
 Blocks. A block of BN in {32, 64, 128} keys holds two runs of BN/2 keys that are 64 apart, so that whole calls fall into

@@ -12,7 +12,7 @@ object; query int64 [L,B,N] (-1 = none), attributes int64 [B,N,M] (-1 = empty sl
 
 Fused: the forward reads the logits once and keeps a log-sum-exp an object; the backward reads them again and writes
 their gradient. Each is one launch: the last program of a layer adds the partial sums of its blocks of objects in a
-fixed order (``_ticket``). Bytes: the logits once, and in the backward twice; FLOPs: about 5 a logit forward, 5 + M
+fixed order (``ticket``). Bytes: the logits once, and in the backward twice; FLOPs: about 5 a logit forward, 5 + M
 backward; memory-bound. Limits of the fused path: float32, bfloat16, float16; M <= 64.
 """
 

@@ -15,7 +15,7 @@ pairs, an argmax, and their backward; as batched PyTorch they are still 83 opera
 
 Fused: the forward reads the logits once and keeps a log-sum-exp a query; the backward reads them once more, finds the
 objects of the queries again and writes both gradients. Each is one launch: the blocks of rows leave partial sums, and
-the last program of a layer adds them in a fixed order (``_ticket``). One program a layer without partial sums was not
+the last program of a layer adds them in a fixed order (``ticket``). One program a layer without partial sums was not
 kept even for one image: it takes its blocks in turn. Bytes: the logits once, and in the backward twice. FLOPs: about 5
 a logit; memory-bound. Limits of the fused path: float32, bfloat16, float16; K <= 65536.
 """

@@ -2,7 +2,7 @@
 
 Formula (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): key = the two halves of seed[0], counter =
 (call, lane, halves of seed[1]); the four 32-bit results are eight 16-bit numbers, number s being bits
-16 (s % 2) .. + 15 of word s // 2. A value is dropped when its number is below ``threshold(p)`` of ``_random``, so that
+16 (s % 2) .. + 15 of word s // 2. A value is dropped when its number is below ``threshold(p)`` of ``random``, so that
 p_eff is within 2^-17 of p. What call and lane mean is each kernel's own; they must not depend on launch parameters.
 
 ``keep_elements`` is the rule of the elementwise kernels, ``numbers`` the same Philox in PyTorch: tests hand its masks
