@@ -72,7 +72,7 @@ def test_the_table_says_the_same(capsys):
 
 @needs_compiler
 def test_instructions_per_score_are_shown_where_there_are_scores(capsys):
-    code, out, _ = call(capsys, "--op", "attention", "--arch", "sm_80", "--dtype", "bfloat16", "--json")
+    code, out, _ = call(capsys, "--op", "cross_attention,attention", "--arch", "sm_80", "--dtype", "bfloat16", "--json")
     assert code == 0
     rows = [row for row in json.loads(out) if row["per_score"]]
     assert {row["kernel"] for row in rows} == {

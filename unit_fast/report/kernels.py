@@ -18,6 +18,8 @@ from unit_fast_kernels.assembly.record import AssemblyError, require
 
 from unit_fast.errors import UserError, nearest
 
+SHOWN_BY = {"cross_attention": "attention"}
+"""An operator without kernels of its own -> the one whose kernels it runs."""
 WIDTH = 150
 """Least characters a line: narrower terminals wrap, so that nothing is cut."""
 
@@ -41,12 +43,12 @@ def assembled_rows(
     """Every kernel that the options choose, assembled, and a line for each budget that is exceeded."""
     try:
         require()
-        ops = choose(op, budgets.ops(), "--op")
+        ops = dict.fromkeys(SHOWN_BY.get(name, name) for name in choose(op, [*budgets.ops(), *SHOWN_BY], "--op"))
         archs, dtypes = choose(arch, tuple(ARCHITECTURES), "--arch"), choose(dtype, tuple(budgets.DTYPES), "--dtype")
         columns = (TextColumn("assembling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task("", total=None)
-            planned = budgets.plan(ops, archs, dtypes)
+            planned = budgets.plan(list(ops), archs, dtypes)
             rows = budgets.rows(planned, lambda done, total: bar.update(task, completed=done, total=total))
     except AssemblyError as error:
         raise UserError(str(error)) from error
