@@ -81,7 +81,7 @@ MUTATIONS = [
     Mutation("assignment", "kernel", "mask=(column >= count) & (column < targets))", "mask=column < targets)"),
     Mutation("set_loss", "reference", "(weight * nll).sum(2) / weight.sum(2)", "(weight * nll).mean(2)"),
     Mutation("set_loss", "backward", "p.mul_(factor).scatter_add_(-1, target[..., None], -factor)", "p.mul_(factor)"),
-    Mutation("set_loss", "kernel", "giou += tl.where(valid, dissimilarity, 0.0)", "giou += dissimilarity"),
+    Mutation("set_loss", "kernel", "giou / number * weight_giou)", "giou * weight_giou)"),
     Mutation("set_loss", "backward kernel", "dw -= by_giou * gw", "dw += by_giou * gw"),
     Mutation("attribute_loss", "reference", "counted.sum(2, keepdim=True).clamp(min=1)",
              "counted.sum(2, keepdim=True)"),
