@@ -98,7 +98,7 @@ MUTATIONS = [
     Mutation("cross_attention", "kernel", "part *= (share / total)[:, None]", "part *= share[:, None]", **_ATTENTION),
     Mutation("cross_attention", "backward kernel", "p = tl.exp2(s * scale - lse[:, None])", "p = tl.exp2(s * scale)",
              **_ATTENTION),
-    Mutation("adamw", "reference", "(1 - step.decay) * (new_p - average)", "step.decay * (new_p - average)"),
+    Mutation("adamw", "reference", "(1 - beta1) * grad", "(1 - beta2) * grad"),
     Mutation("adamw", "kernel", "v = beta2 * v + rest2 * (grad * grad)", "v = beta2 * v + rest2 * grad"),
     Mutation("adamw", "kernel", "tl.where(finite, 0, 1)", "0"),
 ]  # fmt: skip
