@@ -1,6 +1,7 @@
 """Modules by the names they had before they were sorted into folders: other people's scripts import them so.
 
-An old name gives a module that looks everything up in the new ones, and a ``DeprecationWarning`` that says where it is.
+An old name gives a module that looks everything up in the new ones, and a ``PendingDeprecationWarning``, which Python
+keeps to itself unless it is asked (``-W default``), that says where it is.
 """
 
 import importlib
@@ -36,7 +37,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: types.ModuleType) -> None:
         new, *more = MOVED[module.__name__]
-        warnings.warn(f"{module.__name__} is {new} now", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"{module.__name__} is {new} now", PendingDeprecationWarning, stacklevel=2)
         home = importlib.import_module(new)
 
         def find(name: str):

@@ -137,7 +137,7 @@ def test_a_kernel_that_does_not_compile_is_one_line(capsys, monkeypatch):
     ],
 )
 def test_where_kernels_cannot_be_assembled(setup, said):
-    code = f"{setup}\nimport sys\nfrom unit_fast import cli\nsys.exit(cli.main(['kernels']))"
+    code = f"{setup}\nimport sys\nfrom unit_fast.commands import main\nsys.exit(main.main(['kernels']))"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment

@@ -108,7 +108,7 @@ class PlantedOp:
 
 
 @pytest.fixture(scope="module")
-def planted():
+def planted_rows():
     """Row by name: products without a fault, on both architectures; one that spills; one with too many stages."""
     launches = {
         "fine": ("sm_80", lambda: launch_matmul(64, 64, 32, 2)),
@@ -124,9 +124,13 @@ def planted():
             shape="any", launch=launch,
         )  # fmt: skip
         rows[name] = _budgets.Row(planned=planned, assembled=_assemble.assemble(launch, arch))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_budgets, "module", lambda op: PlantedOp())
-        yield rows
+    return rows
+
+
+@pytest.fixture
+def planted(planted_rows, monkeypatch):
+    monkeypatch.setattr(_budgets, "module", lambda op: PlantedOp())
+    return planted_rows
 
 
 def budget_of(row, **changes):

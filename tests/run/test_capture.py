@@ -9,7 +9,6 @@ import pytest
 import torch
 from unit_fast_kernels import adamw as adamw_module
 from unit_fast_kernels.shared import capture as _capture
-from unit_fast_kernels.shared import triton as _triton
 
 from tests.captures import CPU, Recorded, Violation, assert_as_eager, small_step, watching
 from tests.models import random_batch
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def as_on_a_card(monkeypatch):
     """Operators that have kernels are taken as on a card; what is registered runs its reference here."""
-    monkeypatch.setattr(_triton, "INTERPRETING", True)
+    monkeypatch.setattr(ops, "INTERPRETING", True)
     with ops.kernels("fused"):
         yield
 

@@ -166,15 +166,15 @@ def test_a_second_ctrl_c_quits_at_once(root, tmp_path):
 
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(root, tmp_path):
     prepare = """
-    from unit_fast.evaluation import evaluate as module
-    real = module._TaskRun._groups
+    from unit_fast.evaluation import task_run as module
+    real = module.TaskRun._groups
     def groups(self):
         mark("evaluating")
         for item in real(self):
             time.sleep(0.5)
             yield item
         time.sleep(0)
-    module._TaskRun._groups = groups
+    module.TaskRun._groups = groups
     """
     process = child(small_config(root, "sst2", eval_every=5, steps=20), tmp_path / "run", prepare)
     wait_for(tmp_path / "evaluating", process)
