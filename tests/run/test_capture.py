@@ -7,7 +7,7 @@ are on a card. (That a captured update finds its gradients is ``kernels/test_mas
 import numpy as np
 import pytest
 import torch
-from unit_fast_kernels import adamw as adamw_module
+from unit_fast_kernels.adamw.kernels import GRADIENT_ROW
 from unit_fast_kernels.shared import capture as _capture
 
 from tests.captures import CPU, Recorded, Violation, assert_as_eager, small_step, watching
@@ -156,7 +156,7 @@ def test_eager_steps_in_graphs_memory_keep_no_table_of_addresses():
         optimizer.step()
     assert "addresses" not in optimizer._tables._hosts
     optimizer.step()
-    assert optimizer._tables._hosts["addresses"][adamw_module.GRADIENT_ROW] == [p.grad.data_ptr()]
+    assert optimizer._tables._hosts["addresses"][GRADIENT_ROW] == [p.grad.data_ptr()]
 
 
 # ------------------------------------------------------------------------------------------------- in the trainer
