@@ -9,7 +9,9 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
+from unit_fast.batch import Output
 from unit_fast.errors import UserError
 
 
@@ -39,6 +41,16 @@ def check(precision: str, device: torch.device) -> None:
     """``UserError`` on a precision that ``device`` does not have."""
     if precision == "tf32" and device.type != "cuda":
         raise UserError(f"--precision tf32: the run is on {device}, TF32 is CUDA's; take fp32, or --device cuda")
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """At least single precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def in_full_precision(output: Output) -> Output:
+    """``output`` with tensors of at least single precision, as losses want them after autocast."""
+    return Output(**{k: full_precision(v) for k, v in vars(output).items() if isinstance(v, Tensor)})
 
 
 @contextlib.contextmanager

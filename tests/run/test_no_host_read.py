@@ -25,10 +25,11 @@ from tests.models import random_batch
 from unit_fast import ops
 from unit_fast.config import LossConfig, ModelConfig
 from unit_fast.model.unit import UniT
+from unit_fast.numerics import in_full_precision
 from unit_fast.optim.masked_adamw import MaskedAdamW
 from unit_fast.run.ema import Ema
 from unit_fast.run.setup import used_masks
-from unit_fast.run.step import in_float32, train_step
+from unit_fast.run.step import train_step
 from unit_fast.schedule import lr_multiplier_tensor
 from unit_fast.tasks import TASKS
 
@@ -77,7 +78,7 @@ def forward_and_losses(name: str, device: str = "cuda:0") -> tuple[Counts, Count
         last = out.scores if out.logits is None else out.logits
         assert last.dtype == torch.bfloat16, "the forward pass was not what runs on a card"
         forward = counts.taken()
-        losses = model.losses(in_float32(out), batch)
+        losses = model.losses(in_full_precision(out), batch)
         torch.stack(list(losses.values())).sum()
     return forward, counts.taken()
 

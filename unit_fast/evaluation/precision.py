@@ -21,16 +21,6 @@ def autocast(device: torch.device, precision: str):
         yield
 
 
-def full_precision(x: Tensor) -> Tensor:
-    """At least single precision."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def in_full_precision(output: Output) -> Output:
-    """``output`` with tensors of at least single precision, as losses want them after autocast."""
-    return Output(**{k: full_precision(v) for k, v in vars(output).items() if isinstance(v, Tensor)})
-
-
 def finite_rows(output: Output) -> Tensor:
     """bool [B]: whether all outputs of a sample are finite, of the last layer where there are several."""
     last = [output.logits, output.boxes]

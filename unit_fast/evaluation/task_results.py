@@ -18,8 +18,8 @@ from unit_fast.batch import Batch, Output
 from unit_fast.detection.boxes import cxcywh_to_xywh, image_scale
 from unit_fast.errors import UserError, printable
 from unit_fast.evaluation.metrics import Accuracy, VqaAccuracy, best_answer, coco_average_precision
-from unit_fast.evaluation.precision import full_precision
 from unit_fast.files import replace
+from unit_fast.numerics import full_precision
 from unit_fast.tasks import Task
 
 TOP = 5

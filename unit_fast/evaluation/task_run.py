@@ -18,9 +18,10 @@ from unit_fast.data.images.decode import load_image
 from unit_fast.data.images.engine import engine_of
 from unit_fast.data.split_reader import SplitReader, groups
 from unit_fast.errors import UserError, printable
-from unit_fast.evaluation.precision import autocast, finite_rows, in_full_precision, why_nonfinite
+from unit_fast.evaluation.precision import autocast, finite_rows, why_nonfinite
 from unit_fast.evaluation.readback import Readback
 from unit_fast.evaluation.task_results import KINDS
+from unit_fast.numerics import in_full_precision
 from unit_fast.tasks import Task
 
 EXAMPLES = 8

@@ -14,8 +14,9 @@ from unit_fast.data.images.transforms import to_tensor
 from unit_fast.data.text.wordpieces import WordPieces
 from unit_fast.errors import UserError, nearest, printable
 from unit_fast.evaluation.labels import VOCABULARY, TaskLabels, find_labels, read_labels
-from unit_fast.evaluation.precision import autocast, finite_rows, full_precision, nonfinite_weights, why_nonfinite
+from unit_fast.evaluation.precision import autocast, finite_rows, nonfinite_weights, why_nonfinite
 from unit_fast.evaluation.task_results import detections
+from unit_fast.numerics import full_precision
 from unit_fast.prediction.prediction import Prediction
 from unit_fast.tasks import Task, get_task
 from unit_fast.weights import checkpoint

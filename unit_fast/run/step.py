@@ -1,7 +1,6 @@
 """One update: forward pass, matching, losses, backward pass and optimiser; and how a run makes its updates."""
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unit_fast.batch import Batch, Output
+from unit_fast.batch import Batch
 from unit_fast.buckets import buckets_of
 from unit_fast.config import RunConfig
-from unit_fast.numerics import takes_bf16
+from unit_fast.numerics import in_full_precision, takes_bf16
 from unit_fast.optim.masked_adamw import MaskedAdamW
 from unit_fast.run import step_graph
 from unit_fast.run.memory import memory_told
@@ -60,7 +59,7 @@ def train_step(
     for micro, share in zip(batches, shares, strict=True):
         with torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext():
             out = model(micro)
-        losses = model.losses(in_float32(out) if bf16 else out, micro, **share)
+        losses = model.losses(in_full_precision(out) if bf16 else out, micro, **share)
         values = torch.stack(list(losses.values())) / (samples / len(micro))
         loss, values = values.sum(), values.detach()
         # An infinite loss can have a finite gradient: this makes it NaN, which the optimiser refuses.
@@ -68,12 +67,6 @@ def train_step(
         terms = terms + values
     stats = optimizer.step(used)
     return Update(tuple(losses), terms, stats.grad_norm, stats.nonfinite)
-
-
-def in_float32(out: Output) -> Output:
-    """``out`` with its floating tensors in float32."""
-    floats = {f.name: getattr(out, f.name) for f in dataclasses.fields(out)}
-    return Output(**{k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in floats.items()})
 
 
 class Step:
