@@ -5,6 +5,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from unit_fast_kernels.assembly import record
+from unit_fast_kernels.shared.registration import REGISTERED
+
+from tests.kernels.program_order import permute_programs
 
 SEED = torch.tensor([1234567890123, -42])
 BAND = 512
@@ -135,3 +139,26 @@ def assert_fake_is_real(op, *arguments) -> None:
     real, fake = ((out,) if isinstance(out, Tensor) else out for out in (real, fake))
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+
+
+def kernels_launched(module, shape) -> list[list[str]]:
+    """The names of the kernels that each registered operator of ``module.launches`` launches in bfloat16."""
+    found, recorded = [], []
+
+    def launch_all():
+        for operator, arguments in module.launches(shape, torch.bfloat16, "cuda:0"):
+            before = len(recorded)
+            REGISTERED[operator].launch(*arguments)
+            found.append([launch.name for launch in recorded[before:]])
+
+    record.record(launch_all, "a100", into=recorded)
+    return found
+
+
+def assert_same_in_any_order(forward_of, names, order, monkeypatch) -> None:
+    """``forward_of`` each of ``names`` in turn has the same bits with its programs run in ``order``."""
+    plain = [forward_of(name) for name in names]
+    Canaries(monkeypatch)
+    permute_programs(monkeypatch, order)
+    for name, expected in zip(names, plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(forward_of(name), expected, strict=True)), name

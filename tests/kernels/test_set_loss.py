@@ -4,17 +4,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from unit_fast_kernels import set_loss as module
-from unit_fast_kernels.assembly import record
 from unit_fast_kernels.match_cost import pairwise_giou
 from unit_fast_kernels.set_loss import set_loss_fused, set_loss_reference
 from unit_fast_kernels.set_loss.cpu import set_loss_cpu
 from unit_fast_kernels.set_loss.reference import set_loss_bwd_reference
-from unit_fast_kernels.shared.registration import REGISTERED
 from unit_fast_kernels.shared.triton import INTERPRETING
 
 from tests.kernels.cases import Call, Cases, Problem, as_it_is, both, launched, patched
-from tests.kernels.common import Canaries, Registered, assert_fake_is_real, guarded, values_and_gradients
-from tests.kernels.program_order import ORDERS, permute_programs
+from tests.kernels.common import (
+    Registered,
+    assert_fake_is_real,
+    assert_same_in_any_order,
+    guarded,
+    kernels_launched,
+    values_and_gradients,
+)
+from tests.kernels.program_order import ORDERS
 from tests.planted_kernels import needs_compiler
 from unit_fast import ops
 
@@ -342,16 +347,7 @@ def test_what_is_out_of_range_reads_nothing_and_shows():
 @needs_compiler
 @pytest.mark.parametrize("shape", module.SHAPES)
 def test_one_launch_each(shape):
-    found, recorded = [], []
-
-    def both():
-        for operator, arguments in module.launches(module.SHAPES[shape], torch.bfloat16, "cuda:0"):
-            before = len(recorded)
-            REGISTERED[operator].launch(*arguments)
-            found.append([launch.name for launch in recorded[before:]])
-
-    record.record(both, "a100", into=recorded)
-    assert found == [["_set_loss_fwd_kernel"], ["_set_loss_bwd_kernel"]]
+    assert kernels_launched(module, module.SHAPES[shape]) == [["_set_loss_fwd_kernel"], ["_set_loss_bwd_kernel"]]
 
 
 def forward_of(name):
@@ -369,11 +365,7 @@ def test_programs_in_any_order_give_the_same_bits(way, order, monkeypatch):
     """Other sizes in turn: a counter that were not back at 0 would give other sums, or none."""
     names = ["odd", "many_layers", "row", "tail", "no_targets", "odd"]
     with way(None):
-        plain = [forward_of(name) for name in names]
-        Canaries(monkeypatch)
-        permute_programs(monkeypatch, order)
-        for name, expected in zip(names, plain, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(forward_of(name), expected, strict=True)), name
+        assert_same_in_any_order(forward_of, names, order, monkeypatch)
 
 
 def test_candidates_are_looked_up(monkeypatch):
