@@ -253,7 +253,7 @@ class DataConfig:
     decoder: Literal["cpu", "mixed"] = "cpu"
     """Where DALI decodes; mixed uses the GPU too."""
     workers: int = 0
-    """With DALI or on a GPU the threads that decode, 0 is one a core and at most 8. Else loader processes, and 0 loads
+    """With DALI or on a GPU the threads that decode, 0 is ``threads`` and at most 8. Else loader processes, and 0 loads
     in the training process."""
     prefetch: int = 2
     """Steps ready ahead, for torchvision's engine per worker."""
@@ -333,7 +333,8 @@ class RunConfig:
     buckets: BucketConfig = field(default_factory=BucketConfig)
     """Shapes that captured steps are made for."""
     threads: int = 0
-    """CPU threads; 0 keeps the default. The number used is recorded: results depend on it."""
+    """CPU threads; 0 takes OMP_NUM_THREADS, else the cores (the commands: those that are free). The number used is
+    recorded: results depend on it."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights; 0 keeps none."""
     freeze: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from unit_fast.commands.command_line import value_of
-from unit_fast.commands.shown import show_metrics, show_report
+from unit_fast.commands.shown import show_metrics, show_report, take_threads
 from unit_fast.config import RunConfig, load_config, to_json
 from unit_fast.errors import UserError
 from unit_fast.tasks import get_task
@@ -55,6 +55,8 @@ def run(options: Options) -> int:
     if options.resume == "auto" and options.out is None:
         raise UserError("--resume auto: give the run folder with --out DIR")
     out = options.out or (options.resume and run_of(options.resume)) or default_folder(config.recipe)
+    # a resumed run goes on with as many threads as it began with, or its bits would be others
+    take_threads(config.device, config.threads, keep=options.resume is not None)
     run = train(
         config, out, options.resume, stop_at=options.stop_at, allow_changed=options.allow_changed,
         progress=options.progress, drawn=report.write_samples,
