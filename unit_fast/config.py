@@ -72,7 +72,8 @@ class TextConfig:
     ffn_width: int = 3072
     """Hidden width of the feed-forward net."""
     vocab_size: int = 30522
-    """Word pieces in the vocabulary."""
+    """Word pieces in the vocabulary. 0: as many as the vocabulary file has, or as are made of the user's texts; a run
+    writes the number into its configuration."""
     max_positions: int = 512
     """Rows of the position table."""
     dropout: float = 0.1
@@ -232,6 +233,13 @@ class DataConfig:
     with the nearest ones."""
     vocab: str | None = None
     """WordPiece vocabulary; default ROOT/bert/vocab.txt."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of your own tables without a usual name: role, or task and role -> column, e.g. ``text=review`` or
+    ``answer.image=photo``."""
+    answer_min_count: int = 1
+    """Answers of your own questions that are given to fewer training questions are left out of the list."""
+    answers_kept: int = 3128
+    """Answers of your own questions that are kept at most, the most frequent ones."""
     short_side: int = 800
     """Short side of validation, VQA and SNLI-VE images, pixels."""
     max_side: int = 1333

@@ -21,7 +21,7 @@ _AT_LEAST = {
     "steps": 1, "batch_per_process": 1, "accumulate": 1, "eval_every": -1, "eval_batch": 1, "eval_limit": 0,
     "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "threads": 0, "optim.lr": 0, "optim.lr_backbone": 0,
     "optim.weight_decay": 0, "optim.warmup_steps": 0, "data.workers": 0, "data.prefetch": 1, "data.max_bad_share": 0,
-    "data.cache_mib": 0, "model.backbone.group_channels": 1,
+    "data.cache_mib": 0, "data.answer_min_count": 1, "data.answers_kept": 2, "model.backbone.group_channels": 1,
     "buckets.heights": 1, "buckets.widths": 1, "buckets.least_text": 1, "buckets.least_targets": 1,
 }  # fmt: skip
 
@@ -52,8 +52,8 @@ def check_config(config: RunConfig) -> None:
 FREE = {
     "recipe", "steps", "eval_every", "eval_batch", "eval_limit", "eval_split", "save_every", "keep_checkpoints",
     "log_every", "criterion", "device", "threads", "weights", "require_weights", "init_from", "skip_load",
-    "started_from", "data.root", "data.paths", "data.vocab", "data.workers", "data.prefetch", "data.decoder",
-    "data.max_bad_share", "data.max_pixels", "data.cache_dir", "data.cache_mib", "graph", "buckets",
+    "started_from", "data.root", "data.paths", "data.columns", "data.vocab", "data.workers", "data.prefetch",
+    "data.decoder", "data.max_bad_share", "data.max_pixels", "data.cache_dir", "data.cache_mib", "graph", "buckets",
 }  # fmt: skip
 """Fields a resumed run may change: where things are, what is watched, how long it goes on, how its steps are run."""
 

@@ -37,6 +37,23 @@ def _image_folders(*words: str) -> tuple[str, ...]:
     return (*(form.format(word) for form in below for word in words), "images", "data", "JPEGImages", ".")
 
 
+OWN_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
+"""Split -> the names its table may have in a data set of one's own."""
+
+
+def _own(task: str) -> dict[str, tuple[str, ...]]:
+    """Places of the tables and images of one's own data set for ``task``: in a folder of its name, or in the root."""
+    places = {}
+    for split, names in OWN_SPLITS.items():
+        tables = [f"{name}.{kind}" for name in names for kind in ("csv", "tsv", "jsonl", "json")]
+        if task == "answer":
+            tables += [f"*{name}*questions.json" for name in names]
+        places[f"{task}.{split}"] = tuple(f"{folder}{table}" for folder in (f"{task}/", "") for table in tables)
+    if task != "classify":
+        places[f"{task}.images"] = (f"{task}/images", "images")
+    return places
+
+
 PLACES: dict[str, tuple[str, ...]] = {
     "bert.vocab": ("bert/vocab.txt", "pretrained/bert-base-uncased/vocab.txt", "bert-base-uncased/vocab.txt"),
     "coco.train_annotations": ("coco/annotations/instances_train2017.json",),
@@ -111,6 +128,9 @@ PLACES: dict[str, tuple[str, ...]] = {
     "sst2.train": _glue("SST-2", "train", "sst2/train"),
     "sst2.val": _glue("SST-2", "dev", "sst2/validation"),
     "sst2.test": _glue("SST-2", "test", "sst2/test"),
+    **_own("answer"),
+    **_own("entail"),
+    **_own("classify"),
 }
 """Key -> places, in the order they are tried. Of those of ``detect.*_images`` the one counts that has the images."""
 
