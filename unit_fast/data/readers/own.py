@@ -1,6 +1,5 @@
 """One's own questions about images, image and text pairs, and texts: a table a split, classes found in it."""
 
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -62,11 +61,12 @@ class Own(Dataset):
         content.values = {"labelled": any(row.said for row in rows), "texts": texts}
         for i in range(texts):
             content.put_strings(f"text{i}", [row.texts[i] if i < len(row.texts) else "" for row in rows])
-        ids = [row.id or str(number) for number, row in enumerate(rows)]
-        for row, name in zip(rows, ids) if len(set(ids)) < len(ids) else ():
-            if Counter(ids)[name] > 1:
-                self.findings.note("id twice", f"{row.where}: id {printable(name)} is not the only one")
-        content.put_strings("ids", ids)
+        seen = set()
+        for row in rows:
+            if row.id in seen:
+                self.findings.note("id twice", f"{row.where}: id {printable(row.id)} was used before")
+            seen.add(row.id)
+        content.put_strings("ids", [row.id for row in rows])
         if self.task.has_image:
             content.put_strings("images", [row.image for row in rows])
             self.facts["images"] = len({row.image for row in rows})
@@ -114,7 +114,7 @@ class Own(Dataset):
         return super().meaning() | {name: hash_of(self.config.classes)}
 
     def sample_id(self, index: int) -> int | str:
-        """What the table calls the row, else its number from 0."""
+        """What the table calls the row, else its number in the table, from 0."""
         name = self.ids[index]
         return int(name) if name.isdecimal() and str(int(name)) == name and len(name) < 19 else name
 

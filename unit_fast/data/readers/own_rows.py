@@ -33,7 +33,7 @@ class Row:
     image: str = ""
     """Name of the image file, or its number."""
     id: str = ""
-    """What the table calls the row."""
+    """What the table calls the row, else its number in the table, from 0."""
 
 
 @dataclass
@@ -148,11 +148,12 @@ def read_rows(layout: Layout, task: Task, split: str, data: DataConfig, findings
 def _table_rows(path: Path, task: Task, split: str, data: DataConfig, findings: Findings) -> Iterator[Row]:
     table = open_table(path)
     columns = columns_of(table, task, data, labelled=split != "test")
-    parsed = findings.parsed("malformed row", table.rows(), lambda row, where: _row(row, where, columns, split))
+    numbered = ((where, (number, cells)) for number, (where, cells) in enumerate(table.rows()))
+    parsed = findings.parsed("malformed row", numbered, lambda row, where: _row(*row, where, columns, split))
     return (row for _, row in parsed)
 
 
-def _row(cells: dict, where: str, columns: dict[str, str | None], split: str) -> Row:
+def _row(number: int, cells: dict, where: str, columns: dict[str, str | None], split: str) -> Row:
     if None in cells:
         raise UserError(f"{where}: {cells[None]}")
     value = {role: cells.get(column) for role, column in columns.items() if column is not None}
@@ -171,7 +172,7 @@ def _row(cells: dict, where: str, columns: dict[str, str | None], split: str) ->
     found = tuple(_text(value[role], role, where) for role in texts)
     if not found[0]:
         raise UserError(f"{where}: the {texts[0]} ({columns[texts[0]]}) is empty; give one, or remove the row")
-    return Row(where, found, tuple(said), image, _text(value.get("id"), "id", where))
+    return Row(where, found, tuple(said), image, _text(value.get("id"), "id", where) or str(number))
 
 
 def _text(value, role: str, where: str) -> str:
