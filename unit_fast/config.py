@@ -22,7 +22,7 @@ from unit_fast.checked import (
 )
 from unit_fast.config_file import read_config_file
 from unit_fast.errors import UserError, nearest
-from unit_fast.tasks import TASKS, Task, get_task
+from unit_fast.tasks import OWN, TASKS, Task, get_task
 from unit_fast.typed_json import from_dict
 
 
@@ -197,12 +197,18 @@ class TaskConfig(Checked):
 
     queries: PositiveInt
     """Rows of the query table."""
-    outputs: PositiveInt
-    """Logits; for detection the last is no-object."""
+    outputs: NonNegativeInt
+    """Logits; for detection the last is no-object. 0: as many as the data have classes; a run writes the number into
+    its configuration."""
     text_length: NonNegativeInt = 0
     """Longest text in word pieces, special tokens included, at most ``TextConfig.max_positions``; 0 without text."""
     cls_only: bool = False
     """Only ``[CLS]`` reaches the decoder."""
+    classes: tuple[str, ...] = ()
+    """Names of the outputs in their order, where they come from the data. Empty: detection numbers classes by the
+    published category ids, other tasks have the published labels. A file's classes are found by their names."""
+    class_ids: tuple[int, ...] = ()
+    """Detection: the category id of each of ``classes`` in the files that were trained on."""
 
     def check_together(self):
         if self.cls_only and not self.text_length:
@@ -242,10 +248,10 @@ class ModelConfig(Checked):
 
     def check_together(self):
         if not self.tasks:
-            raise UserError(f"model.tasks: names no task; known: {', '.join(TASKS)}")
+            raise UserError(f"model.tasks: names no task; known: {', '.join(TASKS | OWN)}")
         for name, settings in self.tasks.items():
             task, where = _known_task("model.tasks", name), f"model.tasks.{name}"
-            if task.is_detection and settings.outputs < 2:
+            if task.is_detection and settings.outputs == 1:
                 raise UserError(f"{where}.outputs: is {settings.outputs}; give the classes and one more, no object")
             if task.attributes and self.loss.balanced_class_loss:
                 self.loss.refuse("balanced_class_loss", f"False: it is not defined with the attributes of {name}")
@@ -462,14 +468,16 @@ class RunConfig(Checked):
 
 def _known_task(field_name: str, name: str) -> Task:
     """The task with the data set key ``name``; not its short name, of which saved files know nothing."""
-    if name not in TASKS:
-        raise UserError(f"{field_name}: {name!r} is not a data set key; {nearest(name, TASKS)}")
-    return TASKS[name]
+    known = TASKS | OWN
+    if name not in known:
+        raise UserError(f"{field_name}: {name!r} is not a data set key; {nearest(name, known)}")
+    return known[name]
 
 
 def to_dict(config) -> dict:
-    """Plain dict of a config dataclass, ready for JSON."""
-    return dataclasses.asdict(config)
+    """Plain dict of a config dataclass, ready for JSON. Classes are there where a task has its own."""
+    own = ("classes", "class_ids")
+    return dataclasses.asdict(config, dict_factory=lambda pairs: {k: v for k, v in pairs if v or k not in own})
 
 
 def to_json(config) -> str:

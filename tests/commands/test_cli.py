@@ -69,7 +69,7 @@ def call(capsys, *arguments) -> tuple[int, str, str]:
         (["train", "--optim.betas", "0.9", "1"], "unit-fast: optim.betas[1]: is 1.0; give at least 0 and below 1"),
         (["train", "--recipe", "sst2", "--data-root", "/nowhere", "--out", "{tmp}/x"], "/nowhere"),
         (["train", "--steps", "0", "--data-root", "{root}", "--out", "{tmp}/x"], "steps: is 0"),
-        (["train", "--freeze", "image,txt", "--data-root", "{root}", "--out", "{tmp}/x"], "invalid choice 'txt' for argument '--freeze'"),
+        (["train", "--freeze", "image,txt"], "invalid choice 'txt' for argument '--freeze'"),
         (["evaluate", "nowhere"], "nowhere: no such run"),
         (["evaluate", "{run}", "--tasks", "vg"], "this model does not have it"),
         (["evaluate", "{run}", "--split", "tset"], "invalid choice 'tset'"),

@@ -1,6 +1,7 @@
 """``unit-fast train``."""
 
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -120,8 +121,12 @@ def _only(config: RunConfig, tasks: str) -> RunConfig:
 
 def _dry_run(config: RunConfig) -> int:
     from unit_fast.commands.dry_run import plan
+    from unit_fast.data.outputs import resolved
     from unit_fast.recipes import batch_note
 
+    config, lines = resolved(config)
+    for line in lines:
+        print(line, file=sys.stderr)
     found = plan(config)
     print(to_json(config), end="")
     print(f"parameters       {found['parameters']:,}, {found['trainable']:,} trained")
