@@ -28,13 +28,19 @@ def _coco_folder(*words: str) -> tuple[str, ...]:
         "annotations/instances_{0}*.json", "coco/annotations/instances_{0}*.json", "annotations/{0}*.json",
         "annotations/*_{0}.json", "instances_{0}*.json", "{0}.json", "{0}_*.json", "*_{0}.json",
     )  # fmt: skip
-    return tuple(form.format(word) for form in forms for word in words)
+    return _mixed(tuple(form.format(word) for form in forms for word in words))
+
+
+def _mixed(places: tuple[str, ...]) -> tuple[str, ...]:
+    """Places of one's own boxes, before them the same in a folder ``detect``, beside which other data sets lie."""
+    return (*(f"detect/{place}" for place in places), *places)
 
 
 def _image_folders(*words: str) -> tuple[str, ...]:
     """Places of one split's images in such a folder."""
     below = ("{0}", "images/{0}", "{0}/images", "coco/images/{0}", "coco/{0}", "data/{0}")
-    return (*(form.format(word) for form in below for word in words), "images", "data", "JPEGImages", ".")
+    here = (*(form.format(word) for form in below for word in words), "images", "data", "JPEGImages", ".")
+    return _mixed(here)
 
 
 OWN_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
@@ -76,19 +82,21 @@ PLACES: dict[str, tuple[str, ...]] = {
     "detect.train_annotations": _coco_folder("train", "Train"),
     "detect.val_annotations": _coco_folder("valid", "val", "validation", "Validation", "Val"),
     "detect.test_annotations": _coco_folder("test", "Test"),
-    "detect.annotations": (
-        "_annotations.coco.json",
-        "annotations/instances_default.json",
-        "instances_default.json",
-        "annotations.json",
-        "result.json",
-        "instances.json",
-        "annotations/instances.json",
-        "annotations/annotations.json",
-        "coco.json",
-        "labels.json",
-        "annotations/*.json",
-        "*.json",
+    "detect.annotations": _mixed(
+        (
+            "_annotations.coco.json",
+            "annotations/instances_default.json",
+            "instances_default.json",
+            "annotations.json",
+            "result.json",
+            "instances.json",
+            "annotations/instances.json",
+            "annotations/annotations.json",
+            "coco.json",
+            "labels.json",
+            "annotations/*.json",
+            "*.json",
+        )
     ),
     "detect.train_images": _image_folders("train", "train2017"),
     "detect.val_images": _image_folders("valid", "val", "validation", "val2017"),
@@ -152,6 +160,7 @@ class Layout:
         if not self.root.is_dir():
             raise UserError(f"data root {printable(self.root, 400)}: no such folder; give --data-root DIR")
         self.overrides = dict(data.paths)
+        self.columns = data.columns
         if data.vocab is not None:
             # the field's own path is relative to the working folder, as other command line paths
             self.overrides["bert.vocab"] = str(Path(data.vocab).expanduser().absolute())

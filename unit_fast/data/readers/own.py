@@ -7,21 +7,29 @@ import torch
 
 from unit_fast.config import DataConfig, TaskConfig
 from unit_fast.data.images.geometry import Geometry
+from unit_fast.data.layout import Layout
 from unit_fast.data.readers.categories import Outputs
 from unit_fast.data.readers.dataset import Dataset
 from unit_fast.data.readers.own_images import ImageFinder
 from unit_fast.data.readers.own_outputs import find_outputs
-from unit_fast.data.readers.own_rows import Row, find_tables, read_rows
+from unit_fast.data.readers.own_rows import Row, find_tables, has_tables, read_rows
 from unit_fast.data.readers.sources import read_through
 from unit_fast.data.readers.vqa2 import indices, soft_scores
 from unit_fast.data.shards.member import Member, NoMember
 from unit_fast.data.store.content import Content, hash_of
 from unit_fast.errors import UserError, nearest, printable
-from unit_fast.tasks import Task
+from unit_fast.tasks import ANSWER, CLASSIFY, ENTAIL, Task
 
 
 class Own(Dataset):
     """A split of one's own data set. The names of its outputs are ``config.classes``."""
+
+    of: Task
+
+    @classmethod
+    def present(cls, layout: Layout) -> bool:
+        """Whether the data root has tables of this kind."""
+        return has_tables(layout, cls.of)
 
     @classmethod
     def outputs_of(cls, task: Task, data: DataConfig, config: TaskConfig) -> Outputs:
@@ -106,6 +114,11 @@ class Own(Dataset):
             }
         )
 
+    def _word_pieces(self, vocab_size):
+        if not self.findings.strict and self.layout.find("bert.vocab") is None:
+            return None  # a check of the files: training makes a vocabulary of them
+        return super()._word_pieces(vocab_size)
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -165,3 +178,21 @@ class Own(Dataset):
                 f"{' and '.join(printable(place, 200) for place in places)}; correct the names, or give "
                 f"--data.paths {key}=FOLDER"
             )
+
+
+class Answer(Own):
+    """Questions about images, with answers."""
+
+    of = ANSWER
+
+
+class Entail(Own):
+    """Images with a text, and a label for both."""
+
+    of = ENTAIL
+
+
+class Classify(Own):
+    """Texts or pairs of texts, with a label."""
+
+    of = CLASSIFY

@@ -95,15 +95,19 @@ def missing(task: str, found: dict[str, str | None], labelled: bool = True) -> l
     ]
 
 
-def kind_of(columns: list[str]) -> str | None:
-    """The task that a table with these columns is for, by their usual names; None when it is for none."""
-    tasks = (task for task in ROLES if not missing(task, find_columns(task, columns, {})))
-    found = list(tasks)
-    # questions are told from statements by their name: "question" and "answer" make an answer
-    if "answer" in found and "entail" in found:
-        names = {_normal(column) for column in columns}
-        return "answer" if names & {"question", "question_str"} and names & {"answer", "answers"} else "entail"
-    return found[0] if found else None
+def kind_of(columns: list[str], given: dict[str, str]) -> str | None:
+    """The task that a table with these columns is for; None when it is for none. ``given``: ``data.columns``."""
+    roles = {
+        "answer": {"image", "question", "answer"}, "entail": {"image", "text", "label"}, "classify": {"text", "label"},
+    }  # fmt: skip
+    names = {_normal(column) for column in columns}
+    has = {
+        "image": bool(names & set(_IMAGE)), "label": bool(names & set(_LABEL)),
+        "question": bool(names & {"question", "question_str", "query"}), "answer": bool(names & {"answer", "answers"}),
+        "text": bool(names & {*ROLES["entail"]["text"].names, *ROLES["classify"]["text"].names}),
+    }  # fmt: skip
+    has |= {role: True for role, column in given.items() if column in columns}
+    return next((task for task, wanted in roles.items() if all(has.get(role) for role in wanted)), None)
 
 
 def _normal(column: str) -> str:

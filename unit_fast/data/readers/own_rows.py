@@ -79,21 +79,18 @@ def _any_tables(layout: Layout, task: Task) -> list[Path]:
     return []
 
 
-def own_tasks(data: DataConfig, tasks: dict[str, Task]) -> list[str]:
-    """Which of ``tasks`` a data root has tables for: those with files of their own, and what the columns of the tables
-    in the root itself are for. Files that cannot be read are not looked at."""
-    layout, found = Layout(data), []
-    for name, task in tasks.items():
-        try:
-            tables = find_tables(layout, task)
-            paths = list(itertools.chain(*tables.files.values()))
-            own = any(f"{name}.{split}" in data.paths for split in OWN_SPLITS)
-            own = own or any(path.parent.name == name for path in paths)
-            if own or kind_of(open_table(paths[0]).columns) == name:
-                found.append(name)
-        except UserError:
-            continue
-    return found
+def has_tables(layout: Layout, task: Task) -> bool:
+    """Whether a data root has tables for ``task``: given, or in a folder of its name, or in the root with the columns of
+    the task."""
+    try:
+        tables = find_tables(layout, task)
+        paths = list(itertools.chain(*tables.files.values()))
+        given = any(key.startswith(f"{task.short}.") for key in (*layout.overrides, *layout.columns))
+        if given or any(path.parent == layout.root / task.short for path in paths):
+            return True
+        return kind_of(open_table(paths[0]).columns, layout.columns) == task.short
+    except UserError:
+        return False
 
 
 def columns_of(table: Table, task: Task, data: DataConfig, labelled: bool) -> dict[str, str | None]:
