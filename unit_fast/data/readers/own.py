@@ -51,7 +51,7 @@ class Own(Dataset):
         if tables.one_for_all and self.split != "test":
             self.facts["held out"] = f"a tenth, by a hash of the {'image' if self.task.has_image else 'text'}"
         depends = {
-            "classes": self.config.classes, "columns": self.data.columns, "one for all": tables.one_for_all,
+            "classes": list(self.config.classes), "columns": self.data.columns, "one for all": tables.one_for_all,
         }  # fmt: skip
         self.rows = read_through(self, {"files": paths}, depends, self._content)
         self.labelled = self.rows.values["labelled"]
@@ -92,7 +92,7 @@ class Own(Dataset):
                     f"{nearest(row.said[0], list(index_of)[:20])}",
                 )
         self.facts["rows"] = len(rows)
-        self.facts.update({name: labels.count(i) for i, name in enumerate(self.config.classes[:20])})
+        self.facts["rows by class"] = {name: labels.count(i) for i, name in enumerate(self.config.classes)}
         return Content({"labels": np.array(labels, dtype=np.int32)})
 
     def _scores(self, rows: list[Row]) -> Content:
