@@ -79,8 +79,8 @@ def test_columns_by_their_usual_names_or_as_given(tmp_path, task, header, column
     names, rows = header.split(","), []
     for i in range(3):
         cells = dict.fromkeys(names, f"some {i}")
-        cells |= {name: f"{i}.jpg" for name in ("foto", "file name", "image", "img_path")}
-        cells |= {name: f"x{i}" for name in ("Stars", "CLASS", "gold_label", "mood", "label", "answers")}
+        cells |= dict.fromkeys(("foto", "file name", "image", "img_path"), f"{i}.jpg")
+        cells |= dict.fromkeys(("Stars", "CLASS", "gold_label", "mood", "label", "answers"), f"x{i}")
         cells |= {"id": f"{70 + i}", "question_id": f"{70 + i}"}
         rows.append(",".join(cells[name] for name in names) + "\n")
     own_root(tmp_path, train_csv=f"{header}\n{''.join(rows)}", val_csv=f"{header}\n{''.join(rows)}")
