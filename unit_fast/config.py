@@ -382,7 +382,7 @@ class RunConfig(Checked):
     """A whole run: what ``config.json`` of a run folder holds."""
 
     recipe: str = ""
-    """Name of the recipe this came from."""
+    """The recipe this came from, by name; `unit-fast recipes` lists them."""
     steps: PositiveInt = 500_000
     """Optimiser updates."""
     batch_per_process: PositiveInt = 1

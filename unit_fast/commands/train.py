@@ -14,6 +14,12 @@ from unit_fast.config import RunConfig, load_config, to_json
 from unit_fast.errors import UserError
 from unit_fast.tasks import get_task
 
+COMMON = (
+    "recipe", "data_root", "tasks", "batch", "steps", "optim.lr", "init_from", "out", "resume", "eval_every", "device",
+    "threads", "seed", "config_file", "dry_run",
+)  # fmt: skip
+"""What most runs need."""
+
 
 @dataclass(kw_only=True)
 class Options:
