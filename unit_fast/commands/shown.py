@@ -41,10 +41,11 @@ def _show_classes(short: str, rows: list[dict]) -> None:
     scored = [row for row in rows if "AP" in row]
     if not scored:
         return
-    width = max(8, *(len(printable(row["name"], 40)) for row in scored))
-    print(f"\n{short} by class".ljust(width + 1) + f" {'AP':>7} {'AP50':>7} {'objects':>8}")
+    title = f"{short} by class"
+    width = max(len(title), *(len(printable(row["name"], 40)) for row in scored))
+    print(f"\n{title:<{width}} {'AP':>7} {'AP50':>7} {'objects':>7}")
     for row in scored[:SHOWN]:
-        print(f"{printable(row['name'], 40):<{width}} {row['AP']:>7.4f} {row['AP50']:>7.4f} {row['objects']:>8}")
+        print(f"{printable(row['name'], 40):<{width}} {row['AP']:>7.4f} {row['AP50']:>7.4f} {row['objects']:>7}")
     if len(scored) > SHOWN:
         print(f"and {len(scored) - SHOWN} more classes")
     if len(scored) < len(rows):
