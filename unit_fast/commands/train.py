@@ -26,7 +26,7 @@ class Options:
     batch: int | None = None
     """Samples per forward pass (the same as --batch-per-process); the effective batch is this times --accumulate."""
     config_file: str | None = None
-    """Start from this JSON file, e.g. a run's config.json, instead of a recipe."""
+    """A JSON, YAML or TOML file with settings, e.g. a run's config.json; with --recipe it changes the recipe."""
     out: str | None = None
     """Run folder; default runs/TIME_RECIPE."""
     resume: str | None = None
@@ -80,10 +80,8 @@ def default(arguments: list[str]) -> Options:
     from unit_fast.recipes import recipe
 
     name, file = value_of(arguments, "--recipe"), value_of(arguments, "--config-file")
-    if name and file:
-        raise UserError("--recipe and --config-file: give one of them")
     if file:
-        config = load_config(file)
+        config = load_config(file, recipe(name) if name else None)
     elif name is None and (folder := _folder_to_resume(arguments)):
         config = load_config(folder / "config.json")
     else:

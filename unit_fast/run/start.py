@@ -11,7 +11,6 @@ from torch import Tensor
 
 from unit_fast import numerics
 from unit_fast.config import RunConfig
-from unit_fast.config_check import check_config
 from unit_fast.data.bad_images import BadImages
 from unit_fast.data.images.engine import engine_of
 from unit_fast.data.outputs import resolved
@@ -62,7 +61,6 @@ class Parts:
 
 def start(config: RunConfig, folder: RunFolder, resume, allow_changed: Sequence[str], progress: str, drawn) -> Parts:
     """Make a run in ``folder``, or take it up where a checkpoint left it; see ``train.train``."""
-    check_config(config)
     checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
     log = RunLog(folder.path, config.steps, progress)
     try:
