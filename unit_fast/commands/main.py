@@ -40,6 +40,7 @@ COMMANDS = {
     "predict": Command("predict", "what a model says about an image and/or text"),
     "data check": Command("data_check", "read a whole data root and report what is odd"),
     "data generate": Command("data_generate", "write the generated eight-task world", leaves_files=True),
+    "data prepare": Command("data_prepare", "make a YOLO or Pascal VOC folder one in COCO's format", leaves_files=True),
     "data shard": Command("data_shard", "write folders of images into WebDataset tar shards", leaves_files=True),
     "recipes": Command("recipes", "list the recipes, or print one as JSON"),
     "convert": Command("convert", "weights of MMF, DETR, torchvision and BERT to ours and back", leaves_files=True),

@@ -1,6 +1,7 @@
 """The names behind a model's outputs, kept in the run folder so that a run predicts without its data sets.
 
-``labels.json``: data set key -> ``{"classes": {id: name}}`` (detection; Visual Genome also ``"attributes"``),
+``labels.json``: data set key -> ``{"classes": {id: name}}`` (detection; Visual Genome also ``"attributes"``; with
+``"category_ids": {class: id}`` where classes are numbered by their order),
 ``{"answers": [...]}`` (VQA) or ``{"classes": {index: name}}``. Beside it ``vocab.txt``, the word pieces of the texts.
 """
 
@@ -30,6 +31,8 @@ class TaskLabels:
     """VQA: answer by index."""
     attributes: dict[int, str] = field(default_factory=dict)
     """Visual Genome: attribute id -> name."""
+    category_ids: dict[int, int] = field(default_factory=dict)
+    """Detection: class -> category id in the files it was trained on, where the class is not itself the id."""
 
 
 def write_labels(folder: str | Path, config: RunConfig, datasets: dict) -> Path:
@@ -43,6 +46,8 @@ def write_labels(folder: str | Path, config: RunConfig, datasets: dict) -> Path:
         task = get_task(name)
         if task.is_detection:
             entries[task.name] = {"classes": {str(k): str(v) for k, v in sorted(dataset.class_names.items())}}
+            if dataset.category_ids:
+                entries[task.name]["category_ids"] = {str(k): v for k, v in dataset.category_ids.items()}
             if task.attributes and (names := _attribute_names(layout)):
                 entries[task.name]["attributes"] = names
         elif task.loss == "bce":
@@ -103,6 +108,7 @@ def read_labels(folder: str | Path) -> dict[str, TaskLabels]:
                 classes={int(k): str(v) for k, v in entry.get("classes", {}).items()},
                 answers=[str(answer) for answer in entry.get("answers", [])],
                 attributes={int(k): str(v) for k, v in entry.get("attributes", {}).items()},
+                category_ids={int(k): int(v) for k, v in entry.get("category_ids", {}).items()},
             )
             for name, entry in content.items()
         }

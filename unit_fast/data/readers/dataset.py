@@ -95,6 +95,11 @@ class Dataset:
             self._tokens = cached_tokens(self.cache, self.rows, self.words, self.columns, f"{task.short} {split}")
 
     @classmethod
+    def present(cls, layout: Layout) -> bool:
+        """Whether a user's own files for the task are there; asked of the tasks in ``tasks.OWN``."""
+        return False
+
+    @classmethod
     def outputs_of(cls, task: Task, data: DataConfig, config: TaskConfig):
         """``categories.Outputs``: the classes that the files have for a task without published ones (``outputs`` 0, or
         not as published); None where the published ones hold."""
