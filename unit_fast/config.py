@@ -98,8 +98,9 @@ class TextConfig(Checked):
     """Attention heads."""
     ffn_width: PositiveInt = 3072
     """Hidden width of the feed-forward net."""
-    vocab_size: PositiveInt = 30522
-    """Word pieces in the vocabulary."""
+    vocab_size: NonNegativeInt = 30522
+    """Word pieces in the vocabulary. 0: as many as the vocabulary file has, or as are made of the user's texts; a run
+    writes the number into its configuration."""
     max_positions: PositiveInt = 512
     """Rows of the position table."""
     dropout: Probability = 0.1
@@ -306,6 +307,13 @@ class DataConfig(Checked):
     with the nearest ones."""
     vocab: str | None = None
     """WordPiece vocabulary; default ROOT/bert/vocab.txt."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of your own tables without a usual name: role, or task and role -> column, e.g. ``text=review`` or
+    ``answer.image=photo``."""
+    answer_min_count: PositiveInt = 1
+    """Answers of your own questions that are given to fewer training questions are left out of the list."""
+    answers_kept: PositiveInt = 3128
+    """Answers of your own questions that are kept at most, the most frequent ones."""
     short_side: PositiveInt = 800
     """Short side of validation, VQA and SNLI-VE images, pixels."""
     max_side: PositiveInt = 1333

@@ -11,7 +11,7 @@ from unit_fast.errors import UserError
 
 LISTS = ("--freeze", "--skip-load", "--allow-changed")
 """Options whose values may be separated by commas."""
-PAIRS = ("--data.paths", "--paths")
+PAIRS = ("--data.paths", "--data.columns", "--paths", "--columns")
 """Options whose values are ``key=value``, or keys and values in turn."""
 
 

@@ -128,10 +128,12 @@ def _only(config: RunConfig, tasks: str) -> RunConfig:
 def _dry_run(config: RunConfig) -> int:
     from unit_fast.commands.dry_run import plan
     from unit_fast.data.outputs import resolved
+    from unit_fast.data.vocabulary import with_vocabulary
     from unit_fast.recipes import batch_note
 
     config, lines = resolved(config)
-    for line in lines:
+    config, more = with_vocabulary(config)
+    for line in lines + more:
         print(line, file=sys.stderr)
     found = plan(config)
     print(to_json(config), end="")

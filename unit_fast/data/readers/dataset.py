@@ -114,6 +114,11 @@ class Dataset:
         """The id used in messages and prediction files."""
         raise NotImplementedError
 
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Class -> its name."""
+        return dict(enumerate(self.config.classes or self.task.labels))
+
     def meaning(self) -> dict[str, str]:
         """Digests of what gives the numbers in the samples their meaning, by name: with another one a model trained on
         them is no use."""
