@@ -295,17 +295,23 @@ class RunConfig:
     steps: int = 500_000
     """Optimiser updates."""
     batch_per_process: int = 1
-    """Samples per forward pass."""
+    """Samples per forward pass; 0 with a ``target_batch``: chosen from the device's memory."""
     task_batch: dict[str, int] = field(default_factory=dict)
     """Other batch sizes for single tasks (data set key -> samples)."""
     accumulate: int = 1
-    """Forward passes per update."""
+    """Forward passes per update; 0 with a ``target_batch``: as many as reach it."""
+    target_batch: int = 0
+    """Samples per update that batch and accumulate make where one of them is 0; 0 leaves both as they are."""
     seed: int = 0
     """Initial weights, task order, data order, augmentation and dropout follow from it."""
     ratios: dict[str, float] = field(default_factory=dict)
     """Sampling probability by data set key, renormalised over the tasks trained."""
     eval_every: int = 10_000
     """Steps between evaluations; 0 evaluates only at the end, -1 never."""
+    eval_first: bool = False
+    """Evaluate before the first step too."""
+    early_stop: int = 0
+    """End after so many evaluations in a row without a better ``criterion``; 0 trains all ``steps``."""
     eval_batch: int = 1
     """Samples per evaluation batch."""
     eval_limit: int = 0
@@ -318,6 +324,8 @@ class RunConfig:
     """Numbered checkpoints kept beside best and last."""
     log_every: int = 20
     """Steps between log lines; losses are read from the device only then."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Experiment trackers that get the rows of ``metrics.jsonl`` too."""
     criterion: str = "vqa2"
     """Task whose metric chooses the best checkpoint; ``mean`` takes the mean over tasks."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
@@ -357,7 +365,8 @@ class RunConfig:
 
     @property
     def effective_batch(self) -> int:
-        return self.batch_per_process * self.accumulate
+        """Samples per update."""
+        return self.batch_per_process * self.accumulate or self.target_batch
 
     def batch_of(self, task: str) -> int:
         """Samples per forward pass of the data set ``task``."""

@@ -18,7 +18,7 @@ trainable: in a single-task checkpoint the rows of other tasks are untrained noi
 decoder's width (SPEC 6.1)."""
 
 _AT_LEAST = {
-    "steps": 1, "batch_per_process": 1, "accumulate": 1, "eval_every": -1, "eval_batch": 1, "eval_limit": 0,
+    "steps": 1, "target_batch": 0, "early_stop": 0, "eval_every": -1, "eval_batch": 1, "eval_limit": 0,
     "save_every": 0, "keep_checkpoints": 1, "log_every": 1, "threads": 0, "optim.lr": 0, "optim.lr_backbone": 0,
     "optim.weight_decay": 0, "optim.warmup_steps": 0, "data.workers": 0, "data.prefetch": 1, "data.max_bad_share": 0,
     "data.cache_mib": 0, "model.backbone.group_channels": 1,
@@ -32,6 +32,14 @@ def check_config(config: RunConfig) -> None:
         value = operator.attrgetter(name)(config)
         if not least <= value < math.inf:
             raise UserError(f"{name}: is {value}; give at least {least}")
+    for name in ("batch_per_process", "accumulate"):
+        value = getattr(config, name)
+        if value < 0 or value == 0 and not config.target_batch:
+            raise UserError(f"{name}: is {value}; give at least 1, or a target_batch that it follows from")
+    if config.early_stop and config.eval_every < 1:
+        raise UserError(f"early_stop: needs evaluations while training, eval_every is {config.eval_every}")
+    if config.eval_first and config.eval_every < 0:
+        raise UserError(f"eval_first: eval_every is {config.eval_every}, which never evaluates; give at least 0")
     for field in ("encoder.dropout", "text.dropout", "decoder.dropout", "decoder.classifier_dropout"):
         value = operator.attrgetter(field)(config.model)
         if not 0 <= value < 1:
@@ -53,7 +61,8 @@ FREE = {
     "recipe", "steps", "eval_every", "eval_batch", "eval_limit", "eval_split", "save_every", "keep_checkpoints",
     "log_every", "criterion", "device", "threads", "weights", "require_weights", "init_from", "skip_load",
     "started_from", "data.root", "data.paths", "data.vocab", "data.workers", "data.prefetch", "data.decoder",
-    "data.max_bad_share", "data.max_pixels", "data.cache_dir", "data.cache_mib", "graph", "buckets",
+    "data.max_bad_share", "data.max_pixels", "data.cache_dir", "data.cache_mib", "graph", "buckets", "target_batch",
+    "eval_first", "early_stop", "track",
 }  # fmt: skip
 """Fields a resumed run may change: where things are, what is watched, how long it goes on, how its steps are run."""
 
