@@ -154,11 +154,17 @@ class TaskConfig:
     queries: int
     """Rows of the query table."""
     outputs: int
-    """Logits; for detection the last is no-object."""
+    """Logits; for detection the last is no-object. 0: as many as the data have classes; a run writes the number into
+    its configuration."""
     text_length: int = 0
     """Longest text in word pieces, special tokens included; 0 without text."""
     cls_only: bool = False
     """Only ``[CLS]`` reaches the decoder."""
+    classes: tuple[str, ...] = ()
+    """Names of the outputs in their order, where they come from the data. Empty: detection numbers classes by the
+    published category ids, other tasks have the published labels. A file's classes are found by their names."""
+    class_ids: tuple[int, ...] = ()
+    """Detection: the category id of each of ``classes`` in the files that were trained on."""
 
 
 def default_tasks(*names: str, **changes) -> dict[str, TaskConfig]:
@@ -374,8 +380,9 @@ class RunConfig:
 
 
 def to_dict(config) -> dict:
-    """Plain dict of a config dataclass, ready for JSON."""
-    return dataclasses.asdict(config)
+    """Plain dict of a config dataclass, ready for JSON. Classes are there where a task has its own."""
+    own = ("classes", "class_ids")
+    return dataclasses.asdict(config, dict_factory=lambda pairs: {k: v for k, v in pairs if v or k not in own})
 
 
 def to_json(config) -> str:

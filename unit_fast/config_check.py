@@ -7,7 +7,7 @@ from pathlib import Path
 
 from unit_fast.config import RunConfig, to_dict
 from unit_fast.errors import UserError, nearest
-from unit_fast.tasks import TASKS
+from unit_fast.tasks import OWN, TASKS
 
 FREEZABLE = {
     "image": ("backbone.", "input_proj.", "image_encoder.layers."),
@@ -51,8 +51,8 @@ def check_config(config: RunConfig) -> None:
             raise UserError(f"freeze: {part!r} is not an encoder; {nearest(part, FREEZABLE)}")
     for field in ("ratios", "task_batch"):
         for name, value in getattr(config, field).items():
-            if name not in TASKS:
-                raise UserError(f"{field}: {name!r} is not a data set key; {nearest(name, TASKS)}")
+            if name not in TASKS and name not in OWN:
+                raise UserError(f"{field}: {name!r} is not a data set key; {nearest(name, [*TASKS, *OWN])}")
             if field == "task_batch" and value < 1:
                 raise UserError(f"task_batch.{name}: is {value}; give at least 1")
 

@@ -1,11 +1,13 @@
 """``unit-fast train --dry-run``: what a run would be."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from unit_fast.commands.train import check_data
 from unit_fast.config import RunConfig, to_json
 from unit_fast.config_check import check_config
+from unit_fast.data.outputs import resolved
 from unit_fast.recipes import batch_note
 from unit_fast.run.batch_size import device_memory, with_batch
 from unit_fast.run.checkpoints import find
@@ -25,6 +27,9 @@ def run(config: RunConfig, out: Path, resume: str | None, allow_changed: Sequenc
     what a run would. ``measured``: train some seconds too."""
     check_config(config)
     device = device_of(config)
+    config, lines = resolved(config)
+    for line in lines:
+        print(line, file=sys.stderr)
     source = find(Path(out) / "checkpoints", resume)
     config, how = with_batch(config, device, checkpoint.config_of(source) if source else None)
     found = estimate(config, device)
@@ -60,7 +65,7 @@ def _measure(parts: Parts) -> None:
     each = ", ".join(f"{get_task(name).short} {value:.3g}" for name, value in seconds.items())
     print(f"measured         seconds a step, reading included: {each}")
     print(
-        f"                 {3600 / mean:.4g} steps an hour, {duration(mean * parts.config.steps)} for all "
+        f"                 {3600 / mean:,.0f} steps an hour, {duration(mean * parts.config.steps)} for all "
         f"{parts.config.steps}, evaluations and saves not counted"
     )
     if peak := peak_gib(parts.device):

@@ -14,6 +14,7 @@ from unit_fast.config import RunConfig
 from unit_fast.config_check import check_config
 from unit_fast.data.bad_images import BadImages
 from unit_fast.data.images.engine import engine_of
+from unit_fast.data.outputs import resolved
 from unit_fast.data.sampler import normalised, seed_of
 from unit_fast.errors import UserError
 from unit_fast.evaluation.labels import write_labels
@@ -75,6 +76,9 @@ def start(config: RunConfig, folder: RunFolder, resume, allow_changed: Sequence[
 
 
 def _start(config, folder: RunFolder, resume, allow_changed, drawn, checkpoints: Checkpoints, log: RunLog) -> Parts:
+    config, lines = resolved(config)
+    for line in lines:
+        log.line(line)
     source = checkpoints.find(resume)
     if config.threads:
         torch.set_num_threads(config.threads)

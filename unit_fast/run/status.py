@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from unit_fast.tasks import TASKS
+from unit_fast.tasks import get_task
 
 SEPARATOR = " | "
 
@@ -67,7 +67,7 @@ def fitted(pieces: Iterable[str], width: int) -> str:
 def loss_text(task: str, losses: Sequence[float], terms: Sequence[dict[str, float]] = ()) -> str:
     """``coco 12.41``; with the terms of each update ``coco 12.41 (ce 1.02 bbox 0.41 giou 0.88)``, the last decoder
     layer's. Means over the updates."""
-    text = f"{TASKS[task].short} {mean(losses):.4g}"
+    text = f"{get_task(task).short} {mean(losses):.4g}"
     parts = []
     for name in terms[-1] if terms else ():
         short = name.rsplit("/", 1)[-1].removeprefix("loss_")
