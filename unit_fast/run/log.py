@@ -27,6 +27,7 @@ from unit_fast.run.console import Console
 from unit_fast.run.rows import Appended, number_of, read_row
 from unit_fast.run.status import SEPARATOR, Pace, fitted, loss_text, mean
 from unit_fast.run.step import Update
+from unit_fast.run.tracking import Tracker, scalars
 
 REDRAW_S, SPEAK_S = 0.1, 60.0
 """Seconds between two redraws of the live line at least; seconds without a plain line at most."""
@@ -100,6 +101,8 @@ class RunLog:
         """What the newest interval's losses were, the newest task's first."""
         self.shown = opened
         """When the state was last shown."""
+        self.trackers: dict[str, Tracker] = {}
+        """What takes the rows too, by name."""
         self.operators: Counter[str] | None = Counter()
         """Implementation -> operators that took it; None once that was told."""
         self.live = self._live() if progress == "auto" and self.console.isatty() else None
@@ -299,9 +302,10 @@ class RunLog:
             self._row({"kind": kind, "step": step, "task": task, "metrics": metrics})
 
     def _row(self, row: dict) -> None:
-        row = row | {"seconds": round(self.seconds(), 3), "time": round(time.time(), 3)}
+        row = row | {"run_seconds": round(self.seconds(), 3), "time": round(time.time(), 3)}
         self.rows.write(json.dumps(finite(row)) + "\n")
         self._flush(self.rows)
+        self._track(row)
         nested = row.get("terms", {}) | row.get("metrics", {})
         flat = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"} | nested
         for name, value in flat.items():
@@ -309,8 +313,22 @@ class RunLog:
                 self.csv.writerow([row["kind"], row["step"], row["task"], name, value])
         self._flush(self.csv_file)
 
+    def _track(self, row: dict) -> None:
+        """Hand ``row`` to the trackers; one that fails is told and left out from then on."""
+        for name, tracker in list(self.trackers.items()):
+            try:
+                tracker.scalars(row["step"], row["time"], scalars(row))
+            except Exception as error:
+                del self.trackers[name]
+                self.line(f"{name} takes no more rows ({type(error).__name__}: {error}); the run goes on without it")
+
     def close(self) -> None:
-        """Close the files and give ``logging`` back."""
+        """Close the files and the trackers, and give ``logging`` back."""
+        for name, tracker in self.trackers.items():
+            try:
+                tracker.close()
+            except Exception as error:
+                self.line(f"{name} could not be ended well ({type(error).__name__}: {error})")
         if self.live:
             self.live.stop()
         package = logging.getLogger("unit_fast")

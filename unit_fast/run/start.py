@@ -18,6 +18,7 @@ from unit_fast.data.outputs import resolved
 from unit_fast.data.sampler import normalised, seed_of
 from unit_fast.errors import UserError
 from unit_fast.evaluation.labels import write_labels
+from unit_fast.run import tracking
 from unit_fast.run.batch_size import with_batch
 from unit_fast.run.checkpoints import Checkpoints
 from unit_fast.run.ema import Ema
@@ -87,6 +88,7 @@ def _start(config, folder: RunFolder, resume, allow_changed, drawn, checkpoints:
         config = dataclasses.replace(config, criterion="mean")
     device = device_of(config)
     numerics.check(config.precision, device)
+    tracking.check(config.track)
     saved = checkpoint.config_of(source) if source else None
     config, batch = with_batch(config, device, saved)
     ratios = normalised(config.ratios, config.model.tasks)

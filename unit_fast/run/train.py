@@ -23,6 +23,7 @@ from unit_fast.run.refusals import NonFinite
 from unit_fast.run.start import Parts, start
 from unit_fast.run.state import State
 from unit_fast.run.step import Step, Update, train_step
+from unit_fast.run.tracking import open_trackers
 
 __all__ = ["NonFinite", "Run", "Update", "train", "train_step"]
 
@@ -68,6 +69,7 @@ def _run(parts: Parts, stop_at: int | None) -> Run:
     status, message, state.begun = "failed", "", time.monotonic()
     try:
         with signals, arithmetic(config.precision, config.deterministic, device), memory_told(state, config, device):
+            log.trackers = open_trackers(config.track, parts.folder, config, state.step)
             if parts.missed_evaluation:  # the best checkpoint may depend on it
                 log.line(f"the evaluation after step {state.step} was not finished: it is made up for")
                 if parts.evaluator.evaluate(state).improved:
