@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from unit_fast.commands.options import near
 from unit_fast.errors import UserError
 
-LISTS = ("--freeze", "--skip-load", "--allow-changed")
+LISTS = ("--freeze", "--skip-load", "--allow-changed", "--track")
 """Options whose values may be separated by commas."""
 PAIRS = ("--data.paths", "--data.columns", "--paths", "--columns")
 """Options whose values are ``key=value``, or keys and values in turn."""
@@ -79,6 +79,11 @@ def value_of(arguments: Sequence[str], option: str) -> str | None:
         if name.replace("_", "-") == option:
             return value if equals else next(iter(arguments[i + 1 : i + 2]), None)
     return None
+
+
+def given(arguments: Sequence[str], *options: str) -> bool:
+    """Whether one of ``options`` is among the arguments."""
+    return any(argument.partition("=")[0].replace("_", "-") in options for argument in arguments)
 
 
 def _one_line(text: str) -> str:

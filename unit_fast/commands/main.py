@@ -38,6 +38,8 @@ COMMANDS = {
     "train": Command("train", "train a recipe", leaves_files=True),
     "evaluate": Command("evaluate", "metrics of a trained model, and prediction files", leaves_files=True),
     "predict": Command("predict", "what a model says about an image and/or text"),
+    "runs": Command("runs", "list runs: state, step, checkpoints, metrics"),
+    "report": Command("report", "draw the report of a run again from its files", leaves_files=True),
     "data check": Command("data_check", "read a whole data root and report what is odd"),
     "data generate": Command("data_generate", "write the generated eight-task world", leaves_files=True),
     "data prepare": Command("data_prepare", "make a YOLO or Pascal VOC folder one in COCO's format", leaves_files=True),
