@@ -341,7 +341,7 @@ class DataConfig(Checked):
     decoder: Literal["cpu", "mixed"] = "cpu"
     """Where DALI decodes; mixed uses the GPU too."""
     workers: NonNegativeInt = 0
-    """With DALI or on a GPU the threads that decode, 0 is one a core and at most 8. Else loader processes, and 0 loads
+    """With DALI or on a GPU the threads that decode, 0 is ``threads`` and at most 8. Else loader processes, and 0 loads
     in the training process."""
     prefetch: PositiveInt = 2
     """Steps ready ahead, for torchvision's engine per worker."""
@@ -440,7 +440,8 @@ class RunConfig(Checked):
     buckets: BucketConfig = field(default_factory=BucketConfig)
     """Shapes that captured steps are made for."""
     threads: NonNegativeInt = 0
-    """CPU threads; 0 keeps the default. The number used is recorded: results depend on it."""
+    """CPU threads; 0 takes OMP_NUM_THREADS, else the cores (the commands: those that are free). The number used is
+    recorded: results depend on it."""
     ema_decay: Probability = 0.0
     """Decay of an exponential moving average of the weights; 0 keeps none."""
     freeze: tuple[Literal["image", "text"], ...] = ()

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from unit_fast import threads
 from unit_fast.commands.command_line import parse
 from unit_fast.commands.options import page
 from unit_fast.errors import UserError, nearest
@@ -54,7 +55,10 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. A user's mistake is one line on standard error (``--debug`` shows the trace)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # a process of its own: its environment is ours to complete
+        threads.wait_asleep()
+        arguments = sys.argv[1:]
+    arguments = list(arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from unit_fast.commands.command_line import given, value_of
-from unit_fast.commands.shown import show_metrics, show_report
+from unit_fast.commands.shown import show_metrics, show_report, take_threads
 from unit_fast.config import RunConfig, load_config
 from unit_fast.errors import UserError
 from unit_fast.tasks import get_task
@@ -63,6 +63,8 @@ def run(options: Options) -> int:
     from unit_fast.run.train import train
 
     check_data(config)
+    # a resumed run goes on with as many threads as it began with, or its bits would be others
+    take_threads(config.device, config.threads, keep=options.resume is not None)
     run = train(
         config, _out(options, config), options.resume, stop_at=options.stop_at, allow_changed=options.allow_changed,
         progress=options.progress, drawn=report.write_samples,
