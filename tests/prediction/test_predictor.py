@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from tests.data_roots import VOCABULARY, picture, whole_root
 from tests.evaluation.common import save_run, whole_config
@@ -18,6 +18,7 @@ from unit_fast.evaluation.labels import VOCABULARY as VOCABULARY_FILE
 from unit_fast.model import UniT
 from unit_fast.prediction.prediction import Prediction
 from unit_fast.prediction.predictor import load
+from unit_fast.report.boxes import class_colour
 from unit_fast.report.predictions import chosen
 
 
@@ -145,8 +146,9 @@ def test_a_drawn_box_is_where_it_should_be():
     item = {"label": "a", "score": 0.9, "box": [25.0, 25.0, 75.0, 75.0]}
     drawn = Prediction(task="coco", items=[item], image=Image.new("RGB", (100, 100), "white")).draw()
     assert drawn.size == (800, 800)
-    assert drawn.getpixel((201, 400)) == (0x2F, 0x6F, 0xDE)
-    assert drawn.getpixel((400, 599)) == (0x2F, 0x6F, 0xDE)
+    colour = ImageColor.getrgb(class_colour("a"))
+    assert drawn.getpixel((201, 400)) == colour
+    assert drawn.getpixel((400, 599)) == colour
     assert drawn.getpixel((400, 400)) == (255, 255, 255)
     assert drawn.getpixel((700, 400)) == (255, 255, 255)
 
@@ -165,7 +167,10 @@ def test_a_drawn_box_is_where_it_should_be():
         ({"task": "sst2", "text": 3}, "sst2 needs a sentence"),
         ({"task": "coco", "image": "absent.jpg"}, "absent.jpg: no such file; give a JPEG or PNG file"),
         ({"task": "coco", "image": "NOT"}, "not a JPEG or PNG image; give a JPEG or PNG file"),
-        ({"task": "coco", "image": 3}, "image: expected a path or a PIL image, found int"),
+        (
+            {"task": "coco", "image": 3},
+            "image: expected a path, a PIL image, an array, a tensor or a list of them, found int",
+        ),
         ({"task": "coco", "image": "IMAGE", "threshold": 2.0}, "threshold: 2.0 is not between 0 and 1"),
         ({"task": "sst2", "text": "a", "top": 0}, "top: 0 is below 1"),
     ],
@@ -180,14 +185,18 @@ def test_bad_input_is_named_with_its_remedy(predictor, image, tmp_path, argument
 
 def turned(image, tag: int):
     """The pixels as a camera stores them that notes orientation ``tag``, and the note."""
-    how = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[tag]
+    kind = Image.Transpose
+    how = {
+        2: kind.FLIP_LEFT_RIGHT, 3: kind.ROTATE_180, 4: kind.FLIP_TOP_BOTTOM, 5: kind.TRANSPOSE, 6: kind.ROTATE_90,
+        7: kind.TRANSVERSE, 8: kind.ROTATE_270,
+    }  # fmt: skip
     exif = Image.Exif()
     exif[0x0112] = tag
-    return image.transpose(how), exif
+    return image.transpose(how[tag]) if tag in how else image, exif
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
-@pytest.mark.parametrize("tag", [3, 6, 8])
+@pytest.mark.parametrize("tag", range(1, 9))
 def test_a_photograph_is_seen_as_its_viewers_show_it(predictor, tmp_path, tag, mode):
     grey = (np.random.default_rng(0).random((40, 60)) * 65535).astype(np.uint16)
     upright = Image.fromarray(grey) if mode == "I;16" else Image.fromarray((grey >> 8).astype(np.uint8)).convert(mode)
@@ -211,7 +220,7 @@ def test_a_damaged_note_of_the_orientation_is_no_orientation(predictor, tmp_path
     def fail(image):
         raise SyntaxError("not a TIFF file")
 
-    monkeypatch.setattr("unit_fast.prediction.predictor.ImageOps.exif_transpose", fail)
+    monkeypatch.setattr("unit_fast.prediction.inputs.ImageOps.exif_transpose", fail)
     assert predictor.predict("coco", image=path, threshold=0.0).image.size == (60, 40)
     assert "its EXIF record cannot be read (not a TIFF file); taken as stored" in caplog.text
 
