@@ -113,6 +113,7 @@ def _one_line(text: str) -> str:
         del sections[0]  # the title, which otherwise stands in the frame
     message = " ".join(sections[0]) if sections[0] else "the command line was not understood"
     message = re.sub(r"^Unrecognized options: ([^, ]+).*", r"unknown option \1", message)
+    message = re.sub(r"^Error parsing config[\w.]*: ", "", message)  # the field's own words name it
     near = []
     for section in sections[1:]:
         if section and section[0].startswith("Perhaps you meant"):

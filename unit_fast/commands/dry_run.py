@@ -6,7 +6,6 @@ import torch
 
 from unit_fast.batch import Batch
 from unit_fast.config import ModelConfig, RunConfig
-from unit_fast.config_check import check_config
 from unit_fast.model import UniT
 from unit_fast.run.setup import device_of, freeze, parameter_counts
 from unit_fast.tasks import get_task
@@ -23,7 +22,6 @@ def plan(config: RunConfig) -> dict:
     small), one forward pass of the largest training images and texts. Attention weights of large images are not counted
     on a CPU, where they are computed again. What the allocator and the libraries add is unknown: a lower bound.
     """
-    check_config(config)
     device = device_of(config)
     model_config = _without_dropout(config.model)
     with torch.device("meta"):

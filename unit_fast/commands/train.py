@@ -1,6 +1,7 @@
 """``unit-fast train``."""
 
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,7 +26,7 @@ class Options:
     batch: int | None = None
     """Samples per forward pass (the same as --batch-per-process); the effective batch is this times --accumulate."""
     config_file: str | None = None
-    """Start from this JSON file, e.g. a run's config.json, instead of a recipe."""
+    """A JSON, YAML or TOML file with settings, e.g. a run's config.json; with --recipe it changes the recipe."""
     out: str | None = None
     """Run folder; default runs/TIME_RECIPE."""
     resume: str | None = None
@@ -79,10 +80,8 @@ def default(arguments: list[str]) -> Options:
     from unit_fast.recipes import recipe
 
     name, file = value_of(arguments, "--recipe"), value_of(arguments, "--config-file")
-    if name and file:
-        raise UserError("--recipe and --config-file: give one of them")
     if file:
-        config = load_config(file)
+        config = load_config(file, recipe(name) if name else None)
     elif name is None and (folder := _folder_to_resume(arguments)):
         config = load_config(folder / "config.json")
     else:
@@ -122,8 +121,12 @@ def _only(config: RunConfig, tasks: str) -> RunConfig:
 
 def _dry_run(config: RunConfig) -> int:
     from unit_fast.commands.dry_run import plan
+    from unit_fast.data.outputs import resolved
     from unit_fast.recipes import batch_note
 
+    config, lines = resolved(config)
+    for line in lines:
+        print(line, file=sys.stderr)
     found = plan(config)
     print(to_json(config), end="")
     print(f"parameters       {found['parameters']:,}, {found['trainable']:,} trained")

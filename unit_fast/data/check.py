@@ -14,6 +14,7 @@ from unit_fast.data.errors import BadImage, EmptySplit, Finding, Findings, Missi
 from unit_fast.data.images.checked import CheckedImages
 from unit_fast.data.images.decode import image_size
 from unit_fast.data.layout import Layout
+from unit_fast.data.outputs import resolved_task
 from unit_fast.data.readers.dataset import SPLITS
 from unit_fast.data.readers.vqa2 import read_answers
 from unit_fast.data.shards.member import NOT_IN_SHARDS
@@ -163,6 +164,12 @@ def check(
         if answers is not None:
             tasks["vqa2"] = dataclasses.replace(tasks["vqa2"], outputs=len(answers))
     _shared(splits, layout, "bert.vocab", "vocabulary", load_vocabulary, examples)
+    uncached = dataclasses.replace(data, cache_dir="")  # a check of the files reads the files
+    for name, config in tasks.items():
+        try:
+            tasks[name], _ = resolved_task(name, uncached, config)
+        except UserError:  # a split's report says what is wrong
+            continue
     seen: dict[str, tuple[int, int] | BadImage | list[str]] = {}
     for name, config in tasks.items():
         for split in SPLITS:

@@ -21,6 +21,22 @@ def _glue(folder: str, table: str, *exports: str) -> tuple[str, ...]:
     return tuple(places)
 
 
+def _coco_folder(*words: str) -> tuple[str, ...]:
+    """Places of one split's annotations in a folder in COCO's format, by the names of the split that exporters use."""
+    forms = (
+        "{0}/_annotations.coco.json", "{0}/annotations.json", "{0}/instances_{0}.json",
+        "annotations/instances_{0}*.json", "coco/annotations/instances_{0}*.json", "annotations/{0}*.json",
+        "annotations/*_{0}.json", "instances_{0}*.json", "{0}.json", "{0}_*.json", "*_{0}.json",
+    )  # fmt: skip
+    return tuple(form.format(word) for form in forms for word in words)
+
+
+def _image_folders(*words: str) -> tuple[str, ...]:
+    """Places of one split's images in such a folder."""
+    below = ("{0}", "images/{0}", "{0}/images", "coco/images/{0}", "coco/{0}", "data/{0}")
+    return (*(form.format(word) for form in below for word in words), "images", "data", "JPEGImages", ".")
+
+
 PLACES: dict[str, tuple[str, ...]] = {
     "bert.vocab": ("bert/vocab.txt", "pretrained/bert-base-uncased/vocab.txt", "bert-base-uncased/vocab.txt"),
     "coco.train_annotations": ("coco/annotations/instances_train2017.json",),
@@ -40,6 +56,26 @@ PLACES: dict[str, tuple[str, ...]] = {
         )
         for split in ("train", "val")
     },
+    "detect.train_annotations": _coco_folder("train", "Train"),
+    "detect.val_annotations": _coco_folder("valid", "val", "validation", "Validation", "Val"),
+    "detect.test_annotations": _coco_folder("test", "Test"),
+    "detect.annotations": (
+        "_annotations.coco.json",
+        "annotations/instances_default.json",
+        "instances_default.json",
+        "annotations.json",
+        "result.json",
+        "instances.json",
+        "annotations/instances.json",
+        "annotations/annotations.json",
+        "coco.json",
+        "labels.json",
+        "annotations/*.json",
+        "*.json",
+    ),
+    "detect.train_images": _image_folders("train", "train2017"),
+    "detect.val_images": _image_folders("valid", "val", "validation", "val2017"),
+    "detect.test_images": _image_folders("test", "test2017"),
     "vg.annotations": ("visual_genome/annotations/instances_from_scene_graphs.json",),
     "vg.scene_graphs": ("visual_genome/scene_graphs.json",),
     "vg.objects": ("visual_genome/objects.json",),
@@ -76,7 +112,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "sst2.val": _glue("SST-2", "dev", "sst2/validation"),
     "sst2.test": _glue("SST-2", "test", "sst2/test"),
 }
-"""Key -> places, in the order they are tried."""
+"""Key -> places, in the order they are tried. Of those of ``detect.*_images`` the one counts that has the images."""
 
 
 class Layout:

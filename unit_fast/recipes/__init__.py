@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from unit_fast.config import RunConfig
 from unit_fast.errors import UserError, nearest
-from unit_fast.recipes import demo, paper
+from unit_fast.recipes import demo, own, paper
 from unit_fast.tasks import get_task
 
 
@@ -18,7 +18,10 @@ class Recipe(NamedTuple):
 
 
 RECIPES: dict[str, Recipe] = {name: Recipe(row.about, row.config) for name, row in paper.ROWS.items()}
-RECIPES |= {make.__name__: Recipe(make.__doc__, make) for make in (demo.small, demo.demo, demo.demo_quick)}
+RECIPES |= {
+    make.__name__: Recipe(make.__doc__, make)
+    for make in (demo.small, demo.demo, demo.demo_quick, own.detect, own.detect_resnet50)
+}
 
 
 def recipe(name: str) -> RunConfig:

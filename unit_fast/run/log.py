@@ -25,7 +25,7 @@ from unit_fast.files import replace
 from unit_fast.run.console import Console
 from unit_fast.run.rows import Appended, number_of, read_row
 from unit_fast.run.step import Update
-from unit_fast.tasks import TASKS
+from unit_fast.tasks import get_task
 
 
 @dataclass
@@ -251,7 +251,9 @@ class RunLog:
     def _summary(self, records, by_task, speed, wait, loader) -> str:
         last = records[-1]
         parts = [f"step {last.step}/{self.steps}", self._task_text(last.task, by_task[last.task])]
-        others = [f"{TASKS[t].short} {_show(_mean([r.loss for r in g]))}" for t, g in by_task.items() if t != last.task]
+        others = [
+            f"{get_task(t).short} {_show(_mean([r.loss for r in g]))}" for t, g in by_task.items() if t != last.task
+        ]
         if others:
             parts.append(" ".join(others))
         parts += [f"lr {last.lr:.1e}", f"{speed:.3g} samples/s", f"wait {wait:.0%}"]
@@ -264,7 +266,7 @@ class RunLog:
     @staticmethod
     def _task_text(task: str, group: list[Record]) -> str:
         """``coco loss 12.41 (ce 1.02 bbox 0.41 giou 0.88)``: the parts are the last decoder layer's."""
-        text = f"{TASKS[task].short} loss {_show(_mean([r.loss for r in group]))}"
+        text = f"{get_task(task).short} loss {_show(_mean([r.loss for r in group]))}"
         parts = []
         for name in group[-1].terms:
             short = name.rsplit("/", 1)[-1].removeprefix("loss_")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from unit_fast import numerics
 from unit_fast.config import RunConfig
-from unit_fast.config_check import check_config
 from unit_fast.data.bad_images import BadImages
 from unit_fast.data.images.engine import engine_of
+from unit_fast.data.outputs import resolved
 from unit_fast.data.sampler import normalised, seed_of
 from unit_fast.errors import UserError
 from unit_fast.evaluation.labels import write_labels
@@ -61,7 +61,6 @@ class Parts:
 
 def start(config: RunConfig, folder: RunFolder, resume, allow_changed: Sequence[str], progress: str, drawn) -> Parts:
     """Make a run in ``folder``, or take it up where a checkpoint left it; see ``train.train``."""
-    check_config(config)
     checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
     log = RunLog(folder.path, config.steps, progress)
     try:
@@ -74,6 +73,9 @@ def start(config: RunConfig, folder: RunFolder, resume, allow_changed: Sequence[
 
 
 def _start(config, folder: RunFolder, resume, allow_changed, drawn, checkpoints: Checkpoints, log: RunLog) -> Parts:
+    config, lines = resolved(config)
+    for line in lines:
+        log.line(line)
     source = checkpoints.find(resume)
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -94,6 +94,11 @@ class Dataset:
         if self.words is not None and self.rows is not None and self.rows.name is not None:
             self._tokens = cached_tokens(self.cache, self.rows, self.words, self.columns, f"{task.short} {split}")
 
+    @classmethod
+    def outputs_of(cls, task: Task, data: DataConfig, config: TaskConfig):
+        """``categories.Outputs``: the classes that the files have for a task without published ones (``outputs`` 0, or
+        not as published); None where the published ones hold."""
+
     def _read(self) -> None:
         raise NotImplementedError
 
