@@ -13,6 +13,10 @@ LISTS = ("--freeze", "--skip-load", "--allow-changed", "--track")
 """Options whose values may be separated by commas."""
 PAIRS = ("--data.paths", "--data.columns", "--paths", "--columns")
 """Options whose values are ``key=value``, or keys and values in turn."""
+REPEATED = ("--image",)
+"""Options that may be given again; where the command's own argument stands first, also with several values."""
+TO_FILE = {"--json": "--json-file"}
+"""Options without a value, and what takes a file's name where one ending in ``.json`` follows."""
 
 
 def parse(command, arguments: Sequence[str], *, prog: str, default=None):
@@ -47,12 +51,22 @@ def _columns(width: int):
 
 def split_lists(arguments: Sequence[str]) -> list[str]:
     """``--freeze image,text`` and ``--freeze=image,text`` as ``--freeze image text``, for the options in ``LISTS``; for
-    those in ``PAIRS`` ``--paths key=value`` as ``--paths key value``."""
+    those in ``PAIRS`` ``--paths key=value`` as ``--paths key value``; ``--image a b`` (a pattern that the shell has
+    replaced) as ``--image a --image b``; ``--json FILE.json`` as ``--json-file FILE.json``."""
     found: list[str] = []
     inside, value_is_next = "", False
-    for argument in arguments:
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
         name, equals, value = argument.partition("=")
         name = name.replace("_", "-")
+        if name in TO_FILE and (value or following).endswith(".json"):
+            inside = ""
+            found.append(TO_FILE[name] + equals + value)
+            continue
+        if name in REPEATED and not equals and not arguments[0].startswith("-"):
+            inside, value_is_next = name, False
+            if following.startswith("-") or not following:  # tyro says that its value is missing
+                found.append(name)
+            continue
         if name in (*LISTS, *PAIRS):
             found.append(name)
             inside, value_is_next = name, False
@@ -61,7 +75,9 @@ def split_lists(arguments: Sequence[str]) -> list[str]:
                 continue
         elif argument.startswith("-"):
             inside = ""
-        if inside in LISTS:
+        if inside in REPEATED:
+            found.extend((inside, argument))
+        elif inside in LISTS:
             found.extend(filter(None, argument.split(",")))
         elif inside in PAIRS and not value_is_next:
             found.extend(argument.split("=", 1))

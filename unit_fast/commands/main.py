@@ -1,9 +1,10 @@
 """``unit-fast``: parse, call, print.
 
-Exit codes: 0 done, 1 ``data check`` found errors, ``data shard`` unreadable images or ``kernels`` a budget exceeded,
-2 a mistake in the input, 3 training was not finite, 5 out of memory, 75 stopped and saved (``--resume auto`` goes
-on), 130 stopped at once. Training tells how it ended in its exit code and ``summary.json`` even where its console has
-gone; a command whose output was its whole work ends with 1 where that could not be written.
+Exit codes: 0 done, 1 ``data check`` found errors, ``data shard`` or (of several images) ``predict`` unreadable images
+or ``kernels`` a budget exceeded, 2 a mistake in the input, 3 training was not finite, 5 out of memory, 75 stopped and
+saved (``--resume auto`` goes on), 130 stopped at once. Training tells how it ended in its exit code and
+``summary.json`` even where its console has gone; a command whose output was its whole work ends with 1 where that could
+not be written.
 """
 
 import errno

@@ -121,6 +121,8 @@ def loop(parts: Parts, stop: int) -> None:
                 state.count(item.request)
             for message in state.bad.add(item):
                 log.line(f"unreadable image: {message}")
+            if turned := state.bad.turned(item):
+                log.line(turned)
             lr = step.lr_multiplier(state.step - 1) * config.optim.lr
             log.log(Record.of(item, state.step, lr, wait_s, batches.readers), update)  # not read yet
             last = state.step == config.steps
