@@ -75,7 +75,8 @@ def test_defaults_are_the_published_model():
 NOT_COUNTS, NOT_AMOUNTS, NOT_WEIGHTS = (0, -1), (-1,), (-0.5, math.nan, math.inf)
 PROBABILITY = (-0.1, 1.0, 1.5, math.nan)
 WRONG = {
-    "steps": NOT_COUNTS, "batch_per_process": NOT_COUNTS, "accumulate": NOT_COUNTS, "eval_batch": NOT_COUNTS,
+    "steps": NOT_COUNTS, "batch_per_process": NOT_COUNTS, "accumulate": NOT_COUNTS, "target_batch": NOT_AMOUNTS,
+    "early_stop": (-1,), "track": (("mlflow",), "wandb"), "eval_batch": NOT_COUNTS,
     "keep_checkpoints": NOT_COUNTS, "log_every": NOT_COUNTS, "eval_limit": NOT_AMOUNTS, "save_every": NOT_AMOUNTS,
     "threads": NOT_AMOUNTS, "eval_every": (-2,), "seed": (2**63, 10**400), "ema_decay": PROBABILITY,
     "task_batch": ({"vqa2": 0}, {"vqa": 4}), "criterion": ("vqa", ""), "eval_split": ("test",),

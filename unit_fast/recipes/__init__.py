@@ -37,8 +37,9 @@ def recipe(name: str) -> RunConfig:
 
 def batch_note(config: RunConfig) -> str:
     """The effective batch beside the paper's."""
-    batch = f"{config.effective_batch} ({config.batch_per_process} x {config.accumulate} accumulated)"
-    note = f"effective batch {batch}, the paper's is {paper.PAPER_BATCH}"
-    if config.task_batch:
+    parts = config.batch_per_process, config.accumulate
+    how = "{} x {} accumulated".format(*parts) if all(parts) else "chosen for the device"
+    note = f"effective batch {config.effective_batch} ({how}), the paper's is {paper.PAPER_BATCH}"
+    if config.task_batch and config.accumulate:
         note += "; " + ", ".join(f"{get_task(n).short} {b * config.accumulate}" for n, b in config.task_batch.items())
     return note

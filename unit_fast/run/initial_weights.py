@@ -7,7 +7,7 @@ from unit_fast.config import RunConfig, TextConfig
 from unit_fast.errors import UserError, nearest
 from unit_fast.model import UniT
 from unit_fast.weights import checkpoint
-from unit_fast.weights.loading import load_matching
+from unit_fast.weights.loading import load_initial_weights
 from unit_fast.weights.pretrained import load_pretrained
 
 _log = logging.getLogger("unit_fast.train")
@@ -49,7 +49,7 @@ def load_initial(model: UniT, config: RunConfig) -> dict[str, str]:
 
 
 def _load_from_run(model: UniT, config: RunConfig) -> tuple[str, list[str]]:
-    """Load what fits of ``init_from``; its path and the names loaded."""
+    """Load ``init_from``, a run of ours or a file of any origin known; its path and the names loaded."""
     path = Path(config.init_from)
     for prefix in config.skip_load:
         if not any(name.startswith(prefix) for name in model.state_dict()):
@@ -62,6 +62,8 @@ def _load_from_run(model: UniT, config: RunConfig) -> tuple[str, list[str]]:
     elif not path.is_file():
         raise UserError(f"--init-from {path}: no such run, checkpoint or weights file")
     checkpoint.verify_weights(path)
-    report = load_matching(model, checkpoint.load_weights(path), skip=config.skip_load, source=str(path))
-    _log.info("initial weights: %s", report)
+    report = load_initial_weights(model, checkpoint.load_weights(path), skip=config.skip_load, source=str(path))
+    _log.info("initial weights: %s", report.counts())
+    for line in report.left:
+        _log.info("initial weights: %s", line)
     return str(path), report.loaded

@@ -130,6 +130,9 @@ class Detection(Dataset):
             self.transform = TrainTransform(self.data)
         self.facts.update(images=len(objects), boxes=len(objects.labels), crowd=int(objects.crowd.sum()))
         self.facts["images without objects"] = int((np.diff(objects.starts) == 0).sum())
+        if self.by_order:
+            counts = np.bincount(objects.labels, minlength=len(self.config.classes)).tolist()
+            self.facts["boxes by class"] = dict(zip(self.config.classes, counts))
         if len(objects) and self.has_targets and not objects.targets():
             file = printable(self.facts.get("file", self.task.title), 400)
             why = f"{len(objects.labels):,} boxes, {int(objects.crowd.sum()):,} of them crowd regions"

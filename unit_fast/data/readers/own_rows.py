@@ -80,8 +80,7 @@ def _any_tables(layout: Layout, task: Task) -> list[Path]:
 
 
 def has_tables(layout: Layout, task: Task) -> bool:
-    """Whether a data root has tables for ``task``: given, or in a folder of its name, or in the root with its
-    columns."""
+    """Whether a data root has tables for ``task``: given, in a folder of its name, or in the root with its columns."""
     try:
         tables = find_tables(layout, task)
         paths = list(itertools.chain(*tables.files.values()))
