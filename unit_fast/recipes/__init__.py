@@ -20,7 +20,7 @@ class Recipe(NamedTuple):
 RECIPES: dict[str, Recipe] = {name: Recipe(row.about, row.config) for name, row in paper.ROWS.items()}
 RECIPES |= {
     make.__name__: Recipe(make.__doc__, make)
-    for make in (demo.small, demo.demo, demo.demo_quick, own.detect, own.detect_resnet50)
+    for make in (demo.small, demo.demo, demo.demo_quick, own.detect, own.detect_resnet50, own.detect_detr)
 }
 
 
