@@ -214,6 +214,8 @@ class TaskConfig(Checked):
     def check_together(self):
         if self.cls_only and not self.text_length:
             self.refuse("cls_only", "False, or a text_length: without text there is no [CLS]")
+        if self.class_ids and len(self.class_ids) != len(self.classes):
+            self.refuse("class_ids", f"one for each of the {len(self.classes)} classes")
 
 
 def default_tasks(*names: str, **changes) -> dict[str, TaskConfig]:
@@ -254,6 +256,11 @@ class ModelConfig(Checked):
             task, where = _known_task("model.tasks", name), f"model.tasks.{name}"
             if task.is_detection and settings.outputs == 1:
                 raise UserError(f"{where}.outputs: is {settings.outputs}; give the classes and one more, no object")
+            if settings.classes and 0 < settings.outputs < len(settings.classes) + task.is_detection:
+                least = len(settings.classes) + task.is_detection
+                raise UserError(
+                    f"{where}.outputs: is {settings.outputs}; give 0 or at least {least}, as for its classes"
+                )
             if task.attributes and self.loss.balanced_class_loss:
                 self.loss.refuse("balanced_class_loss", f"False: it is not defined with the attributes of {name}")
             if task.has_text and settings.text_length < 3:
