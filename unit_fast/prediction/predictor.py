@@ -21,7 +21,7 @@ from unit_fast.evaluation.labels import VOCABULARY, TaskLabels, find_labels, rea
 from unit_fast.evaluation.precision import autocast, finite_rows, nonfinite_weights, why_nonfinite
 from unit_fast.evaluation.task_results import detections
 from unit_fast.numerics import full_precision
-from unit_fast.prediction.inputs import TEXT_OF, Source, Text, sources, texts
+from unit_fast.prediction.inputs import TEXT_OF, Source, Text, is_pair, sources, texts
 from unit_fast.prediction.prediction import Prediction
 from unit_fast.prediction.thresholds import THRESHOLD, read_thresholds
 from unit_fast.tasks import Task, get_task
@@ -185,7 +185,7 @@ class Predictor:
         if known.has_image and image is None:
             raise UserError(f"{known.short} needs an image; give image= (--image) the path of a JPEG or PNG file")
         found = sources(image, self.config.data.max_pixels) if known.has_image else None
-        asked = texts(known, text)
+        asked = texts(known, text, is_pair(known, self.labels.get(known.name, TaskLabels())))
         if known.has_text and self.words is None:
             raise UserError(
                 f"{known.short}: the run folder has no {VOCABULARY}; copy it from the data root's bert folder"

@@ -22,8 +22,8 @@ RECIPES |= {
     make.__name__: Recipe(make.__doc__, make)
     for make in (
         demo.small, demo.demo, demo.demo_quick, own.detect, own.detect_resnet50, own.detect_detr,
-        own_tables.answer, own_tables.answer_resnet50, own_tables.entail, own_tables.entail_resnet50, own_tables.classify,
-        own_tables.classify_bert, own_tables.mix, own_tables.mix_resnet50,
+        own_tables.answer, own_tables.answer_resnet50, own_tables.entail, own_tables.entail_resnet50,
+        own_tables.classify, own_tables.classify_bert, own_tables.mix, own_tables.mix_resnet50,
     )
 }  # fmt: skip
 
