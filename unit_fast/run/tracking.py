@@ -42,7 +42,7 @@ def open_trackers(names: Sequence[str], folder: Path, config: RunConfig, step: i
     opened: dict[str, Tracker] = {}
     for name in dict.fromkeys(names):
         try:
-            opened[name] = _KINDS[name](folder, config, step)
+            opened[name] = KINDS[name](folder, config, step)
         except Exception as error:
             for tracker in opened.values():
                 tracker.close()
@@ -126,7 +126,7 @@ class _Trackio:
         self.run.finish()
 
 
-_KINDS = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
+KINDS = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
 
 
 def _kept_id(folder: Path, name: str) -> str:
