@@ -55,6 +55,7 @@ def run(options: Options) -> int:
 
 
 def _evaluate(options: Options) -> int:
+    from unit_fast.data.vocabulary import VOCABULARY, with_kept_vocabulary
     from unit_fast.evaluation.evaluate import evaluate, open_splits
     from unit_fast.evaluation.labels import check_labels, find_labels
     from unit_fast.evaluation.thresholds import write_thresholds
@@ -78,6 +79,8 @@ def _evaluate(options: Options) -> int:
     config = dataclasses.replace(config, data=data, eval_batch=options.batch or config.eval_batch)
     if data.root is None or not Path(data.root).is_dir():
         raise UserError(f"{data.root or 'no data root'}: not a folder; give --data-root ROOT")
+    names = find_labels(folder)
+    config = with_kept_vocabulary(config, names and names / VOCABULARY)
     out = Path(options.out) if options.out else None if options.limit else checkpoint.run_of(folder)
     tasks = None if options.tasks is None else [t.strip() for t in options.tasks.split(",") if t.strip()]
     logging.getLogger("unit_fast").setLevel(logging.WARNING)
@@ -85,7 +88,7 @@ def _evaluate(options: Options) -> int:
     opened = open_splits(model, config, tasks, options.split, datasets)
     if not opened:
         raise UserError(f"no task has data for split {options.split!r} under {data.root}; try --split train")
-    if (names := find_labels(folder)) is not None:
+    if names is not None:
         for line in check_labels(names, datasets.values()):
             print(f"unit-fast: {line}", file=sys.stderr)
     metrics = evaluate(
