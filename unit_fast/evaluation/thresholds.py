@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from unit_fast.errors import UserError
 from unit_fast.files import replace
+from unit_fast.overlap import iou, share_inside
 from unit_fast.tasks import get_task
 
 FILE = "thresholds.json"
@@ -48,10 +49,10 @@ def best_threshold(truth: dict, results: list[dict], image_ids=None) -> Threshol
             continue
         key = r["image_id"], r["category_id"]
         left = free.get(key, {})
-        overlap, index = max(((_iou(box, r["bbox"]), i) for i, box in left.items()), default=(0.0, -1))
+        overlap, index = max(((iou(box, r["bbox"]), i) for i, box in left.items()), default=(0.0, -1))
         if overlap >= IOU:
             del left[index]
-        elif any(_inside(r["bbox"], crowd) >= IOU for crowd in crowds.get(key, ())):
+        elif any(share_inside(r["bbox"], crowd) >= IOU for crowd in crowds.get(key, ())):
             continue
         judged.append((r["score"], overlap >= IOU))
     best, right = None, 0
@@ -62,24 +63,6 @@ def best_threshold(truth: dict, results: list[dict], image_ids=None) -> Threshol
         if hit and after < score and (best is None or f1 > best.f1):
             best = Threshold((score + after) / 2, f1)
     return best
-
-
-def _iou(a, b) -> float:
-    shared = _shared(a, b)
-    union = a[2] * a[3] + b[2] * b[3] - shared
-    return shared / union if union > 0 else 0.0
-
-
-def _inside(a, b) -> float:
-    """Share of the area of ``a`` that lies in ``b``: COCO's overlap with a crowd."""
-    area = a[2] * a[3]
-    return _shared(a, b) / area if area > 0 else 0.0
-
-
-def _shared(a, b) -> float:
-    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-    return max(width, 0.0) * max(height, 0.0)
 
 
 def write_thresholds(folder: str | Path, metrics: dict[str, dict], *, split: str, step: int | None = None) -> None:
