@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,3 +79,22 @@ def test_the_shipped_demo_is_evaluated_four_times_and_ends_with_the_fourth():
     for made in (recipes.demo(), recipes.demo_quick()):
         assert made.eval_every * 4 == made.steps
         assert made.threads == 1, "the bits of a run depend on the number; one is there everywhere"
+
+
+def test_the_sentence_that_the_page_predicts_comes_out_right(tmp_path, monkeypatch):
+    """On the steps that the demo gives its task, without what the other tasks teach the encoder."""
+    import unit_fast
+
+    monkeypatch.undo()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    ((sentence, label),) = re.findall(r'predict\("sst2", text="(.*?)"\)\nprint\(result\)  # (\w+)', page)
+    made = recipes.demo()
+    steps = round(made.steps * made.ratios["glue_sst2"])
+    model = dataclasses.replace(made.model, tasks={"glue_sst2": made.model.tasks["glue_sst2"]})
+    data = dataclasses.replace(made.data, root=str(tmp_path / "world"), workers=0)
+    world.generate(tmp_path / "world", scale=0.1)
+    config = dataclasses.replace(made, steps=steps, ratios={"glue_sst2": 1.0}, model=model, data=data, eval_every=-1)
+    train.train(config, tmp_path / "run", progress="none")
+    found = unit_fast.load(tmp_path / "run").predict("sst2", text=sentence).items
+    assert found[0]["label"] == label
+    assert found[0]["score"] > 0.8

@@ -12,7 +12,7 @@ from PIL import Image
 from unit_fast.config import RunConfig, to_json
 from unit_fast.errors import UserError
 from unit_fast.report import curves, write_report, write_samples
-from unit_fast.report.curves import running_mean, draw_curves
+from unit_fast.report.curves import draw_curves, running_mean
 from unit_fast.report.html import PUBLISHED, published_values
 from unit_fast.report.predictions import chosen, draw_boxes, matched
 from unit_fast.report.run import read_run
