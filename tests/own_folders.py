@@ -2,10 +2,7 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
-
-from PIL import Image
 
 from tests.data_roots import write
 from unit_fast.data.generated.world import generate
@@ -119,16 +116,3 @@ def voc(root: Path, found: dict) -> Path:
 
 
 FORMS = {"plain": plain, "roboflow": roboflow, "cvat": cvat}
-
-
-def rotated(path: Path) -> Path:
-    """A copy of an image with an EXIF orientation, as phones write it."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.open(path).save(path, exif=exif)
-    return path
-
-
-def emptied(root: Path) -> Path:
-    shutil.rmtree(root, ignore_errors=True)
-    return root
