@@ -33,7 +33,7 @@ def content(images: list[dict], ids=IDS, names=NAMES, *, extra=(), first=1, **ch
     rows = []
     for n, image in enumerate(images, first):
         for label, x, y, w, h in image["boxes"]:
-            row = {"id": len(rows), "image_id": n, "category_id": ids[label], "bbox": [x, y, w, h], "area": w * h}
+            row = {"id": len(rows) + 1, "image_id": n, "category_id": ids[label], "bbox": [x, y, w, h], "area": w * h}
             row |= {"iscrowd": 0} | {k: v(len(rows)) if callable(v) else v for k, v in changes.items()}
             rows.append({k: v for k, v in row.items() if v != "absent"})
     return {
