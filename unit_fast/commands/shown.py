@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 
+from unit_fast import threads
 from unit_fast.errors import UserError, printable
 from unit_fast.tasks import get_task
 
@@ -20,6 +21,25 @@ def errors_as_json(wanted: bool):
         if wanted:
             print(json.dumps({"error": str(error)}))
         raise
+
+
+def take_threads(device: str, asked: int = 0, *, keep: bool = False) -> None:
+    """Give torch its CPU threads (``threads.choose``), and say on standard error where others are in their way."""
+    import torch
+
+    from unit_fast.config import RunConfig
+    from unit_fast.run.setup import device_of
+
+    if device_of(RunConfig(device=device)).type != "cpu":
+        if asked:
+            torch.set_num_threads(asked)
+        return
+    before = torch.get_num_threads()
+    count, line = threads.choose(asked, before, keep=keep)
+    if count != before:
+        torch.set_num_threads(count)
+    if line:
+        print(f"unit-fast: {line}", file=sys.stderr)
 
 
 def show_metrics(metrics: dict[str, dict]) -> None:

@@ -202,11 +202,11 @@ class Answers(_Scored):
 
 
 class Classes(_Scored):
-    """SNLI-VE and GLUE: the most likely class."""
+    """SNLI-VE, GLUE and one's own labels: the most likely class."""
 
     def __init__(self, dataset, task: Task, attributes: bool = False):
         super().__init__(dataset, task)
-        self.metric = Accuracy()
+        self.metric, self.names = Accuracy(), dataset.class_names
 
     def labelled(self, sample: dict) -> bool:
         # test files carry -1
@@ -235,7 +235,7 @@ class Classes(_Scored):
         return predictions
 
     def _name(self, index: int) -> str:
-        return self.task.labels[index] if index < len(self.task.labels) else str(index)
+        return self.names.get(index, str(index))
 
     def write(self, stem: Path) -> Path:
         rows = (json.dumps(row, allow_nan=False) + "\n" for row in self._in_order())
