@@ -148,7 +148,7 @@ class TextEncoder(nn.Module):
         x = ops.dropout(x, self.dropout if self.training else 0.0, seeds.next())
         mask, first = attention_mask != 1, 0
         if self.task_embedding is not None:  # after the embedding block: no position, segment, norm or dropout
-            token = self.task_embedding.weight[task_index].to(x.dtype).expand(len(x), 1, -1)
+            token = self.task_embedding.weight[task_index].to(x.dtype).expand(x.shape[0], 1, -1)
             x = torch.cat((token, x), dim=1)
             mask, first = F.pad(mask, (1, 0), value=False), 1
         packing = packing_of(mask)

@@ -125,7 +125,7 @@ class ImageEncoder(nn.Module):
     def forward(self, x_BSC: Tensor, pos_BSC: Tensor, mask_BS: Tensor, task_index: int, seeds) -> Tensor:
         x, pos, mask = x_BSC, pos_BSC, mask_BS
         if self.task_embedding is not None:  # at position zero, visible to all
-            token = self.task_embedding.weight[task_index].to(x.dtype).expand(len(x), 1, -1)
+            token = self.task_embedding.weight[task_index].to(x.dtype).expand(x.shape[0], 1, -1)
             x = torch.cat((token, x), dim=1)
             pos = F.pad(pos, (0, 0, 1, 0))
             mask = F.pad(mask, (1, 0), value=False)
@@ -165,7 +165,7 @@ class Decoder(nn.Module):
 
     def forward(self, query_QC: Tensor, memory_BSC: Tensor, pos_BSC: Tensor | None, mask_BS: Tensor | None, seeds):
         """Hidden states [L,B,Q,C]. ``pos`` None: the memory is one token that is never masked (GLUE)."""
-        batch, queries = len(memory_BSC), len(query_QC)
+        batch, queries = memory_BSC.shape[0], query_QC.shape[0]
         exact = all(layer.p == 0.0 for layer in self.layers)
         single_key = pos_BSC is None
         cross = self._single_key(memory_BSC) if single_key else self._many_keys(memory_BSC, pos_BSC, mask_BS)

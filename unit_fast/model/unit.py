@@ -131,7 +131,7 @@ class UniT(nn.Module):
         features = self.input_proj(self.backbone(batch.image))
         height, width = features.shape[-2:]
         if batch.pixel_mask is None:
-            mask_Bhw = torch.zeros(len(features), height, width, dtype=torch.bool, device=features.device)
+            mask_Bhw = torch.zeros(features.shape[0], height, width, dtype=torch.bool, device=features.device)
         else:
             mask_Bhw = feature_mask(batch.pixel_mask, height, width)
         mask_BP = mask_Bhw.flatten(1)
@@ -152,7 +152,7 @@ class UniT(nn.Module):
         # The positions are the raw rows of BERT's own table: a second gradient path into it.
         positions = self.bert_pos_projection(self.text_encoder.position_embeddings.weight[:length])
         memory = self.bert_projection(tokens)
-        return memory, positions.expand(len(memory), -1, -1), (batch.attention_mask != 1)[:, :length]
+        return memory, positions.expand(memory.shape[0], -1, -1), (batch.attention_mask != 1)[:, :length]
 
     def _detect(self, name: str, hidden_LBQC: Tensor) -> Output:
         logits, boxes = self.class_embeds[name](hidden_LBQC), self.bbox_embeds[name](hidden_LBQC)
