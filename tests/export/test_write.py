@@ -18,7 +18,6 @@ from unit_fast.export.examples import Sizes
 from unit_fast.model import UniT
 from unit_fast.weights import checkpoint
 
-
 SMALLEST = {
     "backbone": BackboneConfig(depth=14, width=8),
     "decoder": DecoderConfig(width=16, layers=1, heads=2, ffn_width=32),
