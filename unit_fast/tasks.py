@@ -1,4 +1,5 @@
-"""What a task is. The eight data sets of UniT are the eight values at the end (paper, Table A.1; SPEC 1.1).
+"""What a task is. The eight data sets of UniT are the values of ``TASKS`` (paper, Table A.1; SPEC 1.1), those of
+``OWN`` take a user's own files.
 
 Everything that differs between data sets and does not depend on a run stands here; a run's own choices (batch,
 sampling, number of queries) are in ``config.py``.
@@ -24,7 +25,8 @@ class Task:
     index: int
     """Row of the task-embedding tables."""
     outputs: int
-    """Logits a query or a sample gets; for detection the last one is the no-object class."""
+    """Logits a query or a sample gets; for detection the last one is the no-object class. 0: as many as the data have
+    classes."""
     queries: int
     """Default number of decoder queries."""
     text_length: int = 0
@@ -37,6 +39,8 @@ class Task:
     """Key of the validation metric: ``detection_mean_ap``, ``vqa_accuracy`` or ``accuracy``."""
     labels: tuple[str, ...] = field(default=())
     """Names of the classes of a classification task with a fixed list."""
+    like: str = ""
+    """Data set key of the published task of the same kind, whose weights this one may start from."""
 
     @property
     def has_image(self) -> bool:
@@ -87,7 +91,28 @@ SST2 = Task(name="glue_sst2", short="sst2", title="SST-2", index=7, outputs=2, l
 TASKS: dict[str, Task] = {t.name: t for t in (COCO, VISUAL_GENOME, VQA2, SNLI_VE, QNLI, MNLI, QQP, SST2)}
 """All tasks by data set key, in the order of the paper's tables."""
 
-_SHORT = {t.short: t for t in TASKS.values()}
+DETECT = Task(
+    name="detect", short="detect", title="Detection", kind="detection", index=10, outputs=0, queries=100,
+    metric="detection_mean_ap", like=COCO.name,
+)  # fmt: skip
+ANSWER = Task(
+    name="answer", short="answer", title="Questions", kind="vl", index=11, outputs=0, queries=25, text_length=40,
+    metric="vqa_accuracy", like=VQA2.name,
+)  # fmt: skip
+ENTAIL = Task(
+    name="entail", short="entail", title="Images with texts", kind="vl", index=12, outputs=0, queries=25,
+    text_length=64, cls_only=True, like=SNLI_VE.name,
+)  # fmt: skip
+CLASSIFY = Task(
+    name="classify", short="classify", title="Texts", kind="glue", index=13, outputs=0, queries=25, text_length=128,
+    cls_only=True, like=SST2.name,
+)  # fmt: skip
+
+OWN: dict[str, Task] = {t.name: t for t in (DETECT, ANSWER, ENTAIL, CLASSIFY)}
+"""Tasks on a user's own files, by data set key."""
+
+_KNOWN = {**TASKS, **OWN}
+_SHORT = {t.short: t for t in _KNOWN.values()}
 
 
 def index_limits(task: Task, model) -> dict[str, tuple[int, str]]:
@@ -122,7 +147,7 @@ def check_indices(where: str, largest: dict[str, int], limits: dict[str, tuple[i
 
 def get_task(name: str) -> Task:
     """The task called ``name`` (data set key or short name). ``UserError`` with the nearest names otherwise."""
-    found = TASKS.get(name) or _SHORT.get(name)
+    found = _KNOWN.get(name) or _SHORT.get(name)
     if found is None:
-        raise UserError(f"unknown task {name!r}; {nearest(name, dict.fromkeys([*_SHORT, *TASKS]))}")
+        raise UserError(f"unknown task {name!r}; {nearest(name, dict.fromkeys([*_SHORT, *_KNOWN]))}")
     return found

@@ -4,13 +4,12 @@ import dataclasses
 
 import pytest
 
-from unit_fast.config import to_dict
+from unit_fast.config import RunConfig, from_dict, to_dict
 from unit_fast.data.generated import scene, text, world
 from unit_fast.errors import UserError
 from unit_fast.recipes import RECIPES, batch_note, recipe
 from unit_fast.recipes.paper import SAMPLINGS, sampling
 from unit_fast.tasks import TASKS, get_task
-from unit_fast.typed_json import from_dict
 
 # name, tasks, shared decoder, policy, steps, criterion: SPEC 6.2
 MMF = [
@@ -38,7 +37,8 @@ def test_published_configurations(name, tasks, share, unused, steps, criterion):
     assert config.model.decoder.share is share
     assert config.optim.unused == unused
     assert (config.steps, config.criterion) == (steps, criterion)
-    assert (config.batch_per_process, config.accumulate) == (1, 1)
+    assert (config.batch_per_process, config.accumulate, config.target_batch) == (0, 0, 64)
+    assert config.effective_batch == 64
     embedded = "no_task_embedding" not in name
     assert config.model.encoder.task_embedding is config.model.text.task_embedding is embedded
     assert {t.queries for n, t in config.model.tasks.items() if TASKS[n].is_detection} <= {100}
@@ -74,7 +74,7 @@ def test_every_recipe_is_complete(name):
     assert set(config.ratios) == set(config.model.tasks), "ratios are explicit"
     assert sum(config.ratios.values()) == pytest.approx(1, abs=0.011)
     assert RECIPES[name].about
-    assert from_dict(type(config), to_dict(config)) == config
+    assert from_dict(RunConfig, to_dict(config)) == config
 
 
 def test_skip_variant_changes_nothing_else():
@@ -95,6 +95,7 @@ def test_unknown_names_give_the_nearest():
 def test_batch_note_states_the_paper_beside_the_effective_batch():
     config = dataclasses.replace(recipe("coco"), batch_per_process=2, accumulate=8)
     assert "effective batch 16 (2 x 8 accumulated), the paper's is 64" in batch_note(config)
+    assert "effective batch 64 (chosen for the device), the paper's is 64" in batch_note(recipe("coco"))
 
 
 def test_the_demo_fits_its_world():

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from unit_fast.errors import UserError, printable
-from unit_fast.tasks import TASKS, Task, get_task
+from unit_fast.tasks import OWN, TASKS, Task, get_task
 
 _LIMIT = 512 * 1024 * 1024
 """Larger files are not read."""
@@ -34,7 +34,7 @@ class Run:
         configured = model.get("tasks") if isinstance(model, dict) else None
         names = {*(configured if isinstance(configured, dict) else {}), *self.train, *self.evaluations}
         found = {task.name for name in names if (task := _task(name)) is not None}
-        return [task for name, task in TASKS.items() if name in found]
+        return [task for name, task in (TASKS | OWN).items() if name in found]
 
     @property
     def last_step(self) -> int | None:

@@ -34,6 +34,8 @@ def load_initial(model: UniT, config: RunConfig) -> dict[str, str]:
             for f in ("width", "layers", "heads", "ffn_width", "vocab_size", "max_positions")
         ),
     }
+    if not any(task.has_text for task in model.tasks.values()) and not published["text encoder"]:
+        left = [part for part in left if part != "text encoder"]  # of no use
     parts = [part for part in left if published[part]]
     for part in left:
         if part not in parts:  # of another size than the published files: there is nothing to look for

@@ -138,15 +138,23 @@ def load_matching(
 ) -> LoadReport:
     """COCO initialisation (SPEC 5.2, 7.4): the tensors of ``state`` by name, weights only.
 
-    ``state``: ours or MMF's names. A single-task model's own decoder goes to a shared decoder. A head of other classes
-    (answers, attributes) is left out, with a line in ``LoadReport.left``. ``UserError`` where anything else has another
-    shape, or a module of the model is in the file in part only: it would be trained from a mixture.
+    ``state``: ours or MMF's names. A single-task model's own decoder goes to a shared decoder. A task on a user's own
+    data that is not in the file starts from the published one that it is like (``Task.like``). A head of other classes
+    (answers, attributes) is left out, with a line in ``LoadReport.left``; so is the text encoder where it differs and
+    no task of the model has texts. ``UserError`` where anything else has another shape, or a module of the model is in
+    the file in part only: it would be trained from a mixture.
     """
-    if any(current_name(key).startswith("unit_base_model.") for key in state):
+    mmf = any(current_name(key).startswith("unit_base_model.") for key in state)
+    if mmf:
         state = canonical_mmf(state)
-        names = {name: mmf_name(name) for name in model.state_dict()}
-    else:
-        names = {name: name for name in model.state_dict()}
+    names = {name: mmf_name(name) if mmf else name for name in model.state_dict()}
+    alike = {}
+    for task in (get_task(name) for name in model.config.tasks):
+        own = [name for name in names if f".{task.name}." in name]
+        if task.like and not any(names[name] in state for name in own):
+            ours = {name: name.replace(f".{task.name}.", f".{task.like}.", 1) for name in own}
+            names |= {name: mmf_name(like) if mmf else like for name, like in ours.items()}
+            alike[task.index] = get_task(task.like).index
     if model.config.decoder.share:
         own = f"decoders.{get_task('coco').name}."
         foreign = own if names["decoder.norm.weight"] == "decoder.norm.weight" else (
@@ -156,15 +164,39 @@ def load_matching(
             names |= {n: foreign + n.removeprefix("decoder.") for n in names if n.startswith("decoder.")}
     if not any(foreign in state for foreign in names.values()):
         raise UserError(f"{source or 'weights'}: no tensor fits the model; it has {len(state)} of other names")
-    skip = tuple(skip)
+    skip = (*skip, *(unread := _unread_texts(model, state, names)))
     heads = _other_heads(model, state, names, skip)
     try:
         _refuse_mixtures(model, state, names, skip, source)
         report = copy_tensors(model, state, names, source=source, skip=(*skip, *heads))
     except UserError as error:
         raise UserError(f"{error}, or leave the module out with --skip-load NAME") from None
+    for table in _task_tables(model):
+        if table in report.loaded:
+            rows = model.get_parameter(table).data
+            for index, like in alike.items():
+                rows[index] = rows[like]
     report.left = list(heads.values())
+    if unread:
+        report.left.append("the text encoder is left out: no task of the model has texts")
     return report
+
+
+_TEXT = ("text_encoder.", "bert_projection.", "bert_pos_projection.")
+
+
+def _unread_texts(model: UniT, state: Mapping, names: Mapping[str, str]) -> tuple[str, ...]:
+    """Beginnings of the names of the text encoder, where no task of the model needs it and the file's is another."""
+    if any(task.has_text for task in model.tasks.values()):
+        return ()
+    own = {name: value for name, value in model.state_dict().items() if name.startswith(_TEXT)}
+    same = all(names[n] in state and as_tensor(state[names[n]]).shape == value.shape for n, value in own.items())
+    return () if same else _TEXT
+
+
+def _task_tables(model: UniT) -> list[str]:
+    """Names of the task-embedding tables."""
+    return [name for name, _ in model.named_parameters() if ".task_embedding." in name]
 
 
 def _other_heads(model: UniT, state: Mapping, names: Mapping[str, str], skip: tuple[str, ...]) -> dict[str, str]:

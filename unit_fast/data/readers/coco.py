@@ -3,15 +3,37 @@
 import sys
 from pathlib import Path
 
+from unit_fast.config import DataConfig, TaskConfig
+from unit_fast.data.layout import Layout
+from unit_fast.data.readers.categories import Outputs, classes_of, read_categories, whole
 from unit_fast.data.readers.detection import Detection
 from unit_fast.data.readers.objects import ATTRIBUTES
 from unit_fast.data.store import files
 from unit_fast.data.store.content import Content
 from unit_fast.errors import UserError, printable
+from unit_fast.tasks import Task
 
 
 class Coco(Detection):
-    """COCO 2017."""
+    """COCO 2017. A class is its category id, as published, where the ids of the file fit the model's outputs; classes
+    of other files are numbered by their order."""
+
+    @classmethod
+    def outputs_of(cls, task: Task, data: DataConfig, config: TaskConfig) -> Outputs | None:
+        if config.outputs == 0:
+            return classes_of(_annotations(data), data, config)
+        try:
+            paths = _annotations(data)
+            ids = [category.id for path in paths[:1] for category in read_categories(path, data)]
+            if all(1 <= i <= config.outputs - 2 for i in ids):
+                return None
+            found = classes_of(paths, data, config)
+        except UserError:  # the reader says what is wrong
+            return None
+        if len(found.classes) > config.outputs - 1:
+            return None
+        line = f"category ids {min(ids)} to {max(ids)} are not within 1..{config.outputs - 2}: numbered by their order"
+        return Outputs(found.classes, found.class_ids, [*found.lines, line])
 
     def _read(self) -> None:
         path = self._file(f"coco.{self.split}_annotations")
@@ -20,6 +42,11 @@ class Coco(Detection):
 
     def image_path(self, index: int) -> Path:
         return self._inside(self.folder, self.objects.file_names[index])
+
+
+def _annotations(data: DataConfig) -> list[Path]:
+    layout = Layout(data)
+    return [path for s in ("train", "val") if (path := layout.find(f"coco.{s}_annotations")) is not None]
 
 
 def read_instances(dataset: Detection, path: Path, wanted=None) -> Content:
@@ -45,14 +72,20 @@ def read_instances(dataset: Detection, path: Path, wanted=None) -> Content:
         else:
             elsewhere.add(image_id)
 
-    names = {}
+    listed: list[tuple[int, str]] = []
     records = files.records(content, "categories", name) if "categories" in content else ()
-    for where, (record, label, title) in parsed("malformed category", records, _category):
-        names[label] = title
-        dataset.check_class(record["id"], where)
+    for where, (label, title) in parsed("malformed category", records, _category):
+        listed.append((label, title))
+        if not dataset.by_order:
+            dataset.check_class(label, where)
+    names = dict(listed)
+    if dataset.by_order:
+        class_of = dataset.number(listed or [(i, str(i)) for i in sorted(_ids_of_boxes(content))])
 
     def annotation(record, where):
-        number = files.integer(record, "id", where)
+        number = record.get("id") if isinstance(record, dict) else None  # nothing goes by it
+        if number is not None and type(number) is not str:
+            number = files.integer(record, "id", where)
         image_id = files.integer(record, "image_id", where)
         label = files.integer(record, "category_id", where)
         box = files.sequence(record, "bbox", where)
@@ -60,7 +93,9 @@ def read_instances(dataset: Detection, path: Path, wanted=None) -> Content:
             raise UserError(f"{where}: bbox must have 4 numbers (x, y, w, h), found {len(box)}")
         box = tuple(files.number({"bbox": value}, "bbox", where) for value in box)
         area = files.number(record, "area", where) if record.get("area") is not None else 0.0
-        crowd = files.integer(record, "iscrowd", where) if "iscrowd" in record else 0
+        crowd = record.get("iscrowd") or 0  # null, and false, as pycocotools takes them
+        if crowd is not True:
+            crowd = files.integer({"iscrowd": crowd}, "iscrowd", where)
         return number, image_id, label, box, area, crowd, _attributes(dataset, record, where)
 
     rows: dict[int, list[tuple]] = {}
@@ -69,7 +104,7 @@ def read_instances(dataset: Detection, path: Path, wanted=None) -> Content:
     records = files.records(content, "annotations", name) if "annotations" in content else ()
     for where, found in parsed("malformed annotation", records, annotation):
         number, image_id, label, box, area, crowd, attributes = found
-        if number in seen:
+        if number is not None and number in seen:
             note("annotation id twice", f"{where}: id {number} was used before")
         seen.add(number)
         if image_id in elsewhere:
@@ -84,7 +119,12 @@ def read_instances(dataset: Detection, path: Path, wanted=None) -> Content:
             note("no area given, that of the box is taken", f"{where}: area {area:g}, bbox {list(box)}")
             area = min(box[2] * box[3], sys.float_info.max)
         _, _, height, width = images[image_id]
-        if not dataset.check_class(label, where):
+        if dataset.by_order:
+            if label not in class_of:
+                _of_no_class(dataset, label, names, where)
+                continue
+            label = class_of[label]
+        elif not dataset.check_class(label, where):
             continue
         row = (label, *box, area, crowd != 0, attributes)
         if dataset.check_box(box, height, width, where):
@@ -94,7 +134,33 @@ def read_instances(dataset: Detection, path: Path, wanted=None) -> Content:
     if rows and not names:
         note("no categories", f"{name}: has no categories; its classes are called by their numbers")
         names = {label: str(label) for label in sorted({row[0] for of_image in rows.values() for row in of_image})}
-    return dataset.packed(list(images.values()), rows, names, name, left)
+    if dataset.by_order:
+        names = dict(enumerate(dataset.config.classes))
+    packed = dataset.packed(list(images.values()), rows, names, name, left)
+    if dataset.by_order:
+        packed.values["category_ids"] = dataset.ids_of(class_of)
+    return packed
+
+
+def _ids_of_boxes(content: dict) -> set[int]:
+    rows = content.get("annotations")
+    found = (whole(r.get("category_id")) for r in rows if isinstance(r, dict)) if isinstance(rows, list) else ()
+    return {i for i in found if type(i) is int}
+
+
+def _of_no_class(dataset: Detection, label: int, names: dict[int, str], where: str) -> None:
+    """What becomes of a box whose category is not a class: pycocotools does not score one that is not listed."""
+    if label not in names:
+        dataset.findings.note(
+            "category not listed, left out", f"{where}: category_id {label} is not in categories, as pycocotools has it"
+        )
+        return
+    classes = dataset.config.classes
+    dataset.findings.error(
+        "category that is not a class",
+        f"{where}: category {label} ({printable(names[label], 60)}) is not one of the {len(classes)} classes of the "
+        f"model ({printable(', '.join(classes), 200)}); rename it, or start a new run with these data",
+    )
 
 
 def _image(record, where):
@@ -105,7 +171,7 @@ def _image(record, where):
 
 
 def _category(record, where):
-    return record, files.integer(record, "id", where), files.string(record, "name", where)
+    return files.integer(record, "id", where), files.string(record, "name", where)
 
 
 def _attributes(dataset, record, where) -> tuple[int, ...]:

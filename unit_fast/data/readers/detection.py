@@ -7,9 +7,11 @@ import numpy as np
 import torch
 
 from unit_fast.data.images.geometry import Geometry, TrainTransform
+from unit_fast.data.readers.categories import numbering
 from unit_fast.data.readers.dataset import Dataset
 from unit_fast.data.readers.objects import Objects, corners, pack
 from unit_fast.data.readers.sources import read_through
+from unit_fast.data.shards.index import Shards
 from unit_fast.data.store.content import Content, hash_of
 from unit_fast.errors import UserError, printable
 
@@ -34,6 +36,33 @@ class Detection(Dataset):
     def class_names(self) -> dict[int, str]:
         """Class -> name."""
         return self.objects.names
+
+    @property
+    def by_order(self) -> bool:
+        """Whether classes are those of ``config.classes``; otherwise a class is its category id."""
+        return bool(self.config.classes)
+
+    @property
+    def category_ids(self) -> dict[int, int]:
+        """Class -> its category id in the file that was read, for results and ground truth; empty where a class is its
+        category id."""
+        return dict(enumerate(self.objects.category_ids))
+
+    def number(self, listed: list[tuple[int, str]]) -> dict[int, int]:
+        """Category id -> class, of the (id, name) that a file lists; see ``categories.numbering``."""
+        return numbering(listed, self.config.classes, self.config.class_ids)
+
+    def ids_of(self, class_of: dict[int, int]) -> list[int]:
+        """The category id of every class, from those of the file. A class that the file does not have keeps the id it
+        was trained with, or takes a free one."""
+        ids = {label: i for i, label in reversed(class_of.items())}
+        taken = {*ids.values(), *self.config.class_ids}
+        for label in range(len(self.config.classes)):
+            wished = self.config.class_ids[label] if self.config.class_ids else None
+            if label not in ids and (wished is None or wished in ids.values()):
+                taken.add(wished := max(taken, default=0) + 1)
+            ids.setdefault(label, wished)
+        return [ids[label] for label in range(len(self.config.classes))]
 
     def _stated_size(self, index: int) -> tuple[int, int]:
         return tuple(self.objects.sizes[index].tolist())
@@ -69,6 +98,7 @@ class Detection(Dataset):
             "images": np.repeat(o.ids, np.diff(o.starts)), "labels": o.labels, "xywh": o.xywh, "area": o.area,
             "crowd": o.crowd,
         }  # fmt: skip
+        ids = self.category_ids
         merged = [np.insert(array, o.left["at"], o.left[name], axis=0) for name, array in targets.items()]
         rows = zip(*(array.tolist() for array in merged))
         return {
@@ -78,24 +108,31 @@ class Detection(Dataset):
                 for i, name, (h, w) in zip(o.ids.tolist(), o.file_names, o.sizes.tolist())
             ],
             "annotations": [
-                {"id": n, "image_id": i, "category_id": label, "bbox": box, "area": area, "iscrowd": int(crowd)}
+                {
+                    "id": n, "image_id": i, "category_id": ids.get(label, label), "bbox": box, "area": area,
+                    "iscrowd": int(crowd),
+                }
                 for n, (i, label, box, area, crowd) in enumerate(rows, 1)
             ],
-            "categories": [{"id": i, "name": name} for i, name in sorted(o.names.items())],
-        }
+            "categories": [{"id": ids.get(label, label), "name": name} for label, name in sorted(o.names.items())],
+        }  # fmt: skip
 
     def _fill(self, sources: dict[str, list[Path]], build: Callable[[], Content], images: str) -> None:
         """Keep the objects that ``build`` makes of the files ``sources``, through the cache, and the folder of the
         layout key ``images``; choose the transform; count what the training targets leave out."""
         depends = {"classes": self.class_limit(), "attributes": self.attribute_limit if self.task.attributes else 0}
+        depends |= {"names": list(self.config.classes), "ids": list(self.config.class_ids)}
         # not ``rows`` of ``columns``: nothing here is tokenised
         self.rows = read_through(self, sources, depends, build)
         self.objects = objects = Objects(self.rows)
-        self.folder = self._folder(images)
+        self.folder = self._image_folder(images)
         if self.augment:
             self.transform = TrainTransform(self.data)
         self.facts.update(images=len(objects), boxes=len(objects.labels), crowd=int(objects.crowd.sum()))
         self.facts["images without objects"] = int((np.diff(objects.starts) == 0).sum())
+        if self.by_order:
+            counts = np.bincount(objects.labels, minlength=len(self.config.classes)).tolist()
+            self.facts["boxes by class"] = dict(zip(self.config.classes, counts))
         if len(objects) and self.has_targets and not objects.targets():
             file = printable(self.facts.get("file", self.task.title), 400)
             why = f"{len(objects.labels):,} boxes, {int(objects.crowd.sum()):,} of them crowd regions"
@@ -110,6 +147,10 @@ class Detection(Dataset):
                 self.findings.note("no box to score", f"{file}: {len(objects):,} images ({why})")
         if objects.attributes.size and self.task.attributes:
             self.facts["attributes"] = int((objects.attributes >= 0).sum())
+
+    def _image_folder(self, key: str) -> Path | Shards:
+        """The folder of the images, whose layout key is given."""
+        return self._folder(key)
 
     def packed(
         self, images: list[tuple], rows: dict[int, list[tuple]], names: dict[int, str], where: str, left=None

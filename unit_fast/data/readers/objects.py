@@ -20,6 +20,7 @@ class Objects:
             the row of ``labels`` before which one stands in the file, and ``images`` int64 ids, ``labels``, ``xywh``,
             ``area`` and ``crowd`` as above.
         names: class -> name.
+        category_ids: the category id of each class in the file, where classes are numbered by their order.
     """
 
     def __init__(self, content: Content):
@@ -32,6 +33,7 @@ class Objects:
         self.attributes = arrays.get("attributes", none)
         self.left = {name: arrays[f"left.{name}"] for name in ("at", "images", "labels", "xywh", "area", "crowd")}
         self.names = {int(label): name for label, name in content.values["names"]}
+        self.category_ids: list[int] = content.values.get("category_ids", [])
         self.content = content
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from unit_fast.data.errors import Finding, Findings
 from unit_fast.data.layout import Layout
+from unit_fast.data.store.cache import Cache
 from unit_fast.data.store.content import Content, hash_of
 from unit_fast.errors import UserError
 
@@ -60,17 +61,18 @@ def _settled(sources: dict[str, list[Path]]) -> list[dict]:
         time.sleep(_SETTLED_S)
 
 
-def read_through(dataset, sources: dict[str, list[Path]], depends: dict, build: Callable[[], Content]) -> Content:
-    """``build()``, or what it gave when it last read the same files: content, facts and findings.
+def cached(
+    cache: Cache, name: str, sources: dict[str, list[Path]], depends: dict, build: Callable[[], Content]
+) -> Content:
+    """``build()``, or what it gave when it last read the same files.
 
     Args:
-        dataset: the ``Dataset`` that reads; ``build`` fills its ``facts`` and ``findings``.
+        name: what is made of them.
         sources: all files that ``build`` reads, by what they are taken for.
-        depends: JSON values of everything else that the content depends on, besides task and split.
+        depends: JSON values of everything else that the content depends on.
     """
-    findings: Findings = dataset.findings
     try:
-        fits = not findings.found and dataset.cache.folder is not None
+        fits = cache.folder is not None
         fits = fits and sum(os.path.getsize(path) for paths in sources.values() for path in paths) >= SMALL
         state = _settled(sources) if fits else None
     except OSError:  # the reader says what is wrong with the file
@@ -84,6 +86,21 @@ def read_through(dataset, sources: dict[str, list[Path]], depends: dict, build: 
         except OSError:
             return False
 
+    where = hash_of([[s["role"], s["given"], s["real"]] for s in state])[:12]
+    return cache.open(f"{name}-{where}", {"sources": state, **depends}, build, still)
+
+
+def read_through(dataset, sources: dict[str, list[Path]], depends: dict, build: Callable[[], Content]) -> Content:
+    """``cached`` for a ``Dataset``, whose facts and findings are kept with the content.
+
+    Args:
+        dataset: the ``Dataset`` that reads; ``build`` fills its ``facts`` and ``findings``.
+        sources, depends: see ``cached``; task and split are among what it depends on.
+    """
+    findings: Findings = dataset.findings
+    if findings.found:
+        return build()
+
     def with_notes() -> Content:
         content = build()
         content.values = {
@@ -93,11 +110,9 @@ def read_through(dataset, sources: dict[str, list[Path]], depends: dict, build: 
         }
         return content
 
-    where = hash_of([[s["role"], s["given"], s["real"]] for s in state])[:12]
-    key = {
-        "sources": state, "task": repr(dataset.task), "split": dataset.split, "examples": findings.limit, **depends,
-    }  # fmt: skip
-    content = dataset.cache.open(f"rows-{dataset.task.short}-{dataset.split}-{where}", key, with_notes, still)
+    key = {"task": repr(dataset.task), "split": dataset.split, "examples": findings.limit, **depends}
+    name = f"rows-{dataset.task.short}-{dataset.split}"
+    content = cached(dataset.cache, name, sources, key, with_notes)
     if content.name is not None and not findings.found:
         dataset.facts.update(content.values["facts"])
         for kind, severity, count, examples in content.values["findings"]:
