@@ -14,6 +14,7 @@ from unit_fast.config import ModelConfig, RunConfig
 from unit_fast.detection import criterion, matcher
 from unit_fast.errors import UserError, nearest
 from unit_fast.model.backbone import Backbone
+from unit_fast.model.folder import Folder
 from unit_fast.model.heads import AttributeHead, BoxHead, Classifier
 from unit_fast.model.positions import feature_mask, sine_positions
 from unit_fast.model.text import TextEncoder
@@ -24,7 +25,7 @@ TASK_ROWS = 256
 """Rows of the task-embedding tables; only the rows of ``Task.index`` are ever read."""
 
 
-class UniT(nn.Module):
+class UniT(Folder, nn.Module):
     """One transformer for all data sets of ``config.tasks``.
 
     ``out = model(batch)``; ``query = model.match(out, batch)``; ``sum(model.losses(out, batch, query).values())`` is
