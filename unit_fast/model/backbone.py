@@ -143,6 +143,10 @@ class Backbone(nn.Module):
         several times faster channel by channel."""
         return torch.channels_last if self.config.norm == "frozen" else torch.contiguous_format
 
+    def __repr__(self) -> str:
+        config = self.config
+        return f"ResNet-{config.depth} of width {config.width}, {config.norm} norm, stride {config.stride}"
+
     def _freeze(self) -> None:
         """Stages before ``first_trained_stage`` never get gradients; stage 0 is the stem."""
         stages = [[self.conv1, self.bn1], *([getattr(self, f"layer{i}")] for i in range(1, 5))]

@@ -139,6 +139,9 @@ class TextEncoder(nn.Module):
         if self.task_embedding is not None:
             nn.init.normal_(self.task_embedding.weight)
 
+    def __repr__(self) -> str:
+        return f"TextEncoder({len(self.layers)} layers of width {self.word_embeddings.embedding_dim})"
+
     def forward(self, input_ids, attention_mask, token_type_ids, task_index: int, seeds, cls_only=False) -> Tensor:
         length = input_ids.shape[1]
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)

@@ -122,6 +122,9 @@ class ImageEncoder(nn.Module):
         self.task_embedding = nn.Embedding(task_rows, config.width) if task_rows else None
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
 
+    def __repr__(self) -> str:
+        return f"ImageEncoder({len(self.layers)} layers of width {self.layers[0].self_attn.out_proj.in_features})"
+
     def forward(self, x_BSC: Tensor, pos_BSC: Tensor, mask_BS: Tensor, task_index: int, seeds) -> Tensor:
         x, pos, mask = x_BSC, pos_BSC, mask_BS
         if self.task_embedding is not None:  # at position zero, visible to all
@@ -162,6 +165,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+
+    def __repr__(self) -> str:
+        return f"Decoder({len(self.layers)} layers of width {self.norm.normalized_shape[0]})"
 
     def forward(self, query_QC: Tensor, memory_BSC: Tensor, pos_BSC: Tensor | None, mask_BS: Tensor | None, seeds):
         """Hidden states [L,B,Q,C]. ``pos`` None: the memory is one token that is never masked (GLUE)."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from unit_fast.batch import Batch, Output
+from unit_fast.batch import Batch, Output, check_targets
 from unit_fast.config import ModelConfig, RunConfig
 from unit_fast.detection import criterion, matcher
 from unit_fast.errors import UserError, nearest
@@ -177,6 +177,10 @@ class UniT(Folder, nn.Module):
 
     def match(self, out: Output, batch: Batch) -> Tensor:
         """Query of every target, int64 [L,B,N]; -1 for padding and for targets that got none."""
+        if out.logits is None:
+            raise UserError(
+                f"match: {batch.task} has no boxes to match; only detection has, its losses need no matching"
+            )
         layers = slice(None) if self.config.loss.auxiliary else slice(-1, None)
         return matcher.match(out.logits[layers], out.boxes[layers], batch, self.config.loss)
 
@@ -202,6 +206,8 @@ class UniT(Folder, nn.Module):
         its samples by those of all.
         """
         name, loss = batch.task, self.config.loss
+        if name not in self.tasks:
+            raise UserError(f"losses: the model has no task {name!r}; {nearest(name, self.tasks)}")
         check_indices(f"losses of {name}", batch.largest or {}, index_limits(self.tasks[name], self.config))
         if self.tasks[name].is_detection:
             matching = self.match(out, batch) if matching is None else matching
@@ -216,6 +222,7 @@ class UniT(Folder, nn.Module):
         return {f"{split}/{name}/{key}": value for key, value in terms.items()}
 
     def _classification_loss(self, name: str, scores_BK: Tensor, batch: Batch) -> Tensor:
+        check_targets("losses", batch, "answer_scores" if self.tasks[name].loss == "bce" else "label")
         if self.tasks[name].loss == "bce":
             return criterion.vqa_loss(scores_BK, batch.answer_scores)
         return criterion.class_loss(scores_BK, batch.label)
@@ -261,7 +268,17 @@ class UniT(Folder, nn.Module):
         encoder, text, decoder = self.config.encoder, self.config.text, self.config.decoder
         return any((encoder.dropout, text.dropout, decoder.dropout, decoder.classifier_dropout))
 
+    def __repr__(self) -> str:
+        encoder, text, decoder = self.config.encoder, self.config.text, self.config.decoder
+        return (
+            f"UniT({sum(p.numel() for p in self.parameters()):,} parameters; tasks {', '.join(self.config.tasks)}; "
+            f"{self.backbone!r}; image encoder {encoder.layers} x {encoder.width}, text encoder {text.layers} x "
+            f"{text.width}, decoder {decoder.layers} x {decoder.width})"
+        )
+
     def _task(self, batch: Batch) -> Task:
+        if not isinstance(batch, Batch):
+            raise UserError(f"UniT: expected a unit_fast.Batch, found {type(batch).__name__}; make it with collate")
         task = self.tasks.get(batch.task)
         if task is None:
             raise UserError(f"the model has no task {batch.task!r}; {nearest(batch.task, self.tasks)}")
