@@ -246,9 +246,7 @@ def test_backbone_variants(depth, stride, norm):
     assert trained == {"layer1", "layer2", "layer3", "layer4"}
 
 
-def test_basic_blocks_cannot_be_dilated():
-    with pytest.raises(UserError, match="backbone.depth 18.*stride to 32"):
-        Backbone(BackboneConfig(depth=18))
+def test_basic_blocks():
     assert Backbone(BackboneConfig(depth=18, stride=32, width=16))(torch.randn(1, 3, 64, 64)).shape == (1, 128, 2, 2)
 
 

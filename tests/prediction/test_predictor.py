@@ -6,43 +6,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
-from tests.data_roots import VOCABULARY, picture, whole_root
-from tests.evaluation.common import save_run, whole_config
-from unit_fast.data import open_dataset
+from tests.data_roots import VOCABULARY, picture
+from tests.evaluation.common import save_run
 from unit_fast.errors import UserError
 from unit_fast.evaluation.evaluate import evaluate
-from unit_fast.evaluation.labels import LABELS, read_labels, write_labels
+from unit_fast.evaluation.labels import LABELS, read_labels
 from unit_fast.evaluation.labels import VOCABULARY as VOCABULARY_FILE
-from unit_fast.model import UniT
 from unit_fast.prediction.prediction import Prediction
 from unit_fast.prediction.predictor import load
+from unit_fast.report.boxes import class_colour
 from unit_fast.report.predictions import chosen
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """(run folder, its configuration, its model); the data root is not part of the run."""
-    root = whole_root(tmp_path_factory.mktemp("data"))
-    config = whole_config(root, data={"short_side": 48, "max_side": 80})
-    torch.manual_seed(0)
-    model = UniT(config.model).eval()
-    folder = tmp_path_factory.mktemp("run")
-    save_run(folder, model.state_dict(), config)
-    datasets = {n: open_dataset(n, "train", config.data, t, augment=False) for n, t in config.model.tasks.items()}
-    write_labels(folder, config, datasets)
-    return folder, config, model
-
-
-@pytest.fixture(scope="module")
-def predictor(made):
-    return load(made[0])
-
-
-@pytest.fixture
-def image(tmp_path):
-    return picture(tmp_path / "x.jpg", 60, 40, seed=3)
 
 
 def test_labels_hold_every_name(made):
@@ -145,8 +120,9 @@ def test_a_drawn_box_is_where_it_should_be():
     item = {"label": "a", "score": 0.9, "box": [25.0, 25.0, 75.0, 75.0]}
     drawn = Prediction(task="coco", items=[item], image=Image.new("RGB", (100, 100), "white")).draw()
     assert drawn.size == (800, 800)
-    assert drawn.getpixel((201, 400)) == (0x2F, 0x6F, 0xDE)
-    assert drawn.getpixel((400, 599)) == (0x2F, 0x6F, 0xDE)
+    colour = ImageColor.getrgb(class_colour("a"))
+    assert drawn.getpixel((201, 400)) == colour
+    assert drawn.getpixel((400, 599)) == colour
     assert drawn.getpixel((400, 400)) == (255, 255, 255)
     assert drawn.getpixel((700, 400)) == (255, 255, 255)
 
@@ -165,7 +141,10 @@ def test_a_drawn_box_is_where_it_should_be():
         ({"task": "sst2", "text": 3}, "sst2 needs a sentence"),
         ({"task": "coco", "image": "absent.jpg"}, "absent.jpg: no such file; give a JPEG or PNG file"),
         ({"task": "coco", "image": "NOT"}, "not a JPEG or PNG image; give a JPEG or PNG file"),
-        ({"task": "coco", "image": 3}, "image: expected a path or a PIL image, found int"),
+        (
+            {"task": "coco", "image": 3},
+            "image: expected a path, a PIL image, an array, a tensor or a list of them, found int",
+        ),
         ({"task": "coco", "image": "IMAGE", "threshold": 2.0}, "threshold: 2.0 is not between 0 and 1"),
         ({"task": "sst2", "text": "a", "top": 0}, "top: 0 is below 1"),
     ],
@@ -180,14 +159,18 @@ def test_bad_input_is_named_with_its_remedy(predictor, image, tmp_path, argument
 
 def turned(image, tag: int):
     """The pixels as a camera stores them that notes orientation ``tag``, and the note."""
-    how = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[tag]
+    kind = Image.Transpose
+    how = {
+        2: kind.FLIP_LEFT_RIGHT, 3: kind.ROTATE_180, 4: kind.FLIP_TOP_BOTTOM, 5: kind.TRANSPOSE, 6: kind.ROTATE_90,
+        7: kind.TRANSVERSE, 8: kind.ROTATE_270,
+    }  # fmt: skip
     exif = Image.Exif()
     exif[0x0112] = tag
-    return image.transpose(how), exif
+    return image.transpose(how[tag]) if tag in how else image, exif
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
-@pytest.mark.parametrize("tag", [3, 6, 8])
+@pytest.mark.parametrize("tag", range(1, 9))
 def test_a_photograph_is_seen_as_its_viewers_show_it(predictor, tmp_path, tag, mode):
     grey = (np.random.default_rng(0).random((40, 60)) * 65535).astype(np.uint16)
     upright = Image.fromarray(grey) if mode == "I;16" else Image.fromarray((grey >> 8).astype(np.uint8)).convert(mode)
@@ -211,7 +194,7 @@ def test_a_damaged_note_of_the_orientation_is_no_orientation(predictor, tmp_path
     def fail(image):
         raise SyntaxError("not a TIFF file")
 
-    monkeypatch.setattr("unit_fast.prediction.predictor.ImageOps.exif_transpose", fail)
+    monkeypatch.setattr("unit_fast.prediction.inputs.ImageOps.exif_transpose", fail)
     assert predictor.predict("coco", image=path, threshold=0.0).image.size == (60, 40)
     assert "its EXIF record cannot be read (not a TIFF file); taken as stored" in caplog.text
 
@@ -290,3 +273,178 @@ def test_names_from_data_are_printed_safely():
     text = str(Prediction(task="coco", items=[item], image=Image.new("RGB", (9, 9))))
     assert "\x1b" not in text
     assert "\u202e" not in text
+
+
+# ------------------------------------------------------------------------------------------------- several at once
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five images of two sizes, in the order of their names."""
+    for n, size in enumerate([(60, 40), (30, 50), (60, 40), (60, 40), (30, 50)]):
+        picture(tmp_path / "in" / f"{n}.jpg", *size, seed=n)
+    return tmp_path / "in"
+
+
+def same(found, alone) -> None:
+    assert [item["label"] for item in found.items] == [item["label"] for item in alone.items]
+    for ours, theirs in zip(found.items, alone.items):
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
+        assert ours.get("box", []) == pytest.approx(theirs.get("box", []), abs=1e-3)
+
+
+@pytest.mark.parametrize("task", ["coco", "vg", "vqa2"])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_several_images_are_computed_in_batches_of_one_size(predictor, folder, task, batch_size, monkeypatch):
+    text = {"text": "is it?"} if task == "vqa2" else {}
+    alone = [predictor.predict(task, image=f"{folder}/{n}.jpg", threshold=0.0, **text) for n in range(5)]
+    batches = []
+    forward = predictor.model.forward
+    monkeypatch.setattr(predictor.model, "forward", lambda batch: (batches.append(batch), forward(batch))[1])
+    found = predictor.predict(task, image=folder, threshold=0.0, batch_size=batch_size, **text)
+    assert [p.name for p in found] == [f"{folder}/{n}.jpg" for n in range(5)]
+    for ours, theirs in zip(found, alone, strict=True):
+        same(ours, theirs)
+        assert ours.image.tobytes() == theirs.image.tobytes()
+        assert ours.size == (theirs.image.height, theirs.image.width)
+    assert sorted(map(len, batches)) == {1: [1] * 5, 2: [1, 2, 2], 8: [2, 3]}[batch_size]
+    assert not any(batch.pixel_mask.any() for batch in batches), "padding would change what the model sees"
+
+
+def test_more_images_than_are_read_together_keep_their_order(predictor, tmp_path):
+    for n in range(10):
+        picture(tmp_path / "in" / f"{n}.jpg", *((30, 50) if n % 3 else (60, 40)), seed=n)
+    found = predictor.predict("coco", image=tmp_path / "in", threshold=0.0, batch_size=1)
+    for n, prediction in enumerate(found):
+        same(prediction, predictor.predict("coco", image=tmp_path / "in" / f"{n}.jpg", threshold=0.0))
+
+
+def test_pixels_say_what_their_file_says(predictor, tmp_path):
+    path = picture(tmp_path / "x.jpg", 60, 40, seed=3)
+    wanted = predictor.predict("coco", image=path, threshold=0.0)
+    pixels = np.array(Image.open(path))
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    for given in (pixels, tensor, tensor.float() / 255, Image.open(path)):
+        assert predictor.predict("coco", image=given, threshold=0.0).items == wanted.items
+        (one,) = predictor.predict("coco", image=[given], threshold=0.0)
+        same(one, wanted)
+        assert one.name == "image 1"
+        assert one.path is None
+        assert one.draw().size == (800, 533)
+
+
+def test_a_broken_image_among_several_is_named_and_the_rest_goes_on(predictor, folder, caplog):
+    (folder / "1.jpg").write_bytes(b"no image")
+    (folder / "3.jpg").unlink()
+    found = predictor.predict("coco", image=[f"{folder}/{n}.jpg" for n in range(5)], threshold=0.0)
+    assert [p.error is None for p in found] == [True, False, True, False, True]
+    assert "1.jpg: not a JPEG or PNG image" in found[1].error
+    assert "3.jpg: no such file" in caplog.text
+    assert found[1].to_dict()["error"] == found[1].error
+    assert str(found[3]).startswith("no answer: image ")
+    assert found[1].size is None
+    assert found[1].items == []
+    with pytest.raises(UserError, match="there is nothing to draw"):
+        found[1].draw()
+
+
+def test_texts_of_several(predictor, image):
+    one = {text: predictor.predict("sst2", text=text) for text in ("a fine film", "dull", "a b c d e f g h")}
+    for ours, text in zip(predictor.predict("sst2", text=list(one), batch_size=2), one, strict=True):
+        same(ours, one[text])
+        assert ours.text == text
+    pairs = [("who?", "what?"), ("a b c", "d")]
+    for ours, pair in zip(predictor.predict("qqp", text=pairs), pairs, strict=True):
+        same(ours, predictor.predict("qqp", text=pair))
+    asked = predictor.predict("vqa2", image=image, text=["is it?", "what is there?"])
+    assert [p.text for p in asked] == ["is it?", "what is there?"]
+    same(asked[1], predictor.predict("vqa2", image=image, text="what is there?"))
+    each = predictor.predict("vqa2", image=[image, image], text=["is it?", "what is there?"])
+    same(each[1], asked[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"task": "vqa2", "image": ["IMAGE"] * 2, "text": ["a"] * 3},
+            "2 images and 3 texts: give one text, or one for",
+        ),
+        ({"task": "sst2", "text": ["a", " "]}, "text 2: sst2 needs a sentence"),
+        ({"task": "qqp", "text": [("a", "b"), "c"]}, "text 2: qqp needs two questions"),
+        ({"task": "sst2", "text": []}, "sst2 needs a sentence, found 0 texts"),
+        ({"task": "coco", "image": "IMAGE", "batch_size": 0}, "batch_size: 0 is below 1"),
+        ({"task": "coco", "image": "IMAGE", "top": 1.5}, "top: expected a whole number, found float"),
+        ({"task": "coco", "image": "IMAGE", "threshold": "high"}, "threshold: high is not between 0 and 1"),
+        ({"task": "coco", "image": "http://example.org/x.jpg"}, "addresses are not fetched"),
+    ],
+)
+def test_bad_input_of_several_is_named_before_anything_is_computed(predictor, image, arguments, message):
+    if "image" in arguments:
+        given = arguments["image"]
+        places = [str(image)] * len(given) if isinstance(given, list) else given.replace("IMAGE", str(image))
+        arguments = arguments | {"image": places}
+    with pytest.raises(UserError, match=message):
+        predictor.stream(**arguments)
+
+
+def test_unknown_words_are_named_once(made, caplog):
+    predictor = load(made[0])
+    for _ in range(2):
+        result = predictor.predict("sst2", text="a fine \u5b57 film \u00a7")
+    assert result.unknown == ["\u5b57", "\u00a7"]
+    assert result.to_dict()["unknown_words"] == ["\u5b57", "\u00a7"]
+    assert caplog.text.count("the model's vocabulary does not have '\u5b57', '\u00a7'") == 1
+    assert "unknown_words" not in predictor.predict("sst2", text="a fine film").to_dict()
+    predictor.predict("sst2", text=[f"\u5b57 {n}" for n in range(20)])
+    assert caplog.text.count("does not have") == 10
+    assert caplog.text.count("further texts are not named") == 1
+
+
+def test_boxes_carry_the_ids_of_their_classes(made, predictor, image):
+    ids = {name: i for i, name in read_labels(made[0])["detection_coco"].classes.items()}
+    for item in predictor.predict("coco", image=image, threshold=0.0).items:
+        assert item["category_id"] == ids.get(item["label"], item["category_id"])
+
+
+def test_the_run_decides_what_is_likely_enough_unless_told(made, image, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(made[0], folder)
+    every = sorted(item["score"] for item in load(folder).predict("coco", image=image, threshold=0.0).items)
+    assert load(folder).threshold("coco") == 0.5
+    (folder / "thresholds.json").write_text(json.dumps({"detection_coco": {"threshold": every[1]}}))
+    predictor = load(folder)
+    assert predictor.threshold("coco") == every[1]
+    assert len(predictor.predict("coco", image=image).items) == len(every) - 1
+    assert len(predictor.predict("coco", image=image, threshold=every[2]).items) == len(every) - 2
+
+
+def test_a_predictor_moves_and_is_short_to_print(made, predictor, image):
+    moved = load(made[0])
+    assert moved.to("cpu", torch.float64) is moved
+    same(moved.predict("coco", image=image, threshold=0.0), predictor.predict("coco", image=image, threshold=0.0))
+    with pytest.raises(UserError, match="device 'nowhere'"):
+        moved.to("nowhere")
+    assert len(repr(predictor)) < 300
+    assert "coco" in repr(predictor)
+    result = predictor.predict("coco", image=image, threshold=0.0)
+    assert len(repr(result)) < 300
+    assert f"{len(result.items)} boxes" in repr(result)
+
+
+def test_a_picture_is_shown_by_the_systems_viewer(predictor, image, monkeypatch):
+    shown = []
+    monkeypatch.setattr(Image.Image, "show", lambda picture, title=None: shown.append((picture.size, title)))
+    predictor.predict("coco", image=image).show()
+    assert shown == [((800, 533), str(image))]
+
+
+def test_memory_that_runs_out_names_the_batch(made, folder, monkeypatch):
+    predictor = load(made[0])
+
+    def fail(batch):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(predictor.model, "forward", fail)
+    with pytest.raises(UserError, match=r"coco: out of memory with 3 at a time; give a smaller batch_size"):
+        predictor.predict("coco", image=folder)

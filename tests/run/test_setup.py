@@ -1,14 +1,12 @@
 """What a run starts from: frozen parts, initial weights, and settings that are refused."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
 
 from tests.run.test_step import batch_of
 from tests.small_runs import rows, run, small_config
-from unit_fast.config_check import check_config
 from unit_fast.errors import UserError
 from unit_fast.run.setup import build
 from unit_fast.schedule import lr_multiplier
@@ -112,25 +110,6 @@ def test_an_unknown_prefix_to_skip(root, tmp_path):
         build(config, CPU)
 
 
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"steps": 0}, "steps: is 0"), ({"accumulate": 0}, "accumulate: is 0"), ({"log_every": 0}, "log_every"),
-        ({"optim": {"lr": -1.0}}, r"optim\.lr: is -1"), ({"optim": {"lr": math.nan}}, r"optim\.lr: is nan"),
-        ({"optim": {"max_norm": 0.0}}, r"optim\.max_norm"), ({"data": {"workers": -1}}, r"data\.workers"),
-        ({"freeze": ("imge",)}, "freeze: 'imge' is not an encoder; nearest: image"),
-        ({"ratios": {"vqa": 1.0}}, "ratios: 'vqa' is not a data set key; nearest: vqa2"),
-        ({"task_batch": {"vqa2": 0}}, r"task_batch\.vqa2: is 0"),
-        ({"ema_decay": 1.0}, "ema_decay: 1.0"), ({"device": "gpu9"}, "device 'gpu9'"),
-    ],
-)  # fmt: skip
-def test_settings_out_of_range_are_refused_by_name(root, tmp_path, changes, text):
-    with pytest.raises(UserError, match=text):
-        run(small_config(root, "sst2", **changes), tmp_path / "run")
-
-
-def test_check_config_takes_every_recipe():
-    from unit_fast.recipes import RECIPES, recipe
-
-    for name in RECIPES:
-        check_config(recipe(name))
+def test_a_device_that_is_none(root, tmp_path):
+    with pytest.raises(UserError, match="device 'gpu9'"):
+        run(small_config(root, "sst2", device="gpu9"), tmp_path / "run")

@@ -6,33 +6,34 @@ import os
 import re
 from collections.abc import Sequence
 
+from unit_fast.commands.options import near
 from unit_fast.errors import UserError
 
 LISTS = ("--freeze", "--skip-load", "--allow-changed", "--track")
 """Options whose values may be separated by commas."""
-PAIRS = ("--data.paths", "--paths")
+PAIRS = ("--data.paths", "--data.columns", "--paths", "--columns")
 """Options whose values are ``key=value``, or keys and values in turn."""
+REPEATED = ("--image",)
+"""Options that may be given again; where the command's own argument stands first, also with several values."""
+TO_FILE = {"--json": "--json-file"}
+"""Options without a value, and what takes a file's name where one ending in ``.json`` follows."""
 
 
 def parse(command, arguments: Sequence[str], *, prog: str, default=None):
-    """An instance of the dataclass ``command`` from ``arguments``; ``UserError`` in one line on a mistake.
-
-    ``--help`` prints and raises ``SystemExit``.
-    """
+    """An instance of the dataclass ``command`` from ``arguments``; ``UserError`` in one line on a mistake."""
     import tyro
 
-    arguments = split_lists(arguments)
     options = {} if default is None else {"default": default}
-    asked = any(a in ("--help", "-h") for a in arguments)
     said = io.StringIO()
     try:
-        # A wide page keeps tyro's message in one piece; the help is for the eye.
-        with contextlib.nullcontext() if asked else _columns(2000), contextlib.redirect_stderr(said):
-            return tyro.cli(command, args=arguments, prog=prog, **options)
-    except SystemExit as end:
-        if end.code in (0, None):
-            raise
-        raise UserError(f"{_one_line(said.getvalue())}; `{prog} --help` lists the options") from None
+        # A wide page keeps tyro's message in one piece.
+        with _columns(2000), contextlib.redirect_stderr(said):
+            return tyro.cli(command, args=split_lists(arguments), prog=prog, **options)
+    except SystemExit:
+        message = _one_line(said.getvalue())
+    if unknown := re.match(r"unknown option (\S+)", message):
+        message += near(unknown[1].partition("=")[0], command, default)
+    raise UserError(f"{message}; `{prog} --help` lists the options")
 
 
 @contextlib.contextmanager
@@ -50,12 +51,22 @@ def _columns(width: int):
 
 def split_lists(arguments: Sequence[str]) -> list[str]:
     """``--freeze image,text`` and ``--freeze=image,text`` as ``--freeze image text``, for the options in ``LISTS``; for
-    those in ``PAIRS`` ``--paths key=value`` as ``--paths key value``."""
+    those in ``PAIRS`` ``--paths key=value`` as ``--paths key value``; ``--image a b`` (a pattern that the shell has
+    replaced) as ``--image a --image b``; ``--json FILE.json`` as ``--json-file FILE.json``."""
     found: list[str] = []
     inside, value_is_next = "", False
-    for argument in arguments:
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
         name, equals, value = argument.partition("=")
         name = name.replace("_", "-")
+        if name in TO_FILE and (value or following).endswith(".json"):
+            inside = ""
+            found.append(TO_FILE[name] + equals + value)
+            continue
+        if name in REPEATED and not equals and not arguments[0].startswith("-"):
+            inside, value_is_next = name, False
+            if following.startswith("-") or not following:  # tyro says that its value is missing
+                found.append(name)
+            continue
         if name in (*LISTS, *PAIRS):
             found.append(name)
             inside, value_is_next = name, False
@@ -64,7 +75,9 @@ def split_lists(arguments: Sequence[str]) -> list[str]:
                 continue
         elif argument.startswith("-"):
             inside = ""
-        if inside in LISTS:
+        if inside in REPEATED:
+            found.extend((inside, argument))
+        elif inside in LISTS:
             found.extend(filter(None, argument.split(",")))
         elif inside in PAIRS and not value_is_next:
             found.extend(argument.split("=", 1))
@@ -90,7 +103,7 @@ def given(arguments: Sequence[str], *options: str) -> bool:
 
 
 def _one_line(text: str) -> str:
-    """tyro's framed message as one line: what was wrong, then the names it suggests."""
+    """What was wrong, of tyro's framed message; its suggestions stand below a rule."""
     lines = [line.strip("│╭╮╰╯|+ ").strip() for line in text.splitlines()]  # the frame is ASCII on some terminals
     sections: list[list[str]] = [[]]
     for line in lines:
@@ -102,8 +115,5 @@ def _one_line(text: str) -> str:
         del sections[0]  # the title, which otherwise stands in the frame
     message = " ".join(sections[0]) if sections[0] else "the command line was not understood"
     message = re.sub(r"^Unrecognized options: ([^, ]+).*", r"unknown option \1", message)
-    near = []
-    for section in sections[1:]:
-        if section and section[0].startswith("Perhaps you meant"):
-            near = [re.split(r"[ ,]", line)[0] for line in section if line.startswith("--")]
-    return message.rstrip(".") + (f"; nearest: {', '.join(near)}" if near else "")
+    message = re.sub(r"^Error parsing config[\w.]*: ", "", message)  # the field's own words name it
+    return message.rstrip(".")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from unit_fast.commands.train import check_data
 from unit_fast.config import RunConfig, to_json
-from unit_fast.config_check import check_config
 from unit_fast.data.outputs import resolved
+from unit_fast.data.vocabulary import with_vocabulary
 from unit_fast.recipes import batch_note
 from unit_fast.run.batch_size import device_memory, with_batch
 from unit_fast.run.checkpoints import find
@@ -25,10 +25,10 @@ _GIB = 2**30
 def run(config: RunConfig, out: Path, resume: str | None, allow_changed: Sequence[str], measured: bool) -> int:
     """Print the resolved configuration and what it needs; then start the run in a folder that goes away, which refuses
     what a run would. ``measured``: train some seconds too."""
-    check_config(config)
     device = device_of(config)
     config, lines = resolved(config)
-    for line in lines:
+    config, more = with_vocabulary(config)
+    for line in lines + more:
         print(line, file=sys.stderr)
     source = find(Path(out) / "checkpoints", resume)
     config, how = with_batch(config, device, checkpoint.config_of(source) if source else None)

@@ -8,10 +8,16 @@ from typing import Annotated, Literal
 import tyro
 
 from unit_fast.commands.command_line import given, value_of
-from unit_fast.commands.shown import show_metrics, show_report
+from unit_fast.commands.shown import show_metrics, show_report, take_threads
 from unit_fast.config import RunConfig, load_config
 from unit_fast.errors import UserError
 from unit_fast.tasks import get_task
+
+COMMON = (
+    "recipe", "data_root", "tasks", "batch", "steps", "optim.lr", "init_from", "out", "resume", "eval_every", "device",
+    "threads", "seed", "config_file", "dry_run",
+)  # fmt: skip
+"""What most runs need."""
 
 
 @dataclass(kw_only=True)
@@ -26,7 +32,7 @@ class Options:
     """Samples per forward pass (the same as --batch-per-process); --accumulate follows where a recipe says how many
     samples an update has, 64 for the paper's."""
     config_file: str | None = None
-    """Start from this JSON file, e.g. a run's config.json, instead of a recipe."""
+    """A JSON, YAML or TOML file with settings, e.g. a run's config.json; with --recipe it changes the recipe."""
     out: str | None = None
     """Run folder; default runs/TIME_RECIPE."""
     resume: str | None = None
@@ -57,6 +63,8 @@ def run(options: Options) -> int:
     from unit_fast.run.train import train
 
     check_data(config)
+    # a resumed run goes on with as many threads as it began with, or its bits would be others
+    take_threads(config.device, config.threads, keep=options.resume is not None)
     run = train(
         config, _out(options, config), options.resume, stop_at=options.stop_at, allow_changed=options.allow_changed,
         progress=options.progress, drawn=report.write_samples,
@@ -97,10 +105,8 @@ def default(arguments: list[str]) -> Options:
     from unit_fast.recipes import recipe
 
     name, file = value_of(arguments, "--recipe"), value_of(arguments, "--config-file")
-    if name and file:
-        raise UserError("--recipe and --config-file: give one of them")
     if file:
-        config = load_config(file)
+        config = load_config(file, recipe(name) if name else None)
     elif name is None and (folder := _folder_to_resume(arguments)):
         config = load_config(folder / "config.json")
     else:

@@ -1,4 +1,4 @@
-"""How many images were unreadable, and whether that is more than a run bears."""
+"""How many images were unreadable, and whether that is more than a run bears; what else is odd about images."""
 
 import collections
 
@@ -15,6 +15,7 @@ class BadImages:
     def __init__(self, max_share: float, read: int = 0, by_task: dict[str, int] | None = None):
         self.max_share, self.read, self.by_task = max_share, read, collections.Counter(by_task or {})
         self.paths: dict[str, str] = {}
+        self._turned_told = False
 
     def add(self, step: Step) -> list[str]:
         """Count ``step``. Returns one message for each path not met before. ``UserError`` above the share."""
@@ -31,6 +32,17 @@ class BadImages:
                 "--data.max-bad-share"
             )
         return [f"{printable(message)}; replaced by another sample of {step.task}" for message in new.values()]
+
+    def turned(self, step: Step) -> str:
+        """What to say when ``step`` is the first with an image that viewers turn; empty otherwise."""
+        if self._turned_told or not step.turned:
+            return ""
+        self._turned_told = True
+        return (
+            f"{printable(step.turned[0], 400)}: its EXIF orientation says that viewers turn it. Training takes images "
+            "as they are stored, which the boxes of the published data sets refer to; predict turns them. Where boxes "
+            "were drawn on the image as viewers show it, store the images upright"
+        )
 
     def tolerated(self) -> float:
         """Bad images among those read that ``max_share`` explains: so many are expected, and four deviations more.

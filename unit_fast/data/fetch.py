@@ -29,6 +29,8 @@ class Step:
     """Images tried, unreadable ones included."""
     bad: list[tuple[str, str]] = field(default_factory=list)
     """Path and message of each unreadable image."""
+    turned: list[str] = field(default_factory=list)
+    """Paths of images that viewers turn, as their EXIF orientation says; here they are as stored."""
     error: str | None = None
     """Message of a user error met by a worker; raised in the training process."""
     read_s: float = 0.0
@@ -91,10 +93,14 @@ class Fetcher(torch.utils.data.Dataset):
         for attempt in range(1, MOST_TRIES + 1):
             step.images_read += dataset.task.has_image
             try:
-                return get(visit.index, visit.key)
+                sample = get(visit.index, visit.key)
             except BadImage as error:
                 step.bad.append((str(error.path), str(error)))
                 visit = substitute(self.seed, task, len(dataset), visit, attempt)
+                continue
+            if sample.get("turned"):
+                step.turned.append(sample["image_path"])
+            return sample
         raise UserError(
             f"{task}: {MOST_TRIES} images in a row could not be read, the last {step.bad[-1][1]}; "
             "check the images with `unit-fast data check ROOT --decode`"

@@ -18,7 +18,6 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from unit_fast import ops
 from unit_fast.config import BackboneConfig
-from unit_fast.errors import UserError
 
 LAYERS = {14: (1, 1, 1, 1), 18: (2, 2, 2, 2), 26: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -107,11 +106,6 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig):
         super().__init__()
         basic = config.depth in (18, 34)
-        if basic and config.stride != 32:
-            raise UserError(
-                f"backbone.depth {config.depth} has basic blocks, which cannot be dilated: set backbone.stride to 32 "
-                f"or choose a depth of {sorted(set(LAYERS) - {18, 34})}"
-            )
         block = FoldedBasicBlock if basic else FoldedBottleneck
         norm = _norm_layer(config)
         self.config = config

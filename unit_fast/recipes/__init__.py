@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from unit_fast.config import RunConfig
 from unit_fast.errors import UserError, nearest
-from unit_fast.recipes import demo, own, paper
+from unit_fast.recipes import demo, own, own_tables, paper
 from unit_fast.tasks import get_task
 
 
@@ -20,8 +20,12 @@ class Recipe(NamedTuple):
 RECIPES: dict[str, Recipe] = {name: Recipe(row.about, row.config) for name, row in paper.ROWS.items()}
 RECIPES |= {
     make.__name__: Recipe(make.__doc__, make)
-    for make in (demo.small, demo.demo, demo.demo_quick, own.detect, own.detect_resnet50)
-}
+    for make in (
+        demo.small, demo.demo, demo.demo_quick, own.detect, own.detect_resnet50, own.detect_detr,
+        own_tables.answer, own_tables.answer_resnet50, own_tables.entail, own_tables.entail_resnet50,
+        own_tables.classify, own_tables.classify_bert, own_tables.mix, own_tables.mix_resnet50,
+    )
+}  # fmt: skip
 
 
 def recipe(name: str) -> RunConfig:

@@ -1,13 +1,12 @@
 """Drawn predictions: boxes on images, answers beside them (Figure E.1)."""
 
-import functools
 import json
-import math
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from unit_fast.errors import UserError, printable
+from unit_fast.report.boxes import draw_boxes, drawable, font
 
 TRUTH, RIGHT, WRONG = "#2f6fde", "#1f9d63", "#e0641a"
 """Colours of true boxes, of predictions that meet one, and of the others."""
@@ -19,20 +18,6 @@ FALLBACK = 3
 """Most likely predictions that are drawn where none reaches the threshold."""
 
 _PAPER, _INK = "#ffffff", "#1c2430"
-
-
-@functools.cache
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """The font of all drawn text; matplotlib's DejaVu covers most scripts."""
-    import matplotlib
-
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
-
-
-def drawable(item: dict) -> bool:
-    """Whether score and box are numbers; a run that had NaN in its weights may have kept others."""
-    values = [item.get("score", 1.0), *item.get("bbox", ())]
-    return all(isinstance(v, (int, float)) and math.isfinite(v) for v in values if v is not None)
 
 
 def chosen(predictions: list[dict], threshold: float = THRESHOLD) -> list[dict]:
@@ -79,48 +64,12 @@ def scaled(image: Image.Image, side: int) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS)
 
 
-def draw_boxes(image: Image.Image, objects: list[dict], size, colours=TRUTH) -> Image.Image:
-    """A copy of ``image`` with boxes and their names.
-
-    objects: {"label", "bbox" xywh in pixels of an image of ``size`` (height, width), optional "score"}; one whose
-    numbers are not finite is left out. colours: one for all or one an object.
-    """
-    image = image.convert("RGB").copy()
-    draw = ImageDraw.Draw(image)
-    across, down = image.width / max(size[1], 1), image.height / max(size[0], 1)
-    colours = [colours] * len(objects) if isinstance(colours, str) else colours
-    line = max(3, round(max(image.size) / 200))
-    letters = font(max(11, round(max(image.size) / 36)))
-    for item, colour in reversed(list(zip(objects, colours))):
-        if not drawable(item):
-            continue
-        x, y, width, height = (float(v) for v in item["bbox"])
-        box = [x * across, y * down, (x + width) * across, (y + height) * down]
-        # a predicted box may leave the image
-        box = [min(max(v, 0), limit - 1) for v, limit in zip(box, (image.width, image.height) * 2)]
-        # a white rim keeps the box apart from an object of its colour
-        draw.rectangle([box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1], outline=_PAPER, width=line + 2)
-        draw.rectangle(box, outline=colour, width=line)
-        score = f" {item['score']:.2f}" if item.get("score") is not None else ""
-        _label(draw, image.size, box, printable(item["label"], 40) + score, colour, letters)
-    return image
-
-
-def _label(draw, size, box, text: str, colour: str, letters) -> None:
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=letters)
-    width, height = right - left + 6, bottom - top + 5
-    x = min(box[0], max(0, size[0] - width))
-    y = box[1] - height if box[1] >= height else box[1]
-    draw.rectangle([x, y, x + width, y + height], fill=colour)
-    draw.text((x + 3 - left, y + 2 - top), text, fill="#ffffff", font=letters)
-
-
 def draw_example(image: Image.Image, example: dict, side: int = 460) -> tuple[Image.Image, Image.Image, str]:
     """(truth, prediction, caption) of a detection example of ``examples.json``."""
     image = scaled(image, side)
     objects, shown = example["truth"] or [], chosen(example["prediction"])
     found, right = matched(objects, shown)
-    truth = draw_boxes(image, objects, example["size"])
+    truth = draw_boxes(image, objects, example["size"], TRUTH)
     colours = [RIGHT if r else WRONG for r in right]
     prediction = draw_boxes(image, shown, example["size"], colours)
     caption = f"{sum(found)} of {len(found)} objects found, {right.count(False)} wrong boxes"

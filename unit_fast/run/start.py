@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from unit_fast import numerics
 from unit_fast.config import RunConfig
-from unit_fast.config_check import check_config
 from unit_fast.data.bad_images import BadImages
 from unit_fast.data.images.engine import engine_of
 from unit_fast.data.outputs import resolved
 from unit_fast.data.sampler import normalised, seed_of
+from unit_fast.data.vocabulary import VOCABULARY, with_kept_vocabulary, with_vocabulary
 from unit_fast.errors import UserError
-from unit_fast.evaluation.labels import write_labels
+from unit_fast.evaluation.labels import find_labels, write_labels
 from unit_fast.run import tracking
 from unit_fast.run.batch_size import with_batch
 from unit_fast.run.checkpoints import Checkpoints
@@ -64,7 +64,6 @@ class Parts:
 
 def start(config: RunConfig, folder: RunFolder, resume, allow_changed: Sequence[str], progress: str, drawn) -> Parts:
     """Make a run in ``folder``, or take it up where a checkpoint left it; see ``train.train``."""
-    check_config(config)
     checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
     log = RunLog(folder.path, config.steps, progress)
     try:
@@ -77,10 +76,12 @@ def start(config: RunConfig, folder: RunFolder, resume, allow_changed: Sequence[
 
 
 def _start(config, folder: RunFolder, resume, allow_changed, drawn, checkpoints: Checkpoints, log: RunLog) -> Parts:
-    config, lines = resolved(config)
-    for line in lines:
-        log.line(line)
     source = checkpoints.find(resume)
+    kept = folder.path / VOCABULARY if source else None
+    config, lines = resolved(with_kept_vocabulary(config, kept))
+    config, more = with_vocabulary(config, _vocabularies(config, kept), folder.path)
+    for line in lines + more:
+        log.line(line)
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.criterion != "mean" and get_task(config.criterion).name not in config.model.tasks:
@@ -131,6 +132,16 @@ def _start(config, folder: RunFolder, resume, allow_changed, drawn, checkpoints:
         masks=used_masks(model, optimizer, datasets), state=state, checkpoints=checkpoints, evaluator=evaluator,
         guard=guard, missed_evaluation=missed,
     )  # fmt: skip
+
+
+def _vocabularies(config: RunConfig, kept: Path | None) -> Iterator[Path]:
+    """Vocabularies that the run's weights were trained with, where they have one beside them."""
+    if kept is not None:
+        yield kept
+    if config.init_from and (labels := find_labels(config.init_from)) is not None:
+        yield labels / VOCABULARY
+    if config.weights:
+        yield Path(config.weights) / "bert-base-uncased" / VOCABULARY
 
 
 def _header(config: RunConfig, device: torch.device, state: State, ratios: dict[str, float], datasets: dict):

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from unit_fast.config import RunConfig
 from unit_fast.data.loader import Loader
 from unit_fast.errors import UserError, printable
@@ -24,6 +26,7 @@ from unit_fast.run.start import Parts, start
 from unit_fast.run.state import State
 from unit_fast.run.step import Step, Update, train_step
 from unit_fast.run.tracking import open_trackers
+from unit_fast.threads import Watch
 
 __all__ = ["NonFinite", "Run", "Update", "train", "train_step"]
 
@@ -108,6 +111,7 @@ def loop(parts: Parts, stop: int) -> None:
     with Loader(parts.datasets, config, state.step, stop, state.counts, device=parts.device) as batches:
         say(batches.describe())
         log.restart_clock()
+        watch = Watch(torch.get_num_threads() if parts.device.type == "cpu" else 1)
         for _ in range(state.step, stop):
             begun = time.monotonic()
             item = next(batches)  # one task a step
@@ -117,6 +121,8 @@ def loop(parts: Parts, stop: int) -> None:
                 state.count(item.request)
             for message in state.bad.add(item):
                 log.line(f"unreadable image: {message}")
+            if turned := state.bad.turned(item):
+                log.line(turned)
             lr = step.lr_multiplier(state.step - 1) * config.optim.lr
             log.log(Record.of(item, state.step, lr, wait_s, batches.readers), update)  # not read yet
             last = state.step == config.steps
@@ -124,6 +130,8 @@ def loop(parts: Parts, stop: int) -> None:
             if due(state.step, config.log_every) or evaluating or saving:
                 guard.judge(log.flush())
                 step.check()
+                if found := watch.look():
+                    log.line(found)
             improved = evaluating and not last and parts.evaluator.evaluate(state).improved
             if improved or (saving and not last):
                 parts.save()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import sqlite3
 
 import pytest
 
@@ -68,3 +69,22 @@ def test_the_pixel_limit_holds_for_images_known_from_before(tmp_path, damaged):
     first.close()
     with pytest.raises(BadImage, match="the limit is 100"):
         CheckedImages(tmp_path, 100).facts(path)
+
+
+def test_a_record_made_before_orientations_were_looked_at_still_serves(tmp_path, damaged):
+    path = sorted((damaged / "coco/images/train2017").iterdir())[0]
+    first = CheckedImages(tmp_path, MAX)
+    expected = first.facts(path)
+    first.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as store:
+        store.execute("alter table images drop column turned")
+        store.commit()
+    second = CheckedImages(tmp_path, MAX)
+    assert second.facts(path) == expected
+    assert second.decoded == 0
+    other = sorted((damaged / "coco/images/train2017").iterdir())[1]
+    second.facts(other)
+    second.close()
+    third = CheckedImages(tmp_path, MAX)
+    third.facts(other)
+    assert third.decoded == 0, "what is found out is still written"

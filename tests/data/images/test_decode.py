@@ -11,7 +11,7 @@ from PIL import Image
 from tests.data.image_roots import png_header
 from tests.data_roots import no_plain_file, write
 from unit_fast.data import BadImage
-from unit_fast.data.images.decode import image_size, load_image, read_bytes, stamp
+from unit_fast.data.images.decode import image_size, is_turned, load_image, read_bytes, stamp
 
 MAX = 50_000_000
 
@@ -53,6 +53,24 @@ def test_exif_orientation_is_not_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     assert read(tmp_path / "turned.jpg", Image.new("RGB", (30, 10)), exif=exif).shape == (10, 30, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("jpg", "RGB"), ("jpg", "L"), ("png", "RGB"), ("png", "L"), ("png", "I;16")]
+)
+@pytest.mark.parametrize("tag", [None, 1, 3, 6, 7, 9])
+def test_an_orientation_is_noticed(tmp_path, kind, mode, tag):
+    exif = Image.Exif()
+    if tag is not None:
+        exif[0x0112] = tag
+    Image.new(mode, (30, 10)).save(tmp_path / f"x.{kind}", exif=exif)
+    assert is_turned(load_image(tmp_path / f"x.{kind}", MAX)) == (tag in (3, 6, 7))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_damaged_orientation_is_none(tmp_path):
+    Image.new("RGB", (30, 10)).save(tmp_path / "x.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
+    assert not is_turned(load_image(tmp_path / "x.jpg", MAX))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])

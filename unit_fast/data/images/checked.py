@@ -6,14 +6,14 @@ cache folder, for later runs and other processes.
 """
 
 import contextlib
+import dataclasses
 import logging
 import sqlite3
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 from unit_fast.data.errors import BadImage
-from unit_fast.data.images.decode import Stamp, load_image, probe, stamp
+from unit_fast.data.images.decode import Stamp, is_turned, load_image, probe, stamp
 from unit_fast.data.store.files import describe
 from unit_fast.errors import printable
 
@@ -21,13 +21,15 @@ FILE = "images.sqlite"
 _WRITE_EVERY = 256
 """Images found out between two writes."""
 _TABLE = """create table if not exists images (
-    path text primary key, bytes integer, time_ns integer, height integer, width integer, plain integer, reason text
+    path text primary key, bytes integer, time_ns integer, height integer, width integer, plain integer, reason text,
+    turned integer
 )"""
+_COLUMNS = "bytes, time_ns, height, width, plain, reason, turned"
 
 _log = logging.getLogger("unit_fast.data")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Facts:
     """What is known of an image."""
 
@@ -38,6 +40,8 @@ class Facts:
     """A JPEG of the kind that every decoder reads alike; others Pillow decodes at every visit."""
     reason: str = ""
     """Why it cannot be used; empty where it can."""
+    turned: bool = False
+    """Viewers turn it, as its EXIF orientation says."""
 
 
 class CheckedImages:
@@ -82,7 +86,7 @@ class CheckedImages:
     def refuse(self, path) -> None:
         """From now on Pillow decodes this image: another decoder could not."""
         known = self.facts(path)
-        self._remember(str(path), Facts(known.stamp, known.height, known.width, plain=False))
+        self._remember(str(path), dataclasses.replace(known, plain=False))
 
     def forget(self, path) -> None:
         """Decode the image again at its next visit: it is not what it was."""
@@ -95,12 +99,12 @@ class CheckedImages:
         self.decoded += 1
         try:
             height, width, plain = probe(path, self.max_pixels)
-            load_image(path, self.max_pixels)
+            turned = is_turned(load_image(path, self.max_pixels))
         except BadImage as error:
             if "data.max_pixels" in error.reason:  # not damage: another limit would take it
                 raise
             return Facts(now, reason=error.reason)
-        return Facts(now, height, width, plain)
+        return Facts(now, height, width, plain, turned=turned)
 
     def _remember(self, name: str, facts: Facts) -> None:
         with self._lock:
@@ -116,7 +120,9 @@ class CheckedImages:
             store.execute("pragma journal_mode = wal")
             store.execute("pragma synchronous = normal")
             store.execute(_TABLE)
-            store.execute("select path, bytes, time_ns, height, width, plain, reason from images limit 1").fetchall()
+            with contextlib.suppress(sqlite3.OperationalError):  # of a file made before orientations were looked at
+                store.execute("alter table images add column turned integer")
+            store.execute(f"select path, {_COLUMNS} from images limit 1").fetchall()
             return store
         except (sqlite3.Error, OSError) as error:
             if store is not None:
@@ -142,18 +148,18 @@ class CheckedImages:
 
     def _stored(self, name: str, now: Stamp) -> Facts | None:
         with self._lock:
-            rows = self._run("select bytes, time_ns, height, width, plain, reason from images where path = ?", (name,))
-        for size, time_ns, height, width, plain, reason in rows:
+            rows = self._run(f"select {_COLUMNS} from images where path = ?", (name,))
+        for size, time_ns, height, width, plain, reason, turned in rows:
             if (size, time_ns) == (now.bytes, now.time_ns):
-                return Facts(now, height, width, bool(plain), reason)
+                return Facts(now, height, width, bool(plain), reason, bool(turned))
         return None
 
     def _write(self) -> None:
         rows, self._new = self._new, {}
         self._run("begin immediate")
         for name, f in rows.items():
-            values = (name, f.stamp.bytes, f.stamp.time_ns, f.height, f.width, int(f.plain), f.reason)
-            self._run("insert or replace into images values (?, ?, ?, ?, ?, ?, ?)", values)
+            values = (name, *f.stamp, f.height, f.width, int(f.plain), f.reason, int(f.turned))
+            self._run(f"insert or replace into images (path, {_COLUMNS}) values (?, ?, ?, ?, ?, ?, ?, ?)", values)
         self._run("commit")
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from unit_fast.data.errors import BadImage
 from unit_fast.data.store.files import describe
@@ -110,6 +110,17 @@ def load_image(path, max_pixels: int) -> Image.Image:
     """
     with _open(path, max_pixels) as image, _named(path, Exception):  # see _open
         return to_rgb(image)
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether an image as ``load_image`` gives it has an EXIF orientation: viewers turn it, ``load_image`` does not. A
+    damaged record tells none."""
+    if not {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"} & image.info.keys():
+        return False
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    except Exception:  # foreign bytes fail in many ways
+        return False
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

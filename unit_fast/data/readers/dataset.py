@@ -9,7 +9,7 @@ import torch
 from unit_fast.config import DataConfig, TaskConfig
 from unit_fast.data.errors import BadImage, EmptySplit, Findings, MissingSplit
 from unit_fast.data.images.checked import CheckedImages
-from unit_fast.data.images.decode import image_size, load_image
+from unit_fast.data.images.decode import image_size, is_turned, load_image
 from unit_fast.data.images.geometry import EvalTransform, Geometry, Picture
 from unit_fast.data.images.memory import KeptImages
 from unit_fast.data.images.transforms import to_tensor
@@ -95,6 +95,11 @@ class Dataset:
             self._tokens = cached_tokens(self.cache, self.rows, self.words, self.columns, f"{task.short} {split}")
 
     @classmethod
+    def present(cls, layout: Layout) -> bool:
+        """Whether a user's own files for the task are there; asked of the tasks in ``tasks.OWN``."""
+        return False
+
+    @classmethod
     def outputs_of(cls, task: Task, data: DataConfig, config: TaskConfig):
         """``categories.Outputs``: the classes that the files have for a task without published ones (``outputs`` 0, or
         not as published); None where the published ones hold."""
@@ -108,6 +113,11 @@ class Dataset:
     def sample_id(self, index: int) -> int | str:
         """The id used in messages and prediction files."""
         raise NotImplementedError
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Class -> its name."""
+        return dict(enumerate(self.config.classes or self.task.labels))
 
     def meaning(self) -> dict[str, str]:
         """Digests of what gives the numbers in the samples their meaning, by name: with another one a model trained on
@@ -143,25 +153,35 @@ class Dataset:
             image = load_image(path, self.data.max_pixels)
             self.kept.put(path, image, 3 * image.width * image.height)
         size = image.height, image.width
-        return self.sample(index, key, path, size, lambda geometry: {"image": to_tensor(geometry.apply_image(image))})
+        return self.sample(
+            index, key, path, size, lambda geometry: {"image": to_tensor(geometry.apply_image(image))}, is_turned(image)
+        )
 
     def describe(self, index: int, key: int | None, checked: CheckedImages) -> dict:
         """As ``get``, but with ``picture`` (``geometry.Picture``), which is still to be read, instead of ``image``."""
         path = self.image_path(index)
         facts = checked.facts(path)
         size = facts.height, facts.width
-        return self.sample(index, key, path, size, lambda geometry: {"picture": Picture(path, geometry, facts.stamp)})
+        return self.sample(
+            index, key, path, size, lambda geometry: {"picture": Picture(path, geometry, facts.stamp)}, facts.turned
+        )
 
-    def sample(self, index: int, key: int | None, path, size: tuple[int, int], image: Callable[..., dict]) -> dict:
+    def sample(
+        self, index: int, key: int | None, path, size: tuple[int, int], image: Callable[..., dict], turned: bool = False
+    ) -> dict:
         """The sample at ``index``, whose image lies at ``path`` and is stored in this (height, width).
 
-        image: makes the field that stands for the image of what is to happen to it (``Geometry``).
+        image: makes the field that stands for the image of what is to happen to it (``Geometry``). turned: viewers turn
+        it, as its EXIF orientation says.
         """
         stated = self._stated_size(index)
         if stated is not None and size != stated:
-            raise BadImage(path, f"is {size[1]} x {size[0]} pixels, its annotation says {stated[1]} x {stated[0]}")
+            shown = " as stored, and turned in viewers by its EXIF orientation" if turned else ""
+            raise BadImage(
+                path, f"is {size[1]} x {size[0]} pixels{shown}, its annotation says {stated[1]} x {stated[0]}"
+            )
         geometry = self.transform.geometry(*size, key if self.augment else None)
-        fields = {**image(geometry), "orig_size": geometry.stored, "image_path": str(path)}
+        fields = {**image(geometry), "orig_size": geometry.stored, "image_path": str(path), "turned": turned}
         return fields | self._fields(index, geometry)
 
     def shape(self, index: int, key: int | None = None) -> tuple[int, ...]:

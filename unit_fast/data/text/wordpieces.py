@@ -92,6 +92,14 @@ class WordPieces:
         except (TypeError, UnicodeError) as error:
             raise UserError(f"text {ascii(text[:60])} cannot be tokenised ({error}); give valid Unicode") from None
 
+    def unknown(self, text: str) -> list[str]:
+        """The words of ``text`` that the vocabulary has no pieces for, each once: a model sees ``[UNK]`` in their
+        place."""
+        found = self._tokenizer.encode(text[:MAX_CHARACTERS], add_special_tokens=False)
+        unknown = self.vocabulary["[UNK]"]
+        words = (text[start:end] for i, (start, end) in zip(found.ids, found.offsets) if i == unknown)
+        return list(dict.fromkeys(word for word in words if word != "[UNK]"))
+
     def encode(self, text: str | tuple[str, str], length: int) -> tuple[list[int], list[int]]:
         """(input ids, segments) of ``[CLS] a [SEP]`` or ``[CLS] a [SEP] b [SEP]``, cut to ``length``, not padded.
 
