@@ -73,14 +73,6 @@ def no_device(world, out):
     return config(world, device="gpu0"), {}
 
 
-def ratios_of_nothing(world, out):
-    return config(world, ratios={"glue_sst2": 0.0, "detection_coco": 0.0}), {}
-
-
-def a_setting_out_of_range(world, out):
-    return config(world, steps=0), {}
-
-
 def a_batch_that_does_not_divide(world, out):
     return config(world, batch_per_process=3, accumulate=0, target_batch=64), {}
 
@@ -130,7 +122,7 @@ def nothing_to_go_on_from(world, out):
 REFUSED = [
     without_training_table, an_annotation_file_that_is_not_json, a_validation_table_without_its_column,
     a_larger_vocabulary, required_weights_that_do_not_fit, initial_weights_that_are_not_there, a_card_that_is_not_there,
-    no_device, ratios_of_nothing, a_setting_out_of_range, a_batch_that_does_not_divide, a_criterion_without_a_split,
+    no_device, a_batch_that_does_not_divide, a_criterion_without_a_split,
     a_folder_with_a_run, a_folder_that_is_a_file, a_folder_below_a_file, another_seed_than_the_checkpoint,
     a_checkpoint_that_is_damaged, a_checkpoint_beyond_the_steps, nothing_to_go_on_from,
 ]  # fmt: skip
@@ -210,7 +202,7 @@ def test_by_command(world, tmp_path, capsys, monkeypatch):
     shown = json.loads(said[: said.index("\n}\n") + 3])
     assert (shown["batch_per_process"], shown["accumulate"]) == (4, 1)
     assert "batch 4 x 1 accumulated = 4: the largest" in said
-    assert "evaluated on     val: coco 8, sst2 8" in said
+    assert "evaluated on     val: sst2 8, coco 8" in said
     assert "starts from      backbone random, text encoder random" in said
     assert " steps an hour, " in said
     assert files(tmp_path) == before

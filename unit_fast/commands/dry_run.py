@@ -1,5 +1,6 @@
 """``unit-fast train --dry-run``: what a run would be."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +26,15 @@ _GIB = 2**30
 def run(config: RunConfig, out: Path, resume: str | None, allow_changed: Sequence[str], measured: bool) -> int:
     """Print the resolved configuration and what it needs; then start the run in a folder that goes away, which refuses
     what a run would. ``measured``: train some seconds too."""
-    device = device_of(config)
+    device, given = device_of(config), config
     config, lines = resolved(config)
     config, more = with_vocabulary(config)
     for line in lines + more:
         print(line, file=sys.stderr)
     source = find(Path(out) / "checkpoints", resume)
     config, how = with_batch(config, device, checkpoint.config_of(source) if source else None)
+    batch = {"batch_per_process": config.batch_per_process, "accumulate": config.accumulate}
+    given = dataclasses.replace(given, target_batch=config.target_batch, **batch)
     found = estimate(config, device)
     print(to_json(config), end="")
     print(f"parameters       {found.parameters:,}, {found.trainable:,} trained")
@@ -48,7 +51,7 @@ def run(config: RunConfig, out: Path, resume: str | None, allow_changed: Sequenc
     )
     check_data(config)
     print("\nthe run would say:", flush=True)
-    with rehearsal(config, out, resume, allow_changed) as parts:
+    with rehearsal(given, out, resume, allow_changed) as parts:
         starts = ", ".join(f"{part} {source}" for part, source in parts.config.started_from.items())
         print(f"\nstarts from      {source or starts}")
         sizes = ", ".join(f"{get_task(n).short} {len(data)}" for (n, _), data in parts.evaluator.datasets.items())

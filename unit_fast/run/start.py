@@ -77,7 +77,7 @@ def start(config: RunConfig, folder: RunFolder, resume, allow_changed: Sequence[
 
 def _start(config, folder: RunFolder, resume, allow_changed, drawn, checkpoints: Checkpoints, log: RunLog) -> Parts:
     source = checkpoints.find(resume)
-    kept = folder.path / VOCABULARY if source else None
+    kept = source.parents[1] / VOCABULARY if source else None
     config, lines = resolved(with_kept_vocabulary(config, kept))
     config, more = with_vocabulary(config, _vocabularies(config, kept), folder.path)
     for line in lines + more:
