@@ -75,7 +75,8 @@ def test_defaults_are_the_published_model():
 NOT_COUNTS, NOT_AMOUNTS, NOT_WEIGHTS = (0, -1), (-1,), (-0.5, math.nan, math.inf)
 PROBABILITY = (-0.1, 1.0, 1.5, math.nan)
 WRONG = {
-    "steps": NOT_COUNTS, "batch_per_process": NOT_COUNTS, "accumulate": NOT_COUNTS, "eval_batch": NOT_COUNTS,
+    "steps": NOT_COUNTS, "batch_per_process": NOT_COUNTS, "accumulate": NOT_COUNTS, "target_batch": NOT_AMOUNTS,
+    "early_stop": (-1,), "track": (("mlflow",), "wandb"), "eval_batch": NOT_COUNTS,
     "keep_checkpoints": NOT_COUNTS, "log_every": NOT_COUNTS, "eval_limit": NOT_AMOUNTS, "save_every": NOT_AMOUNTS,
     "threads": NOT_AMOUNTS, "eval_every": (-2,), "seed": (2**63, 10**400), "ema_decay": PROBABILITY,
     "task_batch": ({"vqa2": 0}, {"vqa": 4}), "criterion": ("vqa", ""), "eval_split": ("test",),
@@ -89,7 +90,7 @@ WRONG = {
     "model.encoder.heads": (*NOT_COUNTS, 3), "model.encoder.ffn_width": NOT_COUNTS,
     "model.encoder.dropout": PROBABILITY,
     "model.text.width": NOT_COUNTS, "model.text.layers": NOT_COUNTS, "model.text.heads": (*NOT_COUNTS, 5),
-    "model.text.ffn_width": NOT_COUNTS, "model.text.vocab_size": NOT_COUNTS, "model.text.max_positions": NOT_COUNTS,
+    "model.text.ffn_width": NOT_COUNTS, "model.text.vocab_size": NOT_AMOUNTS, "model.text.max_positions": NOT_COUNTS,
     "model.text.dropout": PROBABILITY, "model.text.init_std": NOT_WEIGHTS,
     "model.decoder.width": NOT_COUNTS, "model.decoder.layers": NOT_COUNTS, "model.decoder.heads": (*NOT_COUNTS, 5),
     "model.decoder.ffn_width": NOT_COUNTS, "model.decoder.dropout": PROBABILITY,
@@ -113,7 +114,8 @@ WRONG = {
     "data.crop_short_sides": ((), (-1,)), "data.engine": ("pil",), "data.dali_graph": ("half",),
     "data.decoder": ("gpu",), "data.workers": NOT_AMOUNTS, "data.prefetch": NOT_COUNTS, "data.group": NOT_COUNTS,
     "data.cache_mib": NOT_AMOUNTS, "data.max_pixels": NOT_COUNTS, "data.max_bad_share": (-0.1, 1.1, math.nan),
-    "data.paths": (("a", "b"), {"a": 1}),
+    "data.paths": (("a", "b"), {"a": 1}), "data.columns": (("a", "b"), {"a": 1}),
+    "data.answer_min_count": NOT_COUNTS, "data.answers_kept": NOT_COUNTS,
     "buckets.heights": NOT_COUNTS, "buckets.widths": NOT_COUNTS, "buckets.least_text": NOT_COUNTS,
     "buckets.least_targets": NOT_COUNTS,
 }  # fmt: skip

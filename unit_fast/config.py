@@ -98,8 +98,9 @@ class TextConfig(Checked):
     """Attention heads."""
     ffn_width: PositiveInt = 3072
     """Hidden width of the feed-forward net."""
-    vocab_size: PositiveInt = 30522
-    """Word pieces in the vocabulary."""
+    vocab_size: NonNegativeInt = 30522
+    """Word pieces in the vocabulary. 0: as many as the vocabulary file has, or as are made of the user's texts; a run
+    writes the number into its configuration."""
     max_positions: PositiveInt = 512
     """Rows of the position table."""
     dropout: Probability = 0.1
@@ -213,6 +214,8 @@ class TaskConfig(Checked):
     def check_together(self):
         if self.cls_only and not self.text_length:
             self.refuse("cls_only", "False, or a text_length: without text there is no [CLS]")
+        if self.class_ids and len(self.class_ids) != len(self.classes):
+            self.refuse("class_ids", f"one for each of the {len(self.classes)} classes")
 
 
 def default_tasks(*names: str, **changes) -> dict[str, TaskConfig]:
@@ -253,6 +256,11 @@ class ModelConfig(Checked):
             task, where = _known_task("model.tasks", name), f"model.tasks.{name}"
             if task.is_detection and settings.outputs == 1:
                 raise UserError(f"{where}.outputs: is {settings.outputs}; give the classes and one more, no object")
+            if settings.classes and 0 < settings.outputs < len(settings.classes) + task.is_detection:
+                least = len(settings.classes) + task.is_detection
+                raise UserError(
+                    f"{where}.outputs: is {settings.outputs}; give 0 or at least {least}, as for its classes"
+                )
             if task.attributes and self.loss.balanced_class_loss:
                 self.loss.refuse("balanced_class_loss", f"False: it is not defined with the attributes of {name}")
             if task.has_text and settings.text_length < 3:
@@ -306,6 +314,13 @@ class DataConfig(Checked):
     with the nearest ones."""
     vocab: str | None = None
     """WordPiece vocabulary; default ROOT/bert/vocab.txt."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of your own tables without a usual name: role, or task and role -> column, e.g. ``text=review`` or
+    ``answer.image=photo``."""
+    answer_min_count: PositiveInt = 1
+    """Answers of your own questions that are given to fewer training questions are left out of the list."""
+    answers_kept: PositiveInt = 3128
+    """Answers of your own questions that are kept at most, the most frequent ones."""
     short_side: PositiveInt = 800
     """Short side of validation, VQA and SNLI-VE images, pixels."""
     max_side: PositiveInt = 1333
@@ -333,7 +348,7 @@ class DataConfig(Checked):
     decoder: Literal["cpu", "mixed"] = "cpu"
     """Where DALI decodes; mixed uses the GPU too."""
     workers: NonNegativeInt = 0
-    """With DALI or on a GPU the threads that decode, 0 is one a core and at most 8. Else loader processes, and 0 loads
+    """With DALI or on a GPU the threads that decode, 0 is ``threads`` and at most 8. Else loader processes, and 0 loads
     in the training process."""
     prefetch: PositiveInt = 2
     """Steps ready ahead, for torchvision's engine per worker."""
@@ -382,21 +397,27 @@ class RunConfig(Checked):
     """A whole run: what ``config.json`` of a run folder holds."""
 
     recipe: str = ""
-    """Name of the recipe this came from."""
+    """The recipe this came from, by name; `unit-fast recipes` lists them."""
     steps: PositiveInt = 500_000
     """Optimiser updates."""
-    batch_per_process: PositiveInt = 1
-    """Samples per forward pass."""
+    batch_per_process: NonNegativeInt = 1
+    """Samples per forward pass; 0 with a ``target_batch``: chosen from the device's memory."""
     task_batch: dict[str, PositiveInt] = field(default_factory=dict)
     """Other batch sizes for single tasks (data set key -> samples)."""
-    accumulate: PositiveInt = 1
-    """Forward passes per update."""
+    accumulate: NonNegativeInt = 1
+    """Forward passes per update; 0 with a ``target_batch``: as many as reach it."""
+    target_batch: NonNegativeInt = 0
+    """Samples per update that batch and accumulate make where one of them is 0; 0 leaves both as they are."""
     seed: Annotated[int, Bounds("a number of 64 bits", least=-(2**63), most=2**63 - 1)] = 0
     """Initial weights, task order, data order, augmentation and dropout follow from it."""
     ratios: dict[str, NonNegativeFloat] = field(default_factory=dict)
     """Sampling probability by data set key, renormalised over the tasks trained."""
     eval_every: Annotated[int, Bounds("at least -1", least=-1)] = 10_000
     """Steps between evaluations; 0 evaluates only at the end, -1 never."""
+    eval_first: bool = False
+    """Evaluate before the first step too."""
+    early_stop: NonNegativeInt = 0
+    """End after so many evaluations in a row without a better ``criterion``; 0 trains all ``steps``."""
     eval_batch: PositiveInt = 1
     """Samples per evaluation batch."""
     eval_limit: NonNegativeInt = 0
@@ -409,6 +430,8 @@ class RunConfig(Checked):
     """Numbered checkpoints kept beside best and last."""
     log_every: PositiveInt = 20
     """Steps between log lines; losses are read from the device only then."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Experiment trackers that get the rows of ``metrics.jsonl`` too."""
     criterion: str = "vqa2"
     """Task whose metric chooses the best checkpoint; ``mean`` takes the mean over tasks."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
@@ -424,7 +447,8 @@ class RunConfig(Checked):
     buckets: BucketConfig = field(default_factory=BucketConfig)
     """Shapes that captured steps are made for."""
     threads: NonNegativeInt = 0
-    """CPU threads; 0 keeps the default. The number used is recorded: results depend on it."""
+    """CPU threads; 0 takes OMP_NUM_THREADS, else the cores (the commands: those that are free). The number used is
+    recorded: results depend on it."""
     ema_decay: Probability = 0.0
     """Decay of an exponential moving average of the weights; 0 keeps none."""
     freeze: tuple[Literal["image", "text"], ...] = ()
@@ -447,6 +471,13 @@ class RunConfig(Checked):
     """Data sets and transforms."""
 
     def check_together(self):
+        for name in ("batch_per_process", "accumulate"):
+            if not getattr(self, name) and not self.target_batch:
+                self.refuse(name, "at least 1, or a target_batch that it follows from")
+        if self.early_stop and self.eval_every < 1:
+            self.refuse("early_stop", f"0, or an eval_every of at least 1 (it is {self.eval_every})")
+        if self.eval_first and self.eval_every < 0:
+            self.refuse("eval_first", f"False, or an eval_every of at least 0 (it is {self.eval_every})")
         for name in (*self.ratios, *self.task_batch):
             _known_task("ratios" if name in self.ratios else "task_batch", name)
         if self.ratios and not sum(self.ratios.values()):
@@ -459,7 +490,8 @@ class RunConfig(Checked):
 
     @property
     def effective_batch(self) -> int:
-        return self.batch_per_process * self.accumulate
+        """Samples per update."""
+        return self.batch_per_process * self.accumulate or self.target_batch
 
     def batch_of(self, task: str) -> int:
         """Samples per forward pass of the data set ``task``."""

@@ -17,8 +17,9 @@ decoder's width (SPEC 6.1)."""
 FREE = {
     "recipe", "steps", "eval_every", "eval_batch", "eval_limit", "eval_split", "save_every", "keep_checkpoints",
     "log_every", "criterion", "device", "threads", "weights", "require_weights", "init_from", "skip_load",
-    "started_from", "data.root", "data.paths", "data.vocab", "data.workers", "data.prefetch", "data.decoder",
-    "data.max_bad_share", "data.max_pixels", "data.cache_dir", "data.cache_mib", "graph", "buckets",
+    "started_from", "data.root", "data.paths", "data.columns", "data.vocab", "data.workers", "data.prefetch",
+    "data.decoder", "data.max_bad_share", "data.max_pixels", "data.cache_dir", "data.cache_mib", "graph", "buckets",
+    "target_batch", "eval_first", "early_stop", "track",
 }  # fmt: skip
 """Fields a resumed run may change: where things are, what is watched, how long it goes on, how its steps are run."""
 

@@ -53,6 +53,11 @@ def mode() -> str:
     return _mode.get() or _checked(os.environ.get("UNIT_FAST_KERNELS", "auto"))
 
 
+# What ``torch.compiler.assume_constant_result`` sets, without importing the compiler (1.4 s): a compiled function keeps
+# the mode that it was compiled in.
+mode._dynamo_marked_constant = True
+
+
 def _checked(name: str) -> str:
     if name not in MODES:
         raise UserError(f"UNIT_FAST_KERNELS: {name!r} is not a mode; {nearest(name, MODES)}")
@@ -95,9 +100,20 @@ def _choose(operator: Operator, device_type: str, arguments: tuple | None = None
             raise ValueError(f"{operator.name}: the mode is fused, but {why_not}")
         return "reference", why_not
     if device_type in known:
+        if torch.compiler.is_compiling():
+            return "reference", f"torch.compile cannot look into the one for {device_type}"
         why_not = None if arguments is None else operator.why_not_cpu(*arguments)
         return (device_type, f"tensors on {device_type}") if why_not is None else ("reference", why_not)
     return "reference", f"no other for {device_type}"
+
+
+def _say_once(op: str, name: str, why: str) -> None:
+    if (op, name, why) not in _logged:
+        _logged.add((op, name, why))
+        _log.info("%s: %s (%s)", op, name, why)
+
+
+_say_once._dynamo_marked_constant = True
 
 
 def _fake(operator: Operator, arguments: tuple | None) -> bool:
@@ -131,9 +147,7 @@ def _door(operator: Operator) -> Callable:
     def run(*arguments, **keywords):
         arguments = operator.validate(*arguments, **keywords)
         name, why = _choose(operator, operator.tensor(*arguments).device.type, arguments)
-        if (operator.name, name, why) not in _logged:
-            _logged.add((operator.name, name, why))
-            _log.info("%s: %s (%s)", operator.name, name, why)
+        _say_once(operator.name, name, why)
         return operator.implementations[name](*arguments)
 
     run.__name__ = run.__qualname__ = operator.name

@@ -95,8 +95,20 @@ DETECT = Task(
     name="detect", short="detect", title="Detection", kind="detection", index=10, outputs=0, queries=100,
     metric="detection_mean_ap", like=COCO.name,
 )  # fmt: skip
+ANSWER = Task(
+    name="answer", short="answer", title="Questions", kind="vl", index=11, outputs=0, queries=25, text_length=40,
+    metric="vqa_accuracy", like=VQA2.name,
+)  # fmt: skip
+ENTAIL = Task(
+    name="entail", short="entail", title="Images with texts", kind="vl", index=12, outputs=0, queries=25,
+    text_length=64, cls_only=True, like=SNLI_VE.name,
+)  # fmt: skip
+CLASSIFY = Task(
+    name="classify", short="classify", title="Texts", kind="glue", index=13, outputs=0, queries=25, text_length=128,
+    cls_only=True, like=SST2.name,
+)  # fmt: skip
 
-OWN: dict[str, Task] = {t.name: t for t in (DETECT,)}
+OWN: dict[str, Task] = {t.name: t for t in (DETECT, ANSWER, ENTAIL, CLASSIFY)}
 """Tasks on a user's own files, by data set key."""
 
 _KNOWN = {**TASKS, **OWN}

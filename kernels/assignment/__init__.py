@@ -36,6 +36,8 @@ def assignment_reference(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     targets than queries. Non-finite costs are replaced by (largest finite + largest magnitude + 1) of the problem and
     reported as flag 1; SciPy alone would raise. ``ValueError`` for a count outside 0..T.
     """
+    if torch.compiler.is_compiling():  # one operator to the compiler, which cannot look into SciPy
+        return assignment_fused(cost, counts)
     # SciPy solves for the shorter side, and would transpose (copy) each problem with fewer targets than queries.
     host = cost.detach().flatten(0, -3).mT.to("cpu", torch.float64).contiguous()
     all_finite = math.isfinite(host.sum())  # a sum that is not finite may yet have finite terms only

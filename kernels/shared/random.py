@@ -91,4 +91,19 @@ def draw(seed: Tensor, size: int) -> Tensor:
 
 def keep_mask(shape, p: float, seed: Tensor) -> Tensor:
     """bool of ``shape`` on the device of ``seed``, False where a value is dropped."""
+    if torch.compiler.is_compiling():  # one operator to the compiler, which cannot look into what reads the seed
+        return torch.ops.unit_fast.keep_mask(list(shape), p, seed)
+    return _keep_mask(shape, p, seed)
+
+
+def _keep_mask(shape, p: float, seed: Tensor) -> Tensor:
     return (draw(seed, math.prod(shape)) >= threshold(p) - 32768).view(shape).to(seed.device)
+
+
+_LIBRARY = torch.library.Library("unit_fast", "FRAGMENT")
+_LIBRARY.define("keep_mask(SymInt[] shape, float p, Tensor seed) -> Tensor")
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("keep_mask", _keep_mask, _device)
+torch.library.register_fake(
+    "unit_fast::keep_mask", lambda shape, p, seed: seed.new_empty(shape, dtype=torch.bool), lib=_LIBRARY
+)

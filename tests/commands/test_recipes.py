@@ -37,7 +37,8 @@ def test_published_configurations(name, tasks, share, unused, steps, criterion):
     assert config.model.decoder.share is share
     assert config.optim.unused == unused
     assert (config.steps, config.criterion) == (steps, criterion)
-    assert (config.batch_per_process, config.accumulate) == (1, 1)
+    assert (config.batch_per_process, config.accumulate, config.target_batch) == (0, 0, 64)
+    assert config.effective_batch == 64
     embedded = "no_task_embedding" not in name
     assert config.model.encoder.task_embedding is config.model.text.task_embedding is embedded
     assert {t.queries for n, t in config.model.tasks.items() if TASKS[n].is_detection} <= {100}
@@ -94,6 +95,7 @@ def test_unknown_names_give_the_nearest():
 def test_batch_note_states_the_paper_beside_the_effective_batch():
     config = dataclasses.replace(recipe("coco"), batch_per_process=2, accumulate=8)
     assert "effective batch 16 (2 x 8 accumulated), the paper's is 64" in batch_note(config)
+    assert "effective batch 64 (chosen for the device), the paper's is 64" in batch_note(recipe("coco"))
 
 
 def test_the_demo_fits_its_world():

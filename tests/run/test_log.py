@@ -41,8 +41,8 @@ def test_one_row_a_task_with_means(log, tmp_path, capsys):
     assert (second["task"], second["loss"], second["grad_norm"]) == ("glue_sst2", 7.0, 3.0)
     assert log.flush() == []
     said = capsys.readouterr().out
-    assert said.startswith("step 3/100 | sst2 loss 7")
-    assert "coco 4" in said
+    assert said.startswith("step 3/100 | ")
+    assert said.endswith("GiB | sst2 7 (ce 5) | coco 4 | lr 1.0e-04\n")
 
 
 def test_nan_is_counted_and_does_not_hide_the_rest(log, tmp_path):

@@ -6,11 +6,12 @@ import os
 import re
 from collections.abc import Sequence
 
+from unit_fast.commands.options import near
 from unit_fast.errors import UserError
 
-LISTS = ("--freeze", "--skip-load", "--allow-changed")
+LISTS = ("--freeze", "--skip-load", "--allow-changed", "--track")
 """Options whose values may be separated by commas."""
-PAIRS = ("--data.paths", "--paths")
+PAIRS = ("--data.paths", "--data.columns", "--paths", "--columns")
 """Options whose values are ``key=value``, or keys and values in turn."""
 REPEATED = ("--image",)
 """Options that may be given again; where the command's own argument stands first, also with several values."""
@@ -19,24 +20,20 @@ TO_FILE = {"--json": "--json-file"}
 
 
 def parse(command, arguments: Sequence[str], *, prog: str, default=None):
-    """An instance of the dataclass ``command`` from ``arguments``; ``UserError`` in one line on a mistake.
-
-    ``--help`` prints and raises ``SystemExit``.
-    """
+    """An instance of the dataclass ``command`` from ``arguments``; ``UserError`` in one line on a mistake."""
     import tyro
 
-    arguments = split_lists(arguments)
     options = {} if default is None else {"default": default}
-    asked = any(a in ("--help", "-h") for a in arguments)
     said = io.StringIO()
     try:
-        # A wide page keeps tyro's message in one piece; the help is for the eye.
-        with contextlib.nullcontext() if asked else _columns(2000), contextlib.redirect_stderr(said):
-            return tyro.cli(command, args=arguments, prog=prog, **options)
-    except SystemExit as end:
-        if end.code in (0, None):
-            raise
-        raise UserError(f"{_one_line(said.getvalue())}; `{prog} --help` lists the options") from None
+        # A wide page keeps tyro's message in one piece.
+        with _columns(2000), contextlib.redirect_stderr(said):
+            return tyro.cli(command, args=split_lists(arguments), prog=prog, **options)
+    except SystemExit:
+        message = _one_line(said.getvalue())
+    if unknown := re.match(r"unknown option (\S+)", message):
+        message += near(unknown[1].partition("=")[0], command, default)
+    raise UserError(f"{message}; `{prog} --help` lists the options")
 
 
 @contextlib.contextmanager
@@ -100,8 +97,13 @@ def value_of(arguments: Sequence[str], option: str) -> str | None:
     return None
 
 
+def given(arguments: Sequence[str], *options: str) -> bool:
+    """Whether one of ``options`` is among the arguments."""
+    return any(argument.partition("=")[0].replace("_", "-") in options for argument in arguments)
+
+
 def _one_line(text: str) -> str:
-    """tyro's framed message as one line: what was wrong, then the names it suggests."""
+    """What was wrong, of tyro's framed message; its suggestions stand below a rule."""
     lines = [line.strip("│╭╮╰╯|+ ").strip() for line in text.splitlines()]  # the frame is ASCII on some terminals
     sections: list[list[str]] = [[]]
     for line in lines:
@@ -114,8 +116,4 @@ def _one_line(text: str) -> str:
     message = " ".join(sections[0]) if sections[0] else "the command line was not understood"
     message = re.sub(r"^Unrecognized options: ([^, ]+).*", r"unknown option \1", message)
     message = re.sub(r"^Error parsing config[\w.]*: ", "", message)  # the field's own words name it
-    near = []
-    for section in sections[1:]:
-        if section and section[0].startswith("Perhaps you meant"):
-            near = [re.split(r"[ ,]", line)[0] for line in section if line.startswith("--")]
-    return message.rstrip(".") + (f"; nearest: {', '.join(near)}" if near else "")
+    return message.rstrip(".")

@@ -21,6 +21,8 @@ class Options:
     """Examples shown of each kind of finding."""
     paths: dict[str, str] = field(default_factory=dict)
     """Overrides of single paths, as data.paths in training, e.g. for shards elsewhere."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of your own tables that are not called by a usual name, as data.columns in training."""
     json: bool = False
     """Print JSON."""
 
@@ -28,7 +30,7 @@ class Options:
 def run(options: Options) -> int:
     from unit_fast.data.check import check
 
-    data = DataConfig(paths=options.paths)
+    data = DataConfig(paths=options.paths, columns=options.columns)
     found = check(options.root, data, decode=options.decode, examples=options.examples)
     if options.json:
         print(json.dumps(found.to_dict(), indent=2))

@@ -39,7 +39,8 @@ def run(options: Options) -> int:
     from unit_fast.data.shards.write import write_shards
 
     layout = Layout(DataConfig(root=options.root, paths=options.paths))
-    known = [key for key in PLACES if key.endswith("images")]
+    # where the images of a user's own folder lie is known from its annotations alone
+    known = [k for k in PLACES if k.endswith("images") and (not k.startswith("detect.") or k in options.paths)]
     keys = [key for value in options.images for key in value.split(",") if key]
     for key in keys:
         if key not in known and key != "all":

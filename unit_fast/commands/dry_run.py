@@ -1,103 +1,72 @@
-"""What a run would be, without starting it: parameters, memory, batch."""
+"""``unit-fast train --dry-run``: what a run would be."""
 
-import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-import torch
-
-from unit_fast.batch import Batch
-from unit_fast.config import ModelConfig, RunConfig
-from unit_fast.model import UniT
-from unit_fast.run.setup import device_of, freeze, parameter_counts
+from unit_fast.commands.train import check_data
+from unit_fast.config import RunConfig, to_json
+from unit_fast.data.outputs import resolved
+from unit_fast.data.vocabulary import with_vocabulary
+from unit_fast.recipes import batch_note
+from unit_fast.run.batch_size import device_memory, with_batch
+from unit_fast.run.checkpoints import find
+from unit_fast.run.estimate import estimate
+from unit_fast.run.rehearsal import mean_seconds, peak_gib, rehearsal, seconds_per_update
+from unit_fast.run.setup import device_of
+from unit_fast.run.start import Parts
+from unit_fast.run.status import duration
 from unit_fast.tasks import get_task
+from unit_fast.weights import checkpoint
 
-OBJECTS = 20
-"""Objects an image is taken to have."""
 _GIB = 2**30
 
 
-def plan(config: RunConfig) -> dict:
-    """Parameters, bytes of weights, gradients and optimiser, and bytes kept for the backward pass by task.
-
-    Nothing is allocated: the model runs on PyTorch's ``meta`` device, in float32 and without dropout (whose masks are
-    small), one forward pass of the largest training images and texts. Attention weights of large images are not counted
-    on a CPU, where they are computed again. What the allocator and the libraries add is unknown: a lower bound.
-    """
+def run(config: RunConfig, out: Path, resume: str | None, allow_changed: Sequence[str], measured: bool) -> int:
+    """Print the resolved configuration and what it needs; then start the run in a folder that goes away, which refuses
+    what a run would. ``measured``: train some seconds too."""
     device = device_of(config)
-    model_config = _without_dropout(config.model)
-    with torch.device("meta"):
-        model = UniT(model_config).train()
-    freeze(model, config)
-    total, trainable = parameter_counts(model)
-    activations = {name: _activations(model, config, name, device.type == "cpu") for name in config.model.tasks}
-    fixed = 4 * (total + 3 * trainable) + (4 * total if config.ema_decay else 0)
-    return {
-        "parameters": total,
-        "trainable": trainable,
-        "device": str(device),
-        "weights_gradients_optimizer_gib": fixed / _GIB,
-        "activations_gib": {get_task(name).short: size / _GIB for name, size in activations.items()},
-        "memory_gib": (fixed + max(activations.values())) / _GIB,
-    }
-
-
-def _without_dropout(model: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(
-        model,
-        encoder=dataclasses.replace(model.encoder, dropout=0.0),
-        text=dataclasses.replace(model.text, dropout=0.0),
-        decoder=dataclasses.replace(model.decoder, dropout=0.0, classifier_dropout=0.0),
+    config, lines = resolved(config)
+    config, more = with_vocabulary(config)
+    for line in lines + more:
+        print(line, file=sys.stderr)
+    source = find(Path(out) / "checkpoints", resume)
+    config, how = with_batch(config, device, checkpoint.config_of(source) if source else None)
+    found = estimate(config, device)
+    print(to_json(config), end="")
+    print(f"parameters       {found.parameters:,}, {found.trainable:,} trained")
+    print(f"batch            {batch_note(config)}")
+    if how:
+        print(f"                 {how}")
+    kept = ", ".join(f"{get_task(name).short} {size / _GIB:.2f}" for name, size in found.activations.items())
+    there = device_memory(device) / _GIB
+    print(
+        f"memory           at least {found.total / _GIB:.1f} of the {there:.1f} GiB of {device}: "
+        f"{found.fixed / _GIB:.1f} GiB of weights, gradients and optimiser,\n"
+        "                 and for the backward pass of one batch of the largest samples (float32)\n"
+        f"                 {kept} GiB"
     )
+    check_data(config)
+    print("\nthe run would say:", flush=True)
+    with rehearsal(config, out, resume, allow_changed) as parts:
+        starts = ", ".join(f"{part} {source}" for part, source in parts.config.started_from.items())
+        print(f"\nstarts from      {source or starts}")
+        sizes = ", ".join(f"{get_task(n).short} {len(data)}" for (n, _), data in parts.evaluator.datasets.items())
+        print(f"evaluated on     {config.eval_split}: {sizes or 'nothing'}")
+        print(f"run folder       {out}: nothing was written there")
+        if measured:
+            _measure(parts)
+    return 0
 
 
-def _activations(model: UniT, config: RunConfig, name: str, recomputed: bool) -> int:
-    """Bytes that the backward pass of one batch of ``name`` keeps."""
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-    held = []  # an address must not be used again while we count
-
-    def pack(x):
-        scores = x.dim() >= 3 and min(x.shape[-2:]) >= 1024  # [..., queries, keys] of image attention
-        storage = x.untyped_storage()
-        if storage._cdata not in own and not (recomputed and scores):
-            kept[storage._cdata] = storage.nbytes()
-            held.append(storage)
-        return x
-
-    batch = _largest_batch(config, name)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = model(batch)
-        matching = None
-        if get_task(name).is_detection:
-            layers = out.logits.shape[0] if config.model.loss.auxiliary else 1
-            matching = torch.zeros(layers, len(batch), OBJECTS, dtype=torch.int64, device="meta")
-        losses = model.losses(out, batch, matching)
-        del losses
-    return sum(kept.values())
-
-
-def _largest_batch(config: RunConfig, name: str) -> Batch:
-    task, settings, data, size = get_task(name), config.model.tasks[name], config.data, config.batch_of(name)
-
-    def tensor(*shape, dtype=torch.float32):
-        return torch.zeros(size, *shape, dtype=dtype, device="meta")
-
-    fields = {}
-    if task.has_image:
-        short = max(data.train_short_sides) if task.is_detection and data.augment else data.short_side
-        sides = (min(short, data.max_side), data.max_side)
-        fields |= {"image": tensor(3, *sides), "pixel_mask": tensor(*sides, dtype=torch.bool)}
-    if task.has_text:
-        for key in ("input_ids", "attention_mask", "token_type_ids"):
-            fields[key] = tensor(settings.text_length, dtype=torch.int64)
-    if task.is_detection:
-        fields |= {
-            "labels": tensor(OBJECTS, dtype=torch.int64),
-            "boxes": tensor(OBJECTS, 4),
-            "attributes": tensor(OBJECTS, config.model.loss.max_attributes, dtype=torch.int64),
-            "counts": tensor(dtype=torch.int32),
-        }
-    elif task.loss == "bce":
-        fields["answer_scores"] = tensor(settings.outputs)
-    else:
-        fields["label"] = tensor(dtype=torch.int64)
-    return Batch(task=name, **fields)
+def _measure(parts: Parts) -> None:
+    seconds = seconds_per_update(parts)
+    mean = mean_seconds(parts, seconds)
+    each = ", ".join(f"{get_task(name).short} {value:.3g}" for name, value in seconds.items())
+    print(f"measured         seconds a step, reading included: {each}")
+    print(
+        f"                 {3600 / mean:,.0f} steps an hour, {duration(mean * parts.config.steps)} for all "
+        f"{parts.config.steps}, evaluations and saves not counted"
+    )
+    if peak := peak_gib(parts.device):
+        print(f"                 at most {peak:.1f} GiB of the card were taken")

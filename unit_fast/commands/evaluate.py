@@ -10,7 +10,7 @@ from typing import Literal
 
 import tyro
 
-from unit_fast.commands.shown import errors_as_json, show_metrics
+from unit_fast.commands.shown import errors_as_json, show_metrics, take_threads
 from unit_fast.config import RunConfig
 from unit_fast.errors import UserError
 
@@ -42,7 +42,7 @@ class Options:
     device: str = "auto"
     """auto takes CUDA where there is one."""
     threads: int = 0
-    """CPU threads; 0 keeps the default."""
+    """CPU threads; 0 takes OMP_NUM_THREADS, else the cores that are free."""
     workers: int | None = None
     """Threads that read images; default the run's data.workers."""
     json: bool = False
@@ -55,18 +55,18 @@ def run(options: Options) -> int:
 
 
 def _evaluate(options: Options) -> int:
-    import torch
-
+    from unit_fast.data.vocabulary import VOCABULARY, with_kept_vocabulary
     from unit_fast.evaluation.evaluate import evaluate, open_splits
     from unit_fast.evaluation.labels import check_labels, find_labels
     from unit_fast.files import replace
     from unit_fast.run.setup import device_of
     from unit_fast.weights import checkpoint
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
     if options.limit < 0 or (options.batch is not None and options.batch < 1):
         raise UserError("--limit must be at least 0 and --batch at least 1")
+    if options.threads < 0:
+        raise UserError(f"--threads {options.threads}: give at least 1, or 0 to leave it to us")
+    take_threads(options.device, options.threads)
     device = device_of(RunConfig(device=options.device))
     folder = checkpoint.find(options.run, ("best_ema", "last") if options.ema else ("best", "last"))
     model, config = checkpoint.load_model(folder, ema=options.ema, device=device)
@@ -78,6 +78,8 @@ def _evaluate(options: Options) -> int:
     config = dataclasses.replace(config, data=data, eval_batch=options.batch or config.eval_batch)
     if data.root is None or not Path(data.root).is_dir():
         raise UserError(f"{data.root or 'no data root'}: not a folder; give --data-root ROOT")
+    names = find_labels(folder)
+    config = with_kept_vocabulary(config, names and names / VOCABULARY)
     out = Path(options.out) if options.out else None if options.limit else checkpoint.run_of(folder)
     tasks = None if options.tasks is None else [t.strip() for t in options.tasks.split(",") if t.strip()]
     logging.getLogger("unit_fast").setLevel(logging.WARNING)
@@ -85,7 +87,7 @@ def _evaluate(options: Options) -> int:
     opened = open_splits(model, config, tasks, options.split, datasets)
     if not opened:
         raise UserError(f"no task has data for split {options.split!r} under {data.root}; try --split train")
-    if (names := find_labels(folder)) is not None:
+    if names is not None:
         for line in check_labels(names, datasets.values()):
             print(f"unit-fast: {line}", file=sys.stderr)
     metrics = evaluate(

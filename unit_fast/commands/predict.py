@@ -7,9 +7,12 @@ from pathlib import Path
 
 import tyro
 
-from unit_fast.commands.shown import errors_as_json
+from unit_fast.commands.shown import errors_as_json, take_threads
 from unit_fast.config import RunConfig
 from unit_fast.errors import UserError, printable
+
+COMMON = ("task", "image", "text", "texts", "threshold", "save", "json", "coco", "device")
+"""What most people need."""
 
 
 @dataclass(kw_only=True)
@@ -19,7 +22,7 @@ class Options:
     run: tyro.conf.Positional[str]
     """Run folder, checkpoint folder or model.safetensors."""
     task: str
-    """coco, vg, vqa2, snli_ve, qnli, mnli, qqp or sst2."""
+    """coco, vg, vqa2, snli_ve, qnli, mnli, qqp, sst2, or a task of one's own: detect, answer, entail, classify."""
     image: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A JPEG or PNG file, a folder of them, or a pattern in quotes ('in/*.jpg'); again for more."""
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -47,7 +50,7 @@ class Options:
     device: str = "auto"
     """auto takes CUDA where there is one."""
     threads: int = 0
-    """CPU threads; 0 keeps the default."""
+    """CPU threads; 0 takes OMP_NUM_THREADS, else the cores that are free."""
     json: bool = False
     """Print JSON, also of an error."""
 
@@ -58,8 +61,7 @@ def run(options: Options) -> int:
 
 
 def _predict(options: Options) -> int:
-    import torch
-
+    from unit_fast.evaluation.labels import TaskLabels
     from unit_fast.prediction.files import Pictures, read_image_ids
     from unit_fast.prediction.predictor import load
     from unit_fast.run.setup import device_of
@@ -73,11 +75,10 @@ def _predict(options: Options) -> int:
     for name, path in (("--json", options.json_file), ("--coco", options.coco)):
         if path and not Path(path).parent.is_dir():
             raise UserError(f"{name} {printable(path, 400)}: there is no such folder; make it, or give another path")
-    text = _text(options, task)
     ids = read_image_ids(options.annotations) if options.annotations else None
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    take_threads(options.device, options.threads)
     model = load(options.run, device=device_of(RunConfig(device=options.device)), ema=options.ema)
+    text = _text(options, task, model.labels.get(task.name, TaskLabels()))
     image = options.image[0] if len(options.image) == 1 else list(options.image) or None
     found = model.stream(
         options.task, image, text, threshold=options.threshold, top=options.top, batch_size=options.batch
@@ -99,16 +100,17 @@ def _predict(options: Options) -> int:
     return int(failed > 0)
 
 
-def _text(options: Options, task):
+def _text(options: Options, task, labels):
     """The text, or the list of texts, as ``Predictor.predict`` takes them."""
-    from unit_fast.prediction.inputs import PAIRS, read_texts
+    from unit_fast.prediction.inputs import is_pair, read_texts
 
+    pair = is_pair(task, labels)
     given = options.text + ((options.text_b,) if options.text_b is not None else ())
     if options.texts is not None:
         if given:
             raise UserError("--texts and --text: give one of them")
-        return read_texts(options.texts, task)
-    if task.short in PAIRS or len(given) < 2:
+        return read_texts(options.texts, pair)
+    if pair or len(given) < 2:
         return (given[0] if len(given) == 1 else given) or None
     return list(given)
 

@@ -1,18 +1,23 @@
 """``unit-fast train``."""
 
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from unit_fast.commands.command_line import value_of
-from unit_fast.commands.shown import show_metrics, show_report
-from unit_fast.config import RunConfig, load_config, to_json
+from unit_fast.commands.command_line import given, value_of
+from unit_fast.commands.shown import show_metrics, show_report, take_threads
+from unit_fast.config import RunConfig, load_config
 from unit_fast.errors import UserError
 from unit_fast.tasks import get_task
+
+COMMON = (
+    "recipe", "data_root", "tasks", "batch", "steps", "optim.lr", "init_from", "out", "resume", "eval_every", "device",
+    "threads", "seed", "config_file", "dry_run",
+)  # fmt: skip
+"""What most runs need."""
 
 
 @dataclass(kw_only=True)
@@ -24,7 +29,8 @@ class Options:
     tasks: str | None = None
     """Train only these tasks of the recipe, e.g. coco,vqa2; their ratios are renormalised."""
     batch: int | None = None
-    """Samples per forward pass (the same as --batch-per-process); the effective batch is this times --accumulate."""
+    """Samples per forward pass (the same as --batch-per-process); --accumulate follows where a recipe says how many
+    samples an update has, 64 for the paper's."""
     config_file: str | None = None
     """A JSON, YAML or TOML file with settings, e.g. a run's config.json; with --recipe it changes the recipe."""
     out: str | None = None
@@ -36,7 +42,10 @@ class Options:
     stop_at: int | None = None
     """Save and stop after this many steps in all; the schedule still spans --steps."""
     dry_run: bool = False
-    """Print the resolved configuration, parameters and memory, and stop."""
+    """Print the resolved configuration, parameters and memory, look at data, weights and --out as the run would, and
+    stop."""
+    measure: bool = False
+    """With --dry-run: train some seconds on each task and print the steps an hour."""
     progress: Literal["auto", "plain", "none"] = "auto"
     """auto: one live line on a terminal, else a plain line an interval."""
     config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
@@ -44,25 +53,41 @@ class Options:
 
 def run(options: Options) -> int:
     config = config_of(options)
+    if options.measure and not options.dry_run:
+        raise UserError("--measure: give it with --dry-run")
     if options.dry_run:
-        return _dry_run(config)
-    from unit_fast import report
-    from unit_fast.run.folder import default_folder
-    from unit_fast.run.train import train
-    from unit_fast.weights.checkpoint import run_of
+        from unit_fast.commands import dry_run
 
-    if not config.data.root and not config.data.paths:
-        raise UserError("no data: give --data-root ROOT (`unit-fast data generate DIR` makes one to try)")
-    if options.resume == "auto" and options.out is None:
-        raise UserError("--resume auto: give the run folder with --out DIR")
-    out = options.out or (options.resume and run_of(options.resume)) or default_folder(config.recipe)
+        return dry_run.run(config, _out(options, config), options.resume, options.allow_changed, options.measure)
+    from unit_fast import report
+    from unit_fast.run.train import train
+
+    check_data(config)
+    # a resumed run goes on with as many threads as it began with, or its bits would be others
+    take_threads(config.device, config.threads, keep=options.resume is not None)
     run = train(
-        config, out, options.resume, stop_at=options.stop_at, allow_changed=options.allow_changed,
+        config, _out(options, config), options.resume, stop_at=options.stop_at, allow_changed=options.allow_changed,
         progress=options.progress, drawn=report.write_samples,
     )  # fmt: skip
     show_metrics(run.metrics)
     show_report(run)
     return run.exit_code
+
+
+def check_data(config: RunConfig) -> None:
+    """``UserError`` where the configuration names no data."""
+    if not config.data.root and not config.data.paths:
+        raise UserError("no data: give --data-root ROOT (`unit-fast data generate DIR` makes one to try)")
+
+
+def _out(options: Options, config: RunConfig):
+    """The run folder."""
+    from unit_fast.run.folder import default_folder
+    from unit_fast.weights.checkpoint import run_of
+
+    if options.resume == "auto" and options.out is None:
+        raise UserError("--resume auto: give the run folder with --out DIR")
+    return options.out or (options.resume and run_of(options.resume)) or default_folder(config.recipe)
 
 
 def config_of(options: Options) -> RunConfig:
@@ -88,7 +113,20 @@ def default(arguments: list[str]) -> Options:
         config = recipe(name or "all8_shared")
     if tasks := value_of(arguments, "--tasks"):
         config = _only(config, tasks)
-    return Options(config=config)
+    return Options(config=_to_follow(config, arguments))
+
+
+def _to_follow(config: RunConfig, arguments: list[str]) -> RunConfig:
+    """``config`` without the batch or the accumulation where only the other is given: it follows then."""
+    batch, accumulate = given(arguments, "--batch", "--batch-per-process"), given(arguments, "--accumulate")
+    target = given(arguments, "--target-batch")
+    if batch and accumulate and target:
+        raise UserError("--target-batch: follows from --batch and --accumulate; give at most two of the three")
+    if accumulate and not batch and (target or config.target_batch):
+        return dataclasses.replace(config, batch_per_process=0)
+    if target or batch and not accumulate and config.target_batch:
+        return dataclasses.replace(config, accumulate=0)
+    return config
 
 
 def _folder_to_resume(arguments: list[str]) -> Path | None:
@@ -117,24 +155,3 @@ def _only(config: RunConfig, tasks: str) -> RunConfig:
         ratios={name: ratio for name, ratio in config.ratios.items() if name in chosen},
         task_batch={name: size for name, size in config.task_batch.items() if name in chosen},
     )
-
-
-def _dry_run(config: RunConfig) -> int:
-    from unit_fast.commands.dry_run import plan
-    from unit_fast.data.outputs import resolved
-    from unit_fast.recipes import batch_note
-
-    config, lines = resolved(config)
-    for line in lines:
-        print(line, file=sys.stderr)
-    found = plan(config)
-    print(to_json(config), end="")
-    print(f"parameters       {found['parameters']:,}, {found['trainable']:,} trained")
-    print(f"batch            {batch_note(config)}")
-    fixed, kept = found["weights_gradients_optimizer_gib"], found["activations_gib"]
-    print(
-        f"memory           at least {found['memory_gib']:.1f} GiB on {found['device']}: {fixed:.1f} GiB of weights, "
-        "gradients and optimiser, and for the backward pass of one batch of the largest samples (float32)\n"
-        f"                 {', '.join(f'{name} {size:.2f}' for name, size in kept.items())} GiB"
-    )
-    return 0

@@ -70,9 +70,11 @@ def reader_of(task: Task) -> type:
     from unit_fast.data.readers.coco import Coco
     from unit_fast.data.readers.coco_folder import CocoFolder
     from unit_fast.data.readers.glue import Glue
+    from unit_fast.data.readers.own import Answer, Classify, Entail
     from unit_fast.data.readers.snli_ve import SnliVe
     from unit_fast.data.readers.visual_genome import VisualGenome
     from unit_fast.data.readers.vqa2 import Vqa2
 
     readers = {"coco": Coco, "vg": VisualGenome, "vqa2": Vqa2, "snli_ve": SnliVe, "detect": CocoFolder}
+    readers |= {reader.of.short: reader for reader in (Answer, Entail, Classify)}
     return readers.get(task.short, Glue)

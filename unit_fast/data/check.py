@@ -9,20 +9,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from unit_fast.config import DataConfig, TaskConfig, default_tasks
-from unit_fast.data import open_dataset
+from unit_fast.data import open_dataset, reader_of
 from unit_fast.data.errors import BadImage, EmptySplit, Finding, Findings, MissingSplit
 from unit_fast.data.images.checked import CheckedImages
 from unit_fast.data.images.decode import image_size
-from unit_fast.data.layout import Layout
+from unit_fast.data.layout import PLACES, Layout
 from unit_fast.data.outputs import resolved_task
 from unit_fast.data.readers.dataset import SPLITS
+from unit_fast.data.readers.sources import existing
 from unit_fast.data.readers.vqa2 import read_answers
 from unit_fast.data.shards.member import NOT_IN_SHARDS
 from unit_fast.data.store.cache import open_cache
 from unit_fast.data.store.files import describe
 from unit_fast.data.text.wordpieces import load_vocabulary
 from unit_fast.errors import UserError, printable
-from unit_fast.tasks import TASKS
+from unit_fast.tasks import OWN, TASKS, get_task
+
+CLASSES = 12
+"""Classes whose boxes are counted in the summary."""
 
 
 @dataclass
@@ -51,6 +55,8 @@ class CheckReport:
     splits: list[SplitReport]
     decoded: bool = False
     """Whether every image was decoded, not only its header read."""
+    lines: list[str] = field(default_factory=list)
+    """What follows from the files: classes, and what is kept for validation."""
 
     @property
     def ok(self) -> bool:
@@ -64,6 +70,7 @@ class CheckReport:
             "root": self.root,
             "ok": self.ok,
             "decoded": self.decoded,
+            "lines": self.lines,
             "splits": [dataclasses.asdict(split) for split in self.splits],
         }
 
@@ -85,12 +92,17 @@ class CheckReport:
         notes = sum(f.count for s in self.splits for f in s.findings if f.severity == "note")
         what = "all images decoded" if self.decoded else "image headers read"
         if not any(s.samples for s in self.splits):
-            return f"{printable(self.root, 400)}: no usable data found"
+            return (
+                f"{printable(self.root, 400)}: no usable data found: no published data set in its layout and no file "
+                "of your own (train/_annotations.coco.json, annotations/instances_*.json and the like; a YOLO or VOC "
+                "folder is converted by unit-fast data prepare)"
+            )
         return f"{'clean' if self.ok else 'NOT usable as it is'}: {errors:,} errors, {notes:,} notes ({what})"
 
     def __str__(self) -> str:
         lines = [f"data root {printable(self.root, 400)}"]
         lines += [f"  {' '.join(filter(None, row))}" for row in self.rows()]
+        lines += [printable(line, 600) for line in self.lines]
         for task, split, severity, title, examples in self.problems():
             lines.append(f"{severity}: {task} {split}: {title}")
             lines += [f"    {printable(example, 400)}" for example in examples]
@@ -107,6 +119,7 @@ class CheckReport:
         for row in self.rows():
             table.add_row(*map(escape, row), style="dim" if row[2] in ("missing", "empty") else None)
         yield table
+        yield from (escape(printable(line, 600)) for line in self.lines)
         for task, split, severity, title, examples in self.problems():
             yield f"[{'red' if severity == 'error' else 'yellow'}]{severity}[/] {task} {split}: {escape(title)}"
             yield from (f"    {escape(printable(example, 400))}" for example in examples)
@@ -117,6 +130,9 @@ def _counts(facts) -> str:
     if "why" in facts:
         return printable(facts["why"], 400)
     parts = [f"{name} {value:,}" for name, value in facts.items() if type(value) is int]
+    if by_class := facts.get("boxes by class"):
+        more = f" and {len(by_class) - CLASSES} more" if len(by_class) > CLASSES else ""
+        parts.append(f"of them {', '.join(f'{n:,} {name}' for name, n in list(by_class.items())[:CLASSES])}{more}")
     return printable(", ".join(parts), 400)
 
 
@@ -137,7 +153,8 @@ def check(
         root: data root.
         data: settings; its ``root`` is replaced. Default: the published ones.
         tasks: data set key -> what the model has for it, to compare class ids, answers and text lengths with. Default:
-            the published numbers, with as many VQA answers as the root's own list has (its size is then reported).
+            the published numbers, with as many VQA answers as the root's own list has (its size is then reported); in a
+            root without any published data set the tasks on a user's own files that are there.
         decode: decode every image instead of reading headers only; finds files that are cut off. What is found is
             kept in ``data.cache_dir`` for training with DALI.
         examples: examples kept of each kind of finding.
@@ -150,6 +167,8 @@ def check(
     layout = Layout(data)
     checked = CheckedImages(open_cache(data).folder, data.max_pixels) if decode else None
     splits: list[SplitReport] = []
+    if tasks is None and (own := _own_tasks(layout)):
+        tasks = own
     if tasks is None:
         tasks = default_tasks(*TASKS)
         answers = _shared(splits, layout, "vqa2.answers", "answers", lambda p: read_answers(p, None), examples)
@@ -163,22 +182,34 @@ def check(
             )  # fmt: skip
         if answers is not None:
             tasks["vqa2"] = dataclasses.replace(tasks["vqa2"], outputs=len(answers))
-    _shared(splits, layout, "bert.vocab", "vocabulary", load_vocabulary, examples)
+    if any(get_task(name).has_text for name in tasks):
+        _shared(splits, layout, "bert.vocab", "vocabulary", load_vocabulary, examples)
+    lines = []
     uncached = dataclasses.replace(data, cache_dir="")  # a check of the files reads the files
     for name, config in tasks.items():
         try:
-            tasks[name], _ = resolved_task(name, uncached, config)
+            tasks[name], said = resolved_task(name, uncached, config)
         except UserError:  # a split's report says what is wrong
             continue
+        lines += said
     seen: dict[str, tuple[int, int] | BadImage | list[str]] = {}
     for name, config in tasks.items():
         for split in SPLITS:
             if progress is not None:
-                progress(f"{TASKS[name].short} {split}")
+                progress(f"{get_task(name).short} {split}")
             splits.append(_check_split(name, split, data, config, checked, examples, seen))
     if checked:
         checked.close()
-    return CheckReport(str(root), splits, decode)
+    return CheckReport(str(root), splits, decode, lines)
+
+
+def _own_tasks(layout: Layout) -> dict[str, TaskConfig]:
+    """The tasks on a user's own files that are there, where no published data set is."""
+    published = {task.short for task in TASKS.values()}
+    keys = [key for key in PLACES if key.split(".")[0] in published and not key.endswith("images")]
+    if any(existing(layout, key)[key] for key in keys):
+        return {}
+    return default_tasks(*(name for name, task in OWN.items() if reader_of(task).present(layout)))
 
 
 def _shared(splits, layout, key, title, read, examples):
@@ -202,7 +233,7 @@ def _shared(splits, layout, key, title, read, examples):
 
 
 def _check_split(name, split, data, config, checked, examples, seen) -> SplitReport:
-    report = SplitReport(TASKS[name].short, split)
+    report = SplitReport(get_task(name).short, split)
     findings = Findings(strict=False, examples=examples)
     try:
         dataset = open_dataset(name, split, data, config, augment=False, findings=findings)

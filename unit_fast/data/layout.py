@@ -28,13 +28,36 @@ def _coco_folder(*words: str) -> tuple[str, ...]:
         "annotations/instances_{0}*.json", "coco/annotations/instances_{0}*.json", "annotations/{0}*.json",
         "annotations/*_{0}.json", "instances_{0}*.json", "{0}.json", "{0}_*.json", "*_{0}.json",
     )  # fmt: skip
-    return tuple(form.format(word) for form in forms for word in words)
+    return _mixed(tuple(form.format(word) for form in forms for word in words))
+
+
+def _mixed(places: tuple[str, ...]) -> tuple[str, ...]:
+    """Places of one's own boxes, before them the same in a folder ``detect``, beside which other data sets lie."""
+    return (*(f"detect/{place}" for place in places), *places)
 
 
 def _image_folders(*words: str) -> tuple[str, ...]:
     """Places of one split's images in such a folder."""
     below = ("{0}", "images/{0}", "{0}/images", "coco/images/{0}", "coco/{0}", "data/{0}")
-    return (*(form.format(word) for form in below for word in words), "images", "data", "JPEGImages", ".")
+    here = (*(form.format(word) for form in below for word in words), "images", "data", "JPEGImages", ".")
+    return _mixed(here)
+
+
+OWN_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
+"""Split -> the names its table may have in a data set of one's own."""
+
+
+def _own(task: str) -> dict[str, tuple[str, ...]]:
+    """Places of the tables and images of one's own data set for ``task``: in a folder of its name, or in the root."""
+    places = {}
+    for split, names in OWN_SPLITS.items():
+        tables = [f"{name}.{kind}" for name in names for kind in ("csv", "tsv", "jsonl", "json")]
+        if task == "answer":
+            tables += [f"*{name}*questions.json" for name in names]
+        places[f"{task}.{split}"] = tuple(f"{folder}{table}" for folder in (f"{task}/", "") for table in tables)
+    if task != "classify":
+        places[f"{task}.images"] = (f"{task}/images", "images")
+    return places
 
 
 PLACES: dict[str, tuple[str, ...]] = {
@@ -59,19 +82,21 @@ PLACES: dict[str, tuple[str, ...]] = {
     "detect.train_annotations": _coco_folder("train", "Train"),
     "detect.val_annotations": _coco_folder("valid", "val", "validation", "Validation", "Val"),
     "detect.test_annotations": _coco_folder("test", "Test"),
-    "detect.annotations": (
-        "_annotations.coco.json",
-        "annotations/instances_default.json",
-        "instances_default.json",
-        "annotations.json",
-        "result.json",
-        "instances.json",
-        "annotations/instances.json",
-        "annotations/annotations.json",
-        "coco.json",
-        "labels.json",
-        "annotations/*.json",
-        "*.json",
+    "detect.annotations": _mixed(
+        (
+            "_annotations.coco.json",
+            "annotations/instances_default.json",
+            "instances_default.json",
+            "annotations.json",
+            "result.json",
+            "instances.json",
+            "annotations/instances.json",
+            "annotations/annotations.json",
+            "coco.json",
+            "labels.json",
+            "annotations/*.json",
+            "*.json",
+        )
     ),
     "detect.train_images": _image_folders("train", "train2017"),
     "detect.val_images": _image_folders("valid", "val", "validation", "val2017"),
@@ -111,6 +136,9 @@ PLACES: dict[str, tuple[str, ...]] = {
     "sst2.train": _glue("SST-2", "train", "sst2/train"),
     "sst2.val": _glue("SST-2", "dev", "sst2/validation"),
     "sst2.test": _glue("SST-2", "test", "sst2/test"),
+    **_own("answer"),
+    **_own("entail"),
+    **_own("classify"),
 }
 """Key -> places, in the order they are tried. Of those of ``detect.*_images`` the one counts that has the images."""
 
@@ -132,6 +160,7 @@ class Layout:
         if not self.root.is_dir():
             raise UserError(f"data root {printable(self.root, 400)}: no such folder; give --data-root DIR")
         self.overrides = dict(data.paths)
+        self.columns = data.columns
         if data.vocab is not None:
             # the field's own path is relative to the working folder, as other command line paths
             self.overrides["bert.vocab"] = str(Path(data.vocab).expanduser().absolute())

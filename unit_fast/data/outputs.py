@@ -4,6 +4,7 @@ import dataclasses
 
 from unit_fast.config import DataConfig, RunConfig, TaskConfig
 from unit_fast.data import reader_of
+from unit_fast.data.errors import MissingSplit
 from unit_fast.errors import UserError
 from unit_fast.tasks import get_task
 
@@ -11,12 +12,21 @@ from unit_fast.tasks import get_task
 def resolved(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """The configuration with every task's ``outputs`` and ``classes`` filled in, and lines that tell what was found.
 
-    A task that has its classes already, as in the configuration that a run wrote, is left as it is. ``UserError`` where
-    the files cannot be used.
+    A task that has its classes already, as in the configuration that a run wrote, is left as it is. One whose classes
+    would come from the data, and that no sample is drawn of (``ratios``), is left out. ``UserError`` where the files
+    cannot be used.
     """
     tasks, told = {}, []
     for name, task in config.model.tasks.items():
-        tasks[name], lines = resolved_task(name, config.data, task)
+        if task.outputs == 0 and config.ratios and not config.ratios.get(name):
+            told.append(f"{get_task(name).short}: has no share in ratios and is left out")
+            continue
+        try:
+            tasks[name], lines = resolved_task(name, config.data, task)
+        except MissingSplit as error:
+            if len(config.model.tasks) == 1:
+                raise
+            raise MissingSplit(f"{error}; or leave the task out with --ratios.{name} 0") from None
         told += lines
     if tasks == config.model.tasks:
         return config, told

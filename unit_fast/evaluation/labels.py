@@ -1,6 +1,7 @@
 """The names behind a model's outputs, kept in the run folder so that a run predicts without its data sets.
 
-``labels.json``: data set key -> ``{"classes": {id: name}}`` (detection; Visual Genome also ``"attributes"``),
+``labels.json``: data set key -> ``{"classes": {id: name}}`` (detection; Visual Genome also ``"attributes"``; with
+``"category_ids": {class: id}`` where classes are numbered by their order),
 ``{"answers": [...]}`` (VQA) or ``{"classes": {index: name}}``. Beside it ``vocab.txt``, the word pieces of the texts.
 """
 
@@ -13,11 +14,12 @@ from unit_fast.config import RunConfig
 from unit_fast.data.layout import Layout
 from unit_fast.data.store.files import read_json
 from unit_fast.data.text.wordpieces import load_vocabulary
+from unit_fast.data.vocabulary import VOCABULARY
 from unit_fast.errors import UserError, printable
 from unit_fast.evaluation.task_results import write_aside
-from unit_fast.tasks import get_task
+from unit_fast.tasks import OWN, get_task
 
-LABELS, VOCABULARY = "labels.json", "vocab.txt"
+LABELS = "labels.json"
 
 
 @dataclass(kw_only=True)
@@ -30,6 +32,10 @@ class TaskLabels:
     """VQA: answer by index."""
     attributes: dict[int, str] = field(default_factory=dict)
     """Visual Genome: attribute id -> name."""
+    texts: int = 0
+    """Sentences a task of one's own takes; 0 for the others."""
+    category_ids: dict[int, int] = field(default_factory=dict)
+    """Detection: class -> category id in the files it was trained on, where the class is not itself the id."""
 
 
 def write_labels(folder: str | Path, config: RunConfig, datasets: dict) -> Path:
@@ -43,14 +49,20 @@ def write_labels(folder: str | Path, config: RunConfig, datasets: dict) -> Path:
         task = get_task(name)
         if task.is_detection:
             entries[task.name] = {"classes": {str(k): str(v) for k, v in sorted(dataset.class_names.items())}}
+            if dataset.category_ids:
+                entries[task.name]["category_ids"] = {str(k): v for k, v in dataset.category_ids.items()}
             if task.attributes and (names := _attribute_names(layout)):
                 entries[task.name]["attributes"] = names
         elif task.loss == "bce":
             entries[task.name] = {"answers": [str(answer) for answer in dataset.answers]}
         else:
-            entries[task.name] = {"classes": {str(i): label for i, label in enumerate(task.labels)}}
+            entries[task.name] = {"classes": {str(i): label for i, label in dataset.class_names.items()}}
+        if task.name in OWN and task.has_text:
+            entries[task.name]["texts"] = len(dataset.columns)
     if any(get_task(name).has_text for name in datasets):
-        shutil.copyfile(layout.find("bert.vocab"), folder / VOCABULARY)
+        source = layout.find("bert.vocab")
+        if not (folder / VOCABULARY).exists() or not source.samefile(folder / VOCABULARY):
+            shutil.copyfile(source, folder / VOCABULARY)
     return write_aside(folder / LABELS, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -103,6 +115,8 @@ def read_labels(folder: str | Path) -> dict[str, TaskLabels]:
                 classes={int(k): str(v) for k, v in entry.get("classes", {}).items()},
                 answers=[str(answer) for answer in entry.get("answers", [])],
                 attributes={int(k): str(v) for k, v in entry.get("attributes", {}).items()},
+                texts=int(entry.get("texts", 0)),
+                category_ids={int(k): int(v) for k, v in entry.get("category_ids", {}).items()},
             )
             for name, entry in content.items()
         }

@@ -3,6 +3,7 @@
 Every metric is a sum and a count, so that it does not depend on how the samples were batched.
 """
 
+import collections
 import contextlib
 import functools
 import importlib.util
@@ -89,7 +90,9 @@ def _say_once(scorer: str) -> None:
     _log.info("COCO average precision by %s", scorer)
 
 
-def coco_average_precision(ground_truth: dict, results: list[dict], image_ids=None, scorer: str = "auto") -> dict:
+def coco_average_precision(
+    ground_truth: dict, results: list[dict], image_ids=None, scorer: str = "auto", *, by_class: bool = False
+) -> dict:
     """Figures of COCOeval for boxes, those of ``AP_KEYS`` that are defined on this ground truth.
 
     ``ground_truth`` is a COCO annotation dict (``images``, ``annotations``, ``categories``), ``results`` a COCO result
@@ -100,6 +103,9 @@ def coco_average_precision(ground_truth: dict, results: list[dict], image_ids=No
     Ids may be any numbers or texts. An annotation whose ``area`` is missing or not positive has its box's. One whose
     category is not in ``categories``, or whose image is not in ``images``, is not scored, as by the official tool;
     where there are no categories at all, those of the annotations are taken. All this is said in the log.
+
+    by_class: with ``by_class`` too, category id -> its ``AP``, ``AP50`` (where it has an object) and number of
+    ``objects``, crowd regions not counted.
 
     Raises:
         UserError: results or ``image_ids`` for an image that is not in the ground truth; a score or box that is not
@@ -129,7 +135,23 @@ def coco_average_precision(ground_truth: dict, results: list[dict], image_ids=No
         evaluation.accumulate()
         evaluation.summarize()
     # -1 is COCOeval's "no such object"
-    return {key: float(value) for key, value in zip(AP_KEYS, evaluation.stats) if value > -1}
+    figures = {key: float(value) for key, value in zip(AP_KEYS, evaluation.stats) if value > -1}
+    if by_class:
+        chosen = set(images.values()) if wanted is None else set(wanted)
+        objects = [a for a in truth["annotations"] if a["image_id"] in chosen and not a["iscrowd"]]
+        counts = collections.Counter(a["category_id"] for a in objects)
+        order = {number: k for k, number in enumerate(evaluation.params.catIds)}
+        figures["by_class"] = {
+            category: {**_of_class(evaluation.eval["precision"], order[number]), "objects": counts[number]}
+            for category, number in categories.items()
+        }
+    return figures
+
+
+def _of_class(precision, k: int) -> dict[str, float]:
+    """``AP`` and ``AP50`` of the category at place ``k``, from COCOeval's [IoU, recall, category, area, most boxes]."""
+    values = precision[:, :, k, 0, -1]
+    return {} if (values < 0).all() else {"AP": float(values[values > -1].mean()), "AP50": float(values[0].mean())}
 
 
 def _coco(kind, dataset: dict):

@@ -52,6 +52,12 @@ class Detection:
         self.found: dict[int, tuple[object, list[dict]]] = {}
         """Index of the sample -> image id and its boxes; none of an image that could not be read."""
         self.names = dataset.class_names
+        self.ids: dict[int, int] = getattr(dataset, "category_ids", {})
+        """Class -> category id, where they differ."""
+        self.titles = {self.ids.get(label, label): str(name) for label, name in self.names.items()}
+        """Category id -> name."""
+        self.by_class: list[dict] = []
+        """A row a class: name, category id, ``AP``, ``AP50`` and ``objects``."""
 
     def labelled(self, sample: dict) -> bool:
         return sample.get("labels") is not None
@@ -72,7 +78,7 @@ class Detection:
             found = [
                 {
                     "image_id": sample["image_id"],
-                    "category_id": category,
+                    "category_id": self.ids.get(category, category),
                     "bbox": [round(x, 4) for x in box],
                     "score": round(score, 8),
                 }
@@ -100,7 +106,11 @@ class Detection:
         known = [image["id"] for image in truth["images"]]
         seen = {image_id for image_id, _ in self.found.values()}
         ids = [i for i in known if i in seen] if limited else known
-        figures = coco_average_precision(truth, self.results(), ids, scorer)
+        figures = coco_average_precision(truth, self.results(), ids, scorer, by_class=True)
+        rows, titles = figures.pop("by_class"), self.titles
+        self.by_class = [{"name": titles[i], "category_id": i, **row} for i, row in rows.items() if i in titles]
+        if self.ids:
+            figures["by_class"] = self.by_class
         if self.task.metric not in figures:
             _log.warning(
                 "%s: no object in the %d images: their average precision is undefined", self.task.short, len(ids)
@@ -108,6 +118,8 @@ class Detection:
         return {**figures, "chance": 0.0, "count": len(ids)}
 
     def write(self, stem: Path) -> Path:
+        if self.by_class:
+            write_aside(stem.with_name(f"{stem.name}_by_class.json"), json.dumps(self.by_class, indent=1))
         text = json.dumps(self.results(), separators=(",", ":"), allow_nan=False)
         return write_aside(stem.with_suffix(".json"), text)
 
@@ -119,14 +131,14 @@ class Detection:
             boxes = boxes * image_scale(height, width, boxes)
             labels = torch.as_tensor(sample["labels"]).tolist()
             truth = [
-                {"label": self._name(label), "bbox": [round(x, 2) for x in box]}
+                {"label": self._title(self.ids.get(label, label)), "bbox": [round(x, 2) for x in box]}
                 for label, box in zip(labels, boxes.tolist())
             ]
-        found = [{"label": self._name(r["category_id"]), "bbox": r["bbox"], "score": r["score"]} for r in prediction]
+        found = [{"label": self._title(r["category_id"]), "bbox": r["bbox"], "score": r["score"]} for r in prediction]
         return {"truth": truth, "prediction": found, "size": [height, width]}
 
-    def _name(self, category: int) -> str:
-        return str(self.names.get(category, category))
+    def _title(self, category_id: int) -> str:
+        return self.titles.get(category_id, str(category_id))
 
 
 class _Scored:
@@ -190,11 +202,11 @@ class Answers(_Scored):
 
 
 class Classes(_Scored):
-    """SNLI-VE and GLUE: the most likely class."""
+    """SNLI-VE, GLUE and one's own labels: the most likely class."""
 
     def __init__(self, dataset, task: Task, attributes: bool = False):
         super().__init__(dataset, task)
-        self.metric = Accuracy()
+        self.metric, self.names = Accuracy(), dataset.class_names
 
     def labelled(self, sample: dict) -> bool:
         # test files carry -1
@@ -223,7 +235,7 @@ class Classes(_Scored):
         return predictions
 
     def _name(self, index: int) -> str:
-        return self.task.labels[index] if index < len(self.task.labels) else str(index)
+        return self.names.get(index, str(index))
 
     def write(self, stem: Path) -> Path:
         rows = (json.dumps(row, allow_nan=False) + "\n" for row in self._in_order())

@@ -71,9 +71,9 @@ class NoPacking:
 def packing_of(mask_BT: Tensor) -> Packing | NoPacking:
     """Packing where at least a tenth of the tokens is padding and reading their number costs nothing.
 
-    A step of fused operators reads nothing, also where it runs on a CPU.
+    A step of fused operators reads nothing, also where it runs on a CPU, nor does a compiled or exported one.
     """
-    if mask_BT.device.type != "cpu" or ops.mode() == "fused":
+    if mask_BT.device.type != "cpu" or ops.mode() == "fused" or torch.compiler.is_compiling():
         return NoPacking()
     packing = Packing(mask_BT)
     return packing if len(packing.index) <= 0.9 * mask_BT.numel() else NoPacking()

@@ -16,6 +16,7 @@ from unit_fast.data import BadImage
 from unit_fast.data.images.decode import load_image, to_rgb
 from unit_fast.data.store.files import open_file
 from unit_fast.errors import UserError, printable
+from unit_fast.evaluation.labels import TaskLabels
 from unit_fast.tasks import Task
 
 ENDINGS = (".jpg", ".jpeg", ".png")
@@ -24,7 +25,8 @@ PAIRS = ("qnli", "mnli", "qqp")
 """Tasks about two sentences."""
 TEXT_OF = {
     "vqa2": "a question", "snli_ve": "a hypothesis about the image", "qnli": "a question and a sentence",
-    "mnli": "a premise and a hypothesis", "qqp": "two questions", "sst2": "a sentence",
+    "mnli": "a premise and a hypothesis", "qqp": "two questions", "sst2": "a sentence", "answer": "a question",
+    "entail": "a text about the image",
 }  # fmt: skip
 """What the text of a task is."""
 TEXTS_LIMIT = 256 * 2**20
@@ -177,17 +179,21 @@ def upright(image: Image.Image) -> Image.Image:
 # --------------------------------------------------------------------------------------------------------- texts
 
 
-def texts(task: Task, text) -> Text | list[Text] | None:
+def is_pair(task: Task, labels: TaskLabels) -> bool:
+    """Whether a task is about two sentences; a task of one's own is where its table was."""
+    return labels.texts == 2 if labels.texts else task.short in PAIRS
+
+
+def texts(task: Task, text, pair: bool) -> Text | list[Text] | None:
     """The text of a task, checked; of a list those of each prediction. None for a task without.
 
-    One sentence is a string, a pair two strings; a list of strings (of pairs) is several. ``UserError`` naming what is
-    missing.
+    pair: the task is about two sentences. One sentence is a string, a pair two strings; a list of strings (of pairs) is
+    several. ``UserError`` naming what is missing.
     """
     if not task.has_text:
         if text is not None and text != "":
             raise UserError(f"{task.short} takes no text, only an image; leave the text out")
         return None
-    pair = task.short in PAIRS
     several = isinstance(text, list) and text and (not pair or not isinstance(text[0], str))
     if not several:
         return _one_text(task, pair, text, "")
@@ -200,15 +206,16 @@ def _one_text(task: Task, pair: bool, text, where: str) -> Text:
     if len(parts) != wanted or not all(isinstance(part, str) and part.strip() for part in parts):
         how = 'text=("...", "...") (--text twice)' if pair else 'text="..." (--text)'
         empty = " (empty)" if any(not str(part).strip() for part in parts) else ""
+        needed = TEXT_OF.get(task.short, "two texts" if pair else "a text")
         raise UserError(
-            f"{where}{task.short} needs {TEXT_OF.get(task.short, 'a text')}, found {len(parts)} "
-            f"text{'' if len(parts) == 1 else 's'}{empty}; give {how}"
+            f"{where}{task.short} needs {needed}, found {len(parts)} text{'' if len(parts) == 1 else 's'}{empty}; "
+            f"give {how}"
         )
     return tuple(parts) if pair else parts[0]
 
 
-def read_texts(path: str | Path, task: Task) -> list[Text]:
-    """The texts in a file, one a line; for a task about pairs two with a tab between. ``UserError`` naming the line."""
+def read_texts(path: str | Path, pair: bool) -> list[Text]:
+    """The texts in a file, one a line; of a ``pair`` two with a tab between. ``UserError`` naming the line."""
     where = printable(path, 400)
     with open_file(path, TEXTS_LIMIT) as file:
         data = file.read()
@@ -216,7 +223,7 @@ def read_texts(path: str | Path, task: Task) -> list[Text]:
         lines = data.decode("utf-8-sig").rstrip("\r\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    return list(_parsed(lines, where, task.short in PAIRS))
+    return list(_parsed(lines, where, pair))
 
 
 def _parsed(lines: list[str], where: str, pair: bool) -> Iterator[Text]:

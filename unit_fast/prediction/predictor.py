@@ -21,7 +21,7 @@ from unit_fast.evaluation.labels import VOCABULARY, TaskLabels, find_labels, rea
 from unit_fast.evaluation.precision import autocast, finite_rows, nonfinite_weights, why_nonfinite
 from unit_fast.evaluation.task_results import detections
 from unit_fast.numerics import full_precision
-from unit_fast.prediction.inputs import TEXT_OF, Source, Text, sources, texts
+from unit_fast.prediction.inputs import TEXT_OF, Source, Text, is_pair, sources, texts
 from unit_fast.prediction.prediction import Prediction
 from unit_fast.prediction.thresholds import THRESHOLD, read_thresholds
 from unit_fast.tasks import Task, get_task
@@ -186,7 +186,7 @@ class Predictor:
         if known.has_image and image is None:
             raise UserError(f"{known.short} needs an image; give image= (--image) the path of a JPEG or PNG file")
         found = sources(image, self.config.data.max_pixels) if known.has_image else None
-        asked = texts(known, text)
+        asked = texts(known, text, is_pair(known, self.labels.get(known.name, TaskLabels())))
         if known.has_text and self.words is None:
             raise UserError(
                 f"{known.short}: the run folder has no {VOCABULARY}; copy it from the data root's bert folder"
@@ -326,13 +326,12 @@ class Predictor:
                 [names.attributes.get(i) if v > 0 else None for v, i in zip(*row)]
                 for row in zip(best.values.tolist(), best.indices.tolist())
             ]
-        ids = getattr(names, "category_ids", {})
         for (height, width), *row in zip(batch.orig_size.tolist(), scores, classes, boxes, attributes):
             items = []
             for score, label, (x, y, w, h), attribute in zip(*row):
                 corners = [min(max(v, 0.0), limit) for v, limit in zip((x, y, x + w, y + h), (width, height) * 2)]
                 item = {"label": names.classes.get(label, f"class {label}"), "score": score, "box": corners}
-                item["category_id"] = ids.get(label, label)
+                item["category_id"] = names.category_ids.get(label, label)
                 items.append(item | ({"attribute": attribute} if attribute else {}))
             yield sorted(items, key=lambda item: -item["score"])
 

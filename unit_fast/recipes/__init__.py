@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from unit_fast.config import RunConfig
 from unit_fast.errors import UserError, nearest
-from unit_fast.recipes import demo, own, paper
+from unit_fast.recipes import demo, own, own_tables, paper
 from unit_fast.tasks import get_task
 
 
@@ -20,8 +20,12 @@ class Recipe(NamedTuple):
 RECIPES: dict[str, Recipe] = {name: Recipe(row.about, row.config) for name, row in paper.ROWS.items()}
 RECIPES |= {
     make.__name__: Recipe(make.__doc__, make)
-    for make in (demo.small, demo.demo, demo.demo_quick, own.detect, own.detect_resnet50)
-}
+    for make in (
+        demo.small, demo.demo, demo.demo_quick, own.detect, own.detect_resnet50, own.detect_detr,
+        own_tables.answer, own_tables.answer_resnet50, own_tables.entail, own_tables.entail_resnet50,
+        own_tables.classify, own_tables.classify_bert, own_tables.mix, own_tables.mix_resnet50,
+    )
+}  # fmt: skip
 
 
 def recipe(name: str) -> RunConfig:
@@ -33,8 +37,9 @@ def recipe(name: str) -> RunConfig:
 
 def batch_note(config: RunConfig) -> str:
     """The effective batch beside the paper's."""
-    batch = f"{config.effective_batch} ({config.batch_per_process} x {config.accumulate} accumulated)"
-    note = f"effective batch {batch}, the paper's is {paper.PAPER_BATCH}"
-    if config.task_batch:
+    parts = config.batch_per_process, config.accumulate
+    how = "{} x {} accumulated".format(*parts) if all(parts) else "chosen for the device"
+    note = f"effective batch {config.effective_batch} ({how}), the paper's is {paper.PAPER_BATCH}"
+    if config.task_batch and config.accumulate:
         note += "; " + ", ".join(f"{get_task(n).short} {b * config.accumulate}" for n, b in config.task_batch.items())
     return note

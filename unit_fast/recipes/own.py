@@ -47,18 +47,36 @@ def detect() -> RunConfig:
     )  # fmt: skip
 
 
-def detect_resnet50() -> RunConfig:
-    """Boxes of your own classes in the published model, for --init-from published weights or for a GPU."""
-    small = detect()
+def _pretrained(model: ModelConfig) -> RunConfig:
+    """``detect`` with a model of published size, at images of full size."""
     return dataclasses.replace(
-        small,
+        detect(),
         steps=10_000,
         batch_per_process=4,
         accumulate=4,
         eval_every=1000,
         eval_batch=1,
         save_every=1000,
-        model=ModelConfig(text=TextConfig(width=96, heads=4, ffn_width=192, **_NO_TEXT), tasks=default_tasks("detect")),
+        model=model,
         optim=OptimConfig(warmup_steps=500),
         data=DataConfig(),
+    )
+
+
+def detect_resnet50() -> RunConfig:
+    """Boxes of your own classes in UniT's published size (ResNet-50): for --init-from weights of UniT, or a GPU."""
+    text = TextConfig(width=96, heads=4, ffn_width=192, **_NO_TEXT)
+    return _pretrained(ModelConfig(text=text, tasks=default_tasks("detect")))
+
+
+def detect_detr() -> RunConfig:
+    """Boxes of your own classes in DETR's published size (ResNet-50): for --init-from weights of DETR."""
+    return _pretrained(
+        ModelConfig(
+            backbone=BackboneConfig(stride=32),
+            encoder=EncoderConfig(residual=False, task_embedding=False),
+            text=TextConfig(width=96, heads=4, ffn_width=192, task_embedding=False, **_NO_TEXT),
+            decoder=DecoderConfig(width=256),
+            tasks=default_tasks("detect"),
+        )
     )

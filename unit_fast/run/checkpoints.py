@@ -16,6 +16,28 @@ from unit_fast.weights.checkpoint import SaveError
 _log = logging.getLogger("unit_fast.train")
 
 
+def find(parent: Path, resume: str | Path | None) -> Path | None:
+    """The checkpoint to go on from, found intact: the newest in ``parent`` for ``"auto"``, if there is any; else of the
+    path ``resume``. ``UserError`` where none is intact."""
+    if resume is None:
+        return None
+    if str(resume) != "auto":
+        found = checkpoint.find(resume, ("last",)).resolve()
+        checkpoint.verify(found)
+        return found
+    last = [(parent / "last").resolve()] if (parent / "last").exists() else []
+    candidates = last + [folder for folder in checkpoint.numbered(parent) if folder.resolve() not in last]
+    for found in candidates:
+        try:
+            checkpoint.verify(found)
+            return found
+        except UserError as error:
+            _log.warning("a checkpoint is left out: %s", error)
+    if candidates:
+        raise UserError(f"{parent}: no checkpoint is intact; start again with another --out")
+    return None
+
+
 class Checkpoints:
     """The checkpoints in the folder ``parent``, of which the newest ``keep`` and those pointed to are kept.
 
@@ -29,25 +51,8 @@ class Checkpoints:
         """Updates of the newest one that was saved here."""
 
     def find(self, resume: str | Path | None) -> Path | None:
-        """The checkpoint to go on from, found intact: the newest here for ``"auto"``, if there is any; else of that
-        path. ``UserError`` where none is intact."""
-        if resume is None:
-            return None
-        if str(resume) != "auto":
-            found = checkpoint.find(resume, ("last",)).resolve()
-            checkpoint.verify(found)
-            return found
-        last = [(self.parent / "last").resolve()] if (self.parent / "last").exists() else []
-        candidates = last + [folder for folder in checkpoint.numbered(self.parent) if folder.resolve() not in last]
-        for found in candidates:
-            try:
-                checkpoint.verify(found)
-                return found
-            except UserError as error:
-                _log.warning("a checkpoint is left out: %s", error)
-        if candidates:
-            raise UserError(f"{self.parent}: no checkpoint is intact; start again with another --out")
-        return None
+        """See ``find``, in this run."""
+        return find(self.parent, resume)
 
     @staticmethod
     def restore(

@@ -43,7 +43,8 @@ class Run:
 def finish(parts: Parts) -> str:
     """The last evaluation and the last checkpoint; a failed evaluation is an error only after the save."""
     config, state, signals, evaluator = parts.config, parts.state, parts.signals, parts.evaluator
-    error, done = None, state.step >= config.steps and not signals.requested
+    error = None
+    done = (state.step >= config.steps or evaluator.patience_is_over(state)) and not signals.requested
     if done and config.eval_every >= 0 and evaluator.evaluated_at != state.step:
         error = evaluator.evaluate(state).error
     parts.save(final=True)

@@ -9,6 +9,7 @@ import torch
 
 from unit_fast.config import RunConfig
 from unit_fast.data import MissingSplit
+from unit_fast.errors import UserError
 from unit_fast.evaluation.evaluate import evaluate
 from unit_fast.run.log import RunLog
 from unit_fast.run.rows import rows_at
@@ -48,7 +49,7 @@ class Evaluator:
 
     def evaluate(self, state: State) -> Evaluated:
         """Metrics of every task that has the split; the best ones are remembered in ``state.best``."""
-        begun, improved, error = time.monotonic(), False, None
+        begun, improved, error = time.monotonic(), None, None
         self.log.note(f"evaluating after step {state.step}")
         try:
             with self.signals.interrupting(state.model, *([state.ema.model] if state.ema else [])):
@@ -61,7 +62,10 @@ class Evaluator:
                 if self.tasks and state.ema:
                     self.log.line("the averaged weights:")
                     self.ema_metrics = self._evaluate(state, state.ema.model, "eval_ema", None)
-                    improved |= self._keep_best(state, "best_ema", self.ema_metrics)
+                    averaged = self._keep_best(state, "best_ema", self.ema_metrics)
+                    improved = averaged if improved is None else improved or averaged
+                if improved is not None:
+                    state.stale = 0 if improved else state.stale + 1
         except Interrupted:
             self.log.line("evaluation broken off")
         except Exception as caught:
@@ -69,7 +73,7 @@ class Evaluator:
             _log.error("evaluation after step %d failed: %s", state.step, caught, exc_info=True)
         state.eval_seconds += time.monotonic() - begun
         self.log.restart_clock()
-        return Evaluated(improved, error)
+        return Evaluated(bool(improved), error)
 
     def _evaluate(self, state: State, model, kind: str, out: Path | None) -> dict[str, dict]:
         results = evaluate(
@@ -78,19 +82,37 @@ class Evaluator:
         self.log.evaluation(state.step, results, kind)
         return results
 
-    def _keep_best(self, state: State, link: str, results: dict[str, dict]) -> bool:
-        """Remember these results if they are the best by ``config.criterion``, and say whether they are."""
+    def _keep_best(self, state: State, link: str, results: dict[str, dict]) -> bool | None:
+        """Remember these results if they are the best by ``config.criterion``, and say whether they are; None where
+        they do not have it."""
         values = {t: m[get_task(t).metric] for t, m in results.items() if m.get(get_task(t).metric) is not None}
         if self.config.criterion != "mean":
             short = get_task(self.config.criterion).short
             values = {t: v for t, v in values.items() if t == short}
         if not values:
-            return False
+            return None
         value = sum(values.values()) / len(values)
-        better = link not in state.best or value > state.best[link]["value"]
+        best = state.best.get(link)
+        better = (
+            best is None or value > best["value"] or best["step"] == state.step
+        )  # broken off later, made up for now
         if better:
             state.best[link] = {"step": state.step, "value": value, "criterion": self.config.criterion}
         return better
+
+    def patience_is_over(self, state: State) -> bool:
+        """Whether the last ``config.early_stop`` evaluations found nothing better."""
+        return 0 < self.config.early_stop <= state.stale
+
+    def check_criterion(self) -> None:
+        """``UserError`` where no task can be evaluated whose metric would end the run."""
+        wanted = self.config.criterion
+        names = self.tasks if wanted == "mean" else [get_task(wanted).name]
+        if not set(names) & set(self.tasks):
+            raise UserError(
+                f"early_stop: criterion {wanted} has no {self.config.eval_split} split to be evaluated on; give "
+                "another --criterion or --eval-split, or --early-stop 0"
+            )
 
     def resume(self, source: Path, state: State, saved: RunConfig, changed: dict[str, tuple]) -> bool:
         """Find out from the logged rows whether the checkpoint's step was evaluated; drop what will be logged again.
@@ -101,7 +123,7 @@ class Evaluator:
         other = [name for name in ("criterion", "eval_split", "eval_limit") if name in changed]
         if other and state.best:
             self.log.line(f"with another {', '.join(other)} earlier results do not compare: the best is chosen anew")
-            state.best = {}
+            state.best, state.stale = {}, 0
         run = source.parents[1]
         rows = rows_at(run, state.step)
         names = {get_task(name).short for name in self.tasks}
@@ -111,7 +133,9 @@ class Evaluator:
         if run == self.folder.resolve() and whole and not other:
             self.evaluated_at, self.metrics = state.step, rows.get("eval", {})
             self.ema_metrics = rows.get("eval_ema", {})
-        was_due = saved.eval_every > 0 and state.step % saved.eval_every == 0 and state.step < self.config.steps
+        every = saved.eval_every
+        was_due = every > 0 and state.step % every == 0 and 0 < state.step < self.config.steps
+        was_due |= saved.eval_first and state.step == 0
         missed = bool(self.tasks and was_due and rows is not None and not whole)
         again = missed or self.evaluated_at is None and state.step == self.config.steps
         self.log.forget_after(state.step, evaluations=not again)

@@ -7,6 +7,8 @@ import os
 import shlex
 import socket
 import sys
+import tempfile
+import time
 import uuid
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from unit_fast.config import RunConfig, to_json
 from unit_fast.errors import UserError
 from unit_fast.files import replace
 from unit_fast.run.environment import environment
+from unit_fast.run.lock import LOCK, holder
 from unit_fast.weights.checkpoint import numbered
 
 EXIT = {"finished": 0, "failed": 2, "nonfinite": 3, "out_of_memory": 5, "interrupted": 75, "killed": 130}
@@ -31,6 +34,51 @@ def _let_go() -> None:
 
 # A forked loader process that outlives a killed run would hold its lock.
 os.register_at_fork(after_in_child=_let_go)
+
+
+def check_out(path: str | Path, resume: str | Path | None) -> None:
+    """``UserError`` where a run could not be written into ``path``, or one that is there would be lost; nothing is left
+    there."""
+    path = Path(path)
+    there = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    if other := holder(path):
+        raise _occupied(path, other)
+    check_unused(path, resume)
+
+
+def check_unused(path: str | Path, resume: str | Path | None) -> None:
+    """``UserError`` where a new run would take the place of one in ``path``."""
+    if resume is None and _used(Path(path)):
+        raise UserError(f"{path}: holds a run already; go on with --resume auto, or give another --out")
+
+
+def _used(path: Path) -> bool:
+    rows = path / "metrics.jsonl"
+    return bool((rows.exists() and rows.stat().st_size) or numbered(path / "checkpoints"))
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"--out {path}: not a folder that can be written ({error.strerror or error}); choose another")
+
+
+def _occupied(path: Path, other: str) -> UserError:
+    return UserError(f"{path}: is being written by {other}; wait for it, stop it, or give another --out")
+
+
+def _locked(file) -> bool:
+    """Lock ``file``, and say whether that went; one who only looks (``lock.holder``) has it for a moment."""
+    for _ in range(3):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(0.02)
+    return False
 
 
 def default_folder(recipe: str) -> Path:
@@ -52,20 +100,14 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"x")
             probe.unlink()
-            self.lock = (self.path / ".lock").open("a+", encoding="utf-8", errors="replace")
+            self.lock = (self.path / LOCK).open("a+", encoding="utf-8", errors="replace")
         except OSError as error:
-            raise UserError(
-                f"--out {self.path}: not a folder that can be written ({error.strerror or error}); choose another"
-            ) from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            raise _unwritable(self.path, error) from None
+        if not _locked(self.lock):
             self.lock.seek(0)
-            holder = self.lock.read().strip() or "another process"
+            other = self.lock.read().strip() or "another process"
             self.lock.close()
-            raise UserError(
-                f"{self.path}: is being written by {holder}; wait for it, stop it, or give another --out"
-            ) from None
+            raise _occupied(self.path, other)
         _held.add(self.lock)
         self.lock.truncate(0)
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -75,8 +117,7 @@ class RunFolder:
     @property
     def used(self) -> bool:
         """Whether there is a run here that would be lost: something was logged or saved."""
-        rows = self.path / "metrics.jsonl"
-        return bool((rows.exists() and rows.stat().st_size) or numbered(self.checkpoints))
+        return _used(self.path)
 
     def begin(self, config: RunConfig) -> None:
         """Write what is known at the start. ``UserError`` where it cannot be."""

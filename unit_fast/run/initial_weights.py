@@ -7,7 +7,7 @@ from unit_fast.config import RunConfig, TextConfig
 from unit_fast.errors import UserError, nearest
 from unit_fast.model import UniT
 from unit_fast.weights import checkpoint
-from unit_fast.weights.loading import load_matching
+from unit_fast.weights.loading import load_initial_weights
 from unit_fast.weights.pretrained import load_pretrained
 
 _log = logging.getLogger("unit_fast.train")
@@ -34,6 +34,8 @@ def load_initial(model: UniT, config: RunConfig) -> dict[str, str]:
             for f in ("width", "layers", "heads", "ffn_width", "vocab_size", "max_positions")
         ),
     }
+    if not any(task.has_text for task in model.tasks.values()) and not published["text encoder"]:
+        left = [part for part in left if part != "text encoder"]  # of no use
     parts = [part for part in left if published[part]]
     for part in left:
         if part not in parts:  # of another size than the published files: there is nothing to look for
@@ -49,7 +51,7 @@ def load_initial(model: UniT, config: RunConfig) -> dict[str, str]:
 
 
 def _load_from_run(model: UniT, config: RunConfig) -> tuple[str, list[str]]:
-    """Load what fits of ``init_from``; its path and the names loaded."""
+    """Load ``init_from``, a run of ours or a file of any origin known; its path and the names loaded."""
     path = Path(config.init_from)
     for prefix in config.skip_load:
         if not any(name.startswith(prefix) for name in model.state_dict()):
@@ -62,6 +64,8 @@ def _load_from_run(model: UniT, config: RunConfig) -> tuple[str, list[str]]:
     elif not path.is_file():
         raise UserError(f"--init-from {path}: no such run, checkpoint or weights file")
     checkpoint.verify_weights(path)
-    report = load_matching(model, checkpoint.load_weights(path), skip=config.skip_load, source=str(path))
-    _log.info("initial weights: %s", report)
+    report = load_initial_weights(model, checkpoint.load_weights(path), skip=config.skip_load, source=str(path))
+    _log.info("initial weights: %s", report.counts())
+    for line in report.left:
+        _log.info("initial weights: %s", line)
     return str(path), report.loaded

@@ -1,8 +1,8 @@
 """The console, ``log.txt`` and the metrics files of a run.
 
 Losses are kept as tensors; they are read from the device once an interval, all together. On a terminal one live line
-shows the state; elsewhere there is one plain line an interval, and files never receive control characters. A console
-that has gone or a full disk does not end a run.
+moves with every update; elsewhere there is one plain line an interval, and one a minute where updates are slow. Files
+never receive control characters. A console that has gone or a full disk does not end a run.
 """
 
 import csv
@@ -10,9 +10,10 @@ import datetime
 import json
 import logging
 import math
-import resource
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,8 +25,14 @@ from unit_fast.errors import printable
 from unit_fast.files import replace
 from unit_fast.run.console import Console
 from unit_fast.run.rows import Appended, number_of, read_row
+from unit_fast.run.status import SEPARATOR, Pace, fitted, loss_text, mean
 from unit_fast.run.step import Update
-from unit_fast.tasks import get_task
+from unit_fast.run.tracking import Tracker, scalars
+
+REDRAW_S, SPEAK_S = 0.1, 60.0
+"""Seconds between two redraws of the live line at least; seconds without a plain line at most."""
+FILE_ONLY = ("unit_fast.ops", "unit_fast.step_graph")
+"""Loggers whose information is for ``log.txt``: which implementation, which graph."""
 
 
 @dataclass
@@ -86,8 +93,18 @@ class RunLog:
         self.text = Appended(folder / "log.txt")
         self._open_rows()
         self.pending: list[tuple[Record, Tensor, tuple[str, ...]]] = []
-        self.since = self.started = time.monotonic()
-        self.first_step: int | None = None
+        self.since = opened = time.monotonic()
+        self.seconds: Callable[[], float] = lambda: time.monotonic() - opened
+        """Seconds of the run so far, for its rows."""
+        self.pace = Pace(steps)
+        self.losses: list[str] = []
+        """What the newest interval's losses were, the newest task's first."""
+        self.shown = opened
+        """When the state was last shown."""
+        self.trackers: dict[str, Tracker] = {}
+        """What takes the rows too, by name."""
+        self.operators: Counter[str] | None = Counter()
+        """Implementation -> operators that took it; None once that was told."""
         self.live = self._live() if progress == "auto" and self.console.isatty() else None
         self.handler = _Handler(self)
         package = logging.getLogger("unit_fast")
@@ -133,7 +150,10 @@ class RunLog:
 
         # The stream itself: rich puts its own in the place of sys.stdout, which would lead back here.
         self.console = Console(sys.stdout)
-        live = rich.live.Live(console=rich.console.Console(file=self.console), refresh_per_second=4, transient=True)
+        console = rich.console.Console(file=self.console)
+        if console.is_dumb_terminal:  # it cannot move its cursor
+            return None
+        live = rich.live.Live(console=console, auto_refresh=False, transient=True)
         live.start()
         return live
 
@@ -184,14 +204,22 @@ class RunLog:
     def _update(self, text: str) -> None:
         import rich.text
 
-        self.live.update(rich.text.Text(text, no_wrap=True, overflow="ellipsis"))
+        self.live.update(rich.text.Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+        self._check_console()
 
-    def _status(self, text: str) -> None:
-        """The state of the run: replaces the live line, or is a line of its own."""
+    def _show(self) -> None:
+        """Redraw the live line, with as much as its terminal has room for."""
+        self.shown = time.monotonic()
+        self._update(fitted([*self.pace.pieces(), *self.losses], self.live.console.width))
+
+    def _status(self, pieces: list[str]) -> None:
+        """The state of the run: into the file; and on the live line, or on a line of its own."""
+        text = SEPARATOR.join(pieces)
         if self.live:
-            self._update(text)
+            self._show()
             self.to_file(text)
         else:
+            self.shown = time.monotonic()
             self.line(text)
 
     # --------------------------------------------------------------------------------------------------- steps
@@ -200,9 +228,12 @@ class RunLog:
         """Keep one update's figures unread."""
         figures = torch.stack([update.grad_norm.float(), update.nonfinite.float()])
         self.pending.append((record, torch.cat([figures, update.terms.float()]), update.names))
-        if self.first_step is None:
-            self.first_step = record.step
-            self.started = self.since
+        self.pace.add(record.step, record.samples, record.wait_s)
+        silent = time.monotonic() - self.shown
+        if self.live and silent >= REDRAW_S:
+            self._show()
+        elif not self.live and silent >= SPEAK_S:
+            self._status(self.pace.pieces())
 
     def flush(self) -> list[Record]:
         """Read what is kept, in one copy from the device; write a row a task and one line. Returns the records."""
@@ -225,6 +256,7 @@ class RunLog:
     def restart_clock(self) -> None:
         """Time from here on is training's: call after an evaluation or a save."""
         self.since = time.monotonic()
+        self.pace.restart()
 
     def _write_steps(self, records: list[Record], seconds: float) -> None:
         speed = sum(r.samples for r in records) / seconds
@@ -238,41 +270,31 @@ class RunLog:
             finite = [r for r in group if not r.nonfinite]
             self._row(
                 {
-                    "kind": "train", "step": group[-1].step, "task": task, "loss": _mean([r.loss for r in finite]),
-                    "terms": {n: _mean([r.terms[n] for r in finite]) for n in group[-1].terms},
-                    "lr": group[-1].lr, "grad_norm": _mean([r.grad_norm for r in finite]), "samples_per_s": speed,
+                    "kind": "train", "step": group[-1].step, "task": task, "loss": mean([r.loss for r in finite]),
+                    "terms": {n: mean([r.terms[n] for r in finite]) for n in group[-1].terms},
+                    "lr": group[-1].lr, "grad_norm": mean([r.grad_norm for r in finite]), "samples_per_s": speed,
                     "data_wait": wait, "loader_images_per_s": loader,
-                    "padding": 1 - _mean([r.real for r in group]), "updates": len(group),
+                    "padding": 1 - mean([r.real for r in group]), "updates": len(group),
                     "nonfinite": len(group) - len(finite),
                 }
             )  # fmt: skip
-        self._status(self._summary(records, by_task, speed, wait, loader))
-
-    def _summary(self, records, by_task, speed, wait, loader) -> str:
-        last = records[-1]
-        parts = [f"step {last.step}/{self.steps}", self._task_text(last.task, by_task[last.task])]
-        others = [
-            f"{get_task(t).short} {_show(_mean([r.loss for r in g]))}" for t, g in by_task.items() if t != last.task
-        ]
-        if others:
-            parts.append(" ".join(others))
-        parts += [f"lr {last.lr:.1e}", f"{speed:.3g} samples/s", f"wait {wait:.0%}"]
-        parts += [f"loader {loader:.3g} images/s"] if loader else []
-        parts.append(f"{_memory_gib():.1f} GiB")
-        per_step = (time.monotonic() - self.started) / (last.step + 1 - self.first_step)
-        parts.append(f"{_duration(per_step * (self.steps - last.step))} left")
-        return " | ".join(parts)
+        newest_first = dict.fromkeys(r.task for r in reversed(records))
+        self.losses = [loss_text(task, [r.loss for r in by_task[task]]) for task in newest_first]
+        if self.operators:
+            told = ", ".join(f"{name} for {count}" for name, count in self.operators.most_common())
+            self.line(f"operators: {told}; which and why is in log.txt")
+            self.operators = None
+        self._status([*self.pace.pieces(), *self._details(records, by_task, newest_first, loader)])
 
     @staticmethod
-    def _task_text(task: str, group: list[Record]) -> str:
-        """``coco loss 12.41 (ce 1.02 bbox 0.41 giou 0.88)``: the parts are the last decoder layer's."""
-        text = f"{get_task(task).short} loss {_show(_mean([r.loss for r in group]))}"
-        parts = []
-        for name in group[-1].terms:
-            short = name.rsplit("/", 1)[-1].removeprefix("loss_")
-            if not short[-1].isdigit():
-                parts.append(f"{short} {_show(_mean([r.terms[name] for r in group]))}")
-        return f"{text} ({' '.join(parts)})" if parts else text
+    def _details(records, by_task, tasks, loader) -> list[str]:
+        """What only a long line has room for."""
+        first, *others = ((task, [r.loss for r in by_task[task]]) for task in tasks)
+        found = [loss_text(*first, [r.terms for r in by_task[first[0]]])]
+        if others:
+            found.append(" ".join(loss_text(*other) for other in others))
+        found.append(f"lr {records[-1].lr:.1e}")
+        return [*found, f"loader {loader:.3g} images/s"] if loader else found
 
     def evaluation(self, step: int, results: dict[str, dict], kind: str = "eval") -> None:
         """Rows of an evaluation after ``step`` updates: short task name -> metrics. ``eval_ema``: averaged weights."""
@@ -280,8 +302,10 @@ class RunLog:
             self._row({"kind": kind, "step": step, "task": task, "metrics": metrics})
 
     def _row(self, row: dict) -> None:
+        row = row | {"run_seconds": round(self.seconds(), 3), "time": round(time.time(), 3)}
         self.rows.write(json.dumps(finite(row)) + "\n")
         self._flush(self.rows)
+        self._track(row)
         nested = row.get("terms", {}) | row.get("metrics", {})
         flat = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"} | nested
         for name, value in flat.items():
@@ -289,8 +313,22 @@ class RunLog:
                 self.csv.writerow([row["kind"], row["step"], row["task"], name, value])
         self._flush(self.csv_file)
 
+    def _track(self, row: dict) -> None:
+        """Hand ``row`` to the trackers; one that fails is told and left out from then on."""
+        for name, tracker in list(self.trackers.items()):
+            try:
+                tracker.scalars(row["step"], row["time"], scalars(row))
+            except Exception as error:
+                del self.trackers[name]
+                self.line(f"{name} takes no more rows ({type(error).__name__}: {error}); the run goes on without it")
+
     def close(self) -> None:
-        """Close the files and give ``logging`` back."""
+        """Close the files and the trackers, and give ``logging`` back."""
+        for name, tracker in self.trackers.items():
+            try:
+                tracker.close()
+            except Exception as error:
+                self.line(f"{name} could not be ended well ({type(error).__name__}: {error})")
         if self.live:
             self.live.stop()
         package = logging.getLogger("unit_fast")
@@ -309,6 +347,11 @@ class _Handler(logging.Handler):
         self.log = log
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING and record.name in FILE_ONLY:
+            self.log.to_file(record.getMessage())
+            if record.name == "unit_fast.ops" and self.log.operators is not None:
+                self.log.operators[record.args[1]] += 1
+            return
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         self.log.line(prefix + record.getMessage())
         if record.exc_info:  # the trace goes to the file alone
@@ -326,10 +369,6 @@ def _images_per_s(records: list[Record]) -> float | None:
     return images / seconds if images and seconds else None
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
 def finite(value):
     """``value`` with numbers that JSON cannot hold replaced by None."""
     if isinstance(value, dict):
@@ -337,21 +376,3 @@ def finite(value):
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _show(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _memory_gib() -> float:
-    """Peak memory: the card's where there is one, else the process's resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
-
-
-def _duration(seconds: float) -> str:
-    seconds = max(0, round(seconds))
-    hours, minutes = divmod(seconds // 60, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds % 60:02d}s"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,11 @@ from unit_fast.data.bad_images import BadImages
 from unit_fast.data.images.engine import engine_of
 from unit_fast.data.outputs import resolved
 from unit_fast.data.sampler import normalised, seed_of
+from unit_fast.data.vocabulary import VOCABULARY, with_kept_vocabulary, with_vocabulary
 from unit_fast.errors import UserError
-from unit_fast.evaluation.labels import write_labels
+from unit_fast.evaluation.labels import find_labels, write_labels
+from unit_fast.run import tracking
+from unit_fast.run.batch_size import with_batch
 from unit_fast.run.checkpoints import Checkpoints
 from unit_fast.run.ema import Ema
 from unit_fast.run.evaluator import Evaluator
@@ -73,10 +76,12 @@ def start(config: RunConfig, folder: RunFolder, resume, allow_changed: Sequence[
 
 
 def _start(config, folder: RunFolder, resume, allow_changed, drawn, checkpoints: Checkpoints, log: RunLog) -> Parts:
-    config, lines = resolved(config)
-    for line in lines:
-        log.line(line)
     source = checkpoints.find(resume)
+    kept = folder.path / VOCABULARY if source else None
+    config, lines = resolved(with_kept_vocabulary(config, kept))
+    config, more = with_vocabulary(config, _vocabularies(config, kept), folder.path)
+    for line in lines + more:
+        log.line(line)
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.criterion != "mean" and get_task(config.criterion).name not in config.model.tasks:
@@ -84,6 +89,9 @@ def _start(config, folder: RunFolder, resume, allow_changed, drawn, checkpoints:
         config = dataclasses.replace(config, criterion="mean")
     device = device_of(config)
     numerics.check(config.precision, device)
+    tracking.check(config.track)
+    saved = checkpoint.config_of(source) if source else None
+    config, batch = with_batch(config, device, saved)
     ratios = normalised(config.ratios, config.model.tasks)
     trained = [name for name in config.model.tasks if ratios[name] > 0]
     datasets = {name: open_split(config, name, "train", augment=config.data.augment) for name in trained}
@@ -101,19 +109,22 @@ def _start(config, folder: RunFolder, resume, allow_changed, drawn, checkpoints:
     signals, missed = Stop(), False
     evaluator = Evaluator(config, device, folder.path, log, signals, drawn)
     torch.manual_seed(seed_of(config.seed, "dropout"))
+    log.seconds = lambda: state.seconds
     if source:
-        saved = checkpoint.config_of(source)
         changed = checkpoints.restore(source, state, saved, config, allow_changed, log)
         config = dataclasses.replace(config, started_from=saved.started_from)
         missed = evaluator.resume(source, state, saved, changed)
     elif resume is not None and folder.used:
         log.line("nothing was saved before: starting anew, what was logged of the steps is dropped")
-        log.forget_after(0)
+        log.forget_after(0, evaluations=False)
     guard = Guard(state, folder.path / "nonfinite", log, config.seed)
     folder.begin(config)
     write_labels(folder.path, config, datasets)
-    for line in _header(config, device, state, ratios, datasets):
+    for line in filter(None, [*_header(config, device, state, ratios, datasets), batch]):
         log.line(line)
+    log.to_file(numerics.promise(config.deterministic, device))
+    if config.early_stop:
+        evaluator.check_criterion()
     if source:
         log.line(f"going on after step {state.step} from {source}")
     return Parts(
@@ -121,6 +132,16 @@ def _start(config, folder: RunFolder, resume, allow_changed, drawn, checkpoints:
         masks=used_masks(model, optimizer, datasets), state=state, checkpoints=checkpoints, evaluator=evaluator,
         guard=guard, missed_evaluation=missed,
     )  # fmt: skip
+
+
+def _vocabularies(config: RunConfig, kept: Path | None) -> Iterator[Path]:
+    """Vocabularies that the run's weights were trained with, where they have one beside them."""
+    if kept is not None:
+        yield kept
+    if config.init_from and (labels := find_labels(config.init_from)) is not None:
+        yield labels / VOCABULARY
+    if config.weights:
+        yield Path(config.weights) / "bert-base-uncased" / VOCABULARY
 
 
 def _header(config: RunConfig, device: torch.device, state: State, ratios: dict[str, float], datasets: dict):
@@ -138,4 +159,3 @@ def _header(config: RunConfig, device: torch.device, state: State, ratios: dict[
         f"effective batch {config.effective_batch} ({config.batch_per_process} x {config.accumulate} accumulated"
         f"{batches}), the paper's is 64 | ratio and training samples: {tasks}"
     )
-    yield numerics.promise(config.deterministic, device)

@@ -41,6 +41,8 @@ class State:
     """Data set key -> samples trained on."""
     best: dict[str, dict] = field(default_factory=dict)
     """``best`` and ``best_ema`` -> step, value and criterion of the best evaluation."""
+    stale: int = 0
+    """Evaluations since the best one."""
     refusals: Refusals = field(default_factory=Refusals)
     refused_before: int = 0
     """Refused updates that a checkpoint knew the number of, but not the tasks."""
@@ -80,6 +82,7 @@ class State:
             "optimizer": state_by_name(self.model, self.optimizer),
             "rng": self._random_states(),
             "best": self.best,
+            "stale": self.stale,
             "strikes": self.refusals.state(),
             "nonfinite_steps": self.nonfinite_steps,
             "bad_images": self.bad.state(),
@@ -95,6 +98,7 @@ class State:
         where one does not fit."""
         load_state_by_name(self.model, self.optimizer, saved["optimizer"])
         self.step, self.best = saved["step"], saved["best"]
+        self.stale = saved.get("stale", 0)  # older checkpoints have none
         self.counts.update(saved["counts"])
         self.refusals.restore(saved["strikes"], [task for task, count in self.counts.items() if count])
         self.refused_before = saved["nonfinite_steps"] - self.refusals.total

@@ -11,17 +11,22 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from unit_fast.config import RunConfig
 from unit_fast.data.loader import Loader
 from unit_fast.errors import UserError, printable
 from unit_fast.numerics import arithmetic
 from unit_fast.run.ending import Run, finish, save_what_is_good, write_summary
-from unit_fast.run.folder import RunFolder
+from unit_fast.run.folder import RunFolder, check_unused
 from unit_fast.run.log import Record
 from unit_fast.run.memory import memory_told
 from unit_fast.run.refusals import NonFinite
 from unit_fast.run.start import Parts, start
+from unit_fast.run.state import State
 from unit_fast.run.step import Step, Update, train_step
+from unit_fast.run.tracking import open_trackers
+from unit_fast.threads import Watch
 
 __all__ = ["NonFinite", "Run", "Update", "train", "train_step"]
 
@@ -54,8 +59,7 @@ def train(
         )
     folder = RunFolder(out)
     try:
-        if folder.used and resume is None:
-            raise UserError(f"{out}: holds a run already; go on with --resume auto, or give another --out")
+        check_unused(out, resume)
         return _run(start(config, folder, resume, allow_changed, progress, drawn), stop_at)
     finally:
         folder.release()
@@ -68,13 +72,19 @@ def _run(parts: Parts, stop_at: int | None) -> Run:
     status, message, state.begun = "failed", "", time.monotonic()
     try:
         with signals, arithmetic(config.precision, config.deterministic, device), memory_told(state, config, device):
+            log.trackers = open_trackers(config.track, parts.folder, config, state.step)
             if parts.missed_evaluation:  # the best checkpoint may depend on it
                 log.line(f"the evaluation after step {state.step} was not finished: it is made up for")
                 if parts.evaluator.evaluate(state).improved:
                     parts.save()
-            if signals.requested is None:
+            elif _first(parts) and parts.evaluator.evaluate(state).improved:
+                parts.save()
+            if signals.requested is None and not parts.evaluator.patience_is_over(state):
                 loop(parts, min(config.steps, stop_at or config.steps))
             status = finish(parts)
+            if status == "finished" and state.step < config.steps:
+                message = _early(state, config)
+                log.line(message)
         if status == "interrupted":
             message = f"{signals.requested or 'stopped'} after step {state.step}: saved; {go_on}"
             log.line(message)
@@ -95,10 +105,13 @@ def loop(parts: Parts, stop: int) -> None:
     """Train up to ``stop`` updates, or until a signal asks to stop."""
     config, state, log, guard = parts.config, parts.state, parts.log, parts.guard
     step = Step(state, config, parts.masks, parts.device)
-    log.line(step.describe())
+    say = log.line if parts.device.type == "cuda" else log.to_file
+    say(step.describe())
+    log.note("waiting for the first samples")
     with Loader(parts.datasets, config, state.step, stop, state.counts, device=parts.device) as batches:
-        log.line(batches.describe())
+        say(batches.describe())
         log.restart_clock()
+        watch = Watch(torch.get_num_threads() if parts.device.type == "cpu" else 1)
         for _ in range(state.step, stop):
             begun = time.monotonic()
             item = next(batches)  # one task a step
@@ -117,16 +130,31 @@ def loop(parts: Parts, stop: int) -> None:
             if due(state.step, config.log_every) or evaluating or saving:
                 guard.judge(log.flush())
                 step.check()
+                if found := watch.look():
+                    log.line(found)
             improved = evaluating and not last and parts.evaluator.evaluate(state).improved
             if improved or (saving and not last):
                 parts.save()
-            if parts.signals.requested:
+            if parts.signals.requested or evaluating and parts.evaluator.patience_is_over(state):
                 break
         guard.judge(log.flush())
         step.check()
-    log.line(batches.summary())
+    log.to_file(batches.summary())
     if step.graphs:
-        log.line(step.graphs.summary())
+        log.to_file(step.graphs.summary())
+
+
+def _first(parts: Parts) -> bool:
+    """Whether an evaluation is due before the first update."""
+    return parts.config.eval_first and parts.state.step == 0 and parts.evaluator.evaluated_at is None
+
+
+def _early(state: State, config: RunConfig) -> str:
+    best = state.best["best"]
+    return (
+        f"ended after step {state.step} of {config.steps}: {state.stale} evaluations without a better "
+        f"{config.criterion} than {best['value']:.4f} at step {best['step']} (early_stop {config.early_stop})"
+    )
 
 
 def due(step: int, every: int) -> bool:

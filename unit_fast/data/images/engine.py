@@ -1,7 +1,8 @@
 """Who reads images: which engine, and with how many threads."""
 
 import importlib.util
-import os
+
+import torch
 
 from unit_fast.config import DataConfig
 from unit_fast.errors import UserError
@@ -51,5 +52,5 @@ def has_dali() -> bool:
 
 
 def decoding_threads(data: DataConfig) -> int:
-    """Threads that decode images: ``data.workers``, or one a core and at most ``MOST_THREADS``."""
-    return data.workers or min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    """Threads that decode images: ``data.workers``, or as many as torch takes and at most ``MOST_THREADS``."""
+    return data.workers or min(MOST_THREADS, torch.get_num_threads())

@@ -90,7 +90,7 @@ def classes_of(paths: Iterable[Path], data: DataConfig, config: TaskConfig) -> O
         known = [(ids[name], name) for name in config.classes]
     if not known:
         raise UserError(f"{where}: has no category and no box: there is no class to train")
-    lines = [f"{len(known)} classes of {where}: {_shown(known)}"]
+    lines = [f"{len(known)} classes by their order in {printable(next(iter(read)), 400)}: {_shown(known)}"]
     if left:
         names = printable(", ".join(sorted(left)), 200)
         lines.append(f"no class: {names} (no box has it, and it is the super-category of others)")

@@ -22,10 +22,19 @@ from unit_fast.tasks import Task
 
 _LOOKED_AT = 16
 """File names that must be found in a folder for it to be the images'."""
+_BEGINNING = 2**20
+"""Bytes that are looked at to know a file in COCO's format."""
 
 
 class CocoFolder(Coco):
     """A user's images and boxes."""
+
+    @classmethod
+    def present(cls, layout: Layout) -> bool:
+        try:
+            return any(annotations(layout, split) is not None for split in ("train", "val", "test"))
+        except UserError:  # several: to be told
+            return True
 
     @classmethod
     def outputs_of(cls, task: Task, data: DataConfig, config: TaskConfig) -> Outputs:
@@ -105,8 +114,24 @@ def nothing_found(layout: Layout) -> str:
 
 def _one(layout: Layout, key: str) -> Path | None:
     found = [path for path in layout.files(key) if path.is_file()]
+    if key not in layout.overrides:
+        found = [path for path in found if _is_coco(path)]
     if len(found) > 1:
         names = printable(", ".join(str(path.relative_to(layout.root)) for path in found[:4]), 400)
-        raise UserError(f"{printable(layout.root, 400)}: {len(found)} files could be {key} ({names}); say which with "
-                        f"--data.paths {key}=FILE")  # fmt: skip
+        raise UserError(
+            f"{printable(layout.root, 400)}: {len(found)} files could be {key} ({names}); say which with "
+            f"--data.paths {key}=FILE"
+        )
     return found[0] if found else None
+
+
+def _is_coco(path: Path) -> bool:
+    """Whether a file is one in COCO's format by its name, or by how it begins: others are called ``train.json`` too."""
+    if "coco" in path.name or "instances" in path.name:
+        return True
+    try:
+        with files.open_file(path) as file:
+            begin = file.read(_BEGINNING)
+    except UserError:
+        return False
+    return begin.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and (b'"file_name"' in begin or b'"bbox"' in begin)

@@ -95,6 +95,11 @@ class Dataset:
             self._tokens = cached_tokens(self.cache, self.rows, self.words, self.columns, f"{task.short} {split}")
 
     @classmethod
+    def present(cls, layout: Layout) -> bool:
+        """Whether a user's own files for the task are there; asked of the tasks in ``tasks.OWN``."""
+        return False
+
+    @classmethod
     def outputs_of(cls, task: Task, data: DataConfig, config: TaskConfig):
         """``categories.Outputs``: the classes that the files have for a task without published ones (``outputs`` 0, or
         not as published); None where the published ones hold."""
@@ -108,6 +113,11 @@ class Dataset:
     def sample_id(self, index: int) -> int | str:
         """The id used in messages and prediction files."""
         raise NotImplementedError
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Class -> its name."""
+        return dict(enumerate(self.config.classes or self.task.labels))
 
     def meaning(self) -> dict[str, str]:
         """Digests of what gives the numbers in the samples their meaning, by name: with another one a model trained on

@@ -42,9 +42,11 @@ class Detection(Dataset):
         """Whether classes are those of ``config.classes``; otherwise a class is its category id."""
         return bool(self.config.classes)
 
-    def category_id(self, label: int) -> int:
-        """The category id of a class in the file that was read, for results and ground truth."""
-        return self.objects.category_ids[label] if self.by_order else label
+    @property
+    def category_ids(self) -> dict[int, int]:
+        """Class -> its category id in the file that was read, for results and ground truth; empty where a class is its
+        category id."""
+        return dict(enumerate(self.objects.category_ids))
 
     def number(self, listed: list[tuple[int, str]]) -> dict[int, int]:
         """Category id -> class, of the (id, name) that a file lists; see ``categories.numbering``."""
@@ -96,6 +98,7 @@ class Detection(Dataset):
             "images": np.repeat(o.ids, np.diff(o.starts)), "labels": o.labels, "xywh": o.xywh, "area": o.area,
             "crowd": o.crowd,
         }  # fmt: skip
+        ids = self.category_ids
         merged = [np.insert(array, o.left["at"], o.left[name], axis=0) for name, array in targets.items()]
         rows = zip(*(array.tolist() for array in merged))
         return {
@@ -106,12 +109,12 @@ class Detection(Dataset):
             ],
             "annotations": [
                 {
-                    "id": n, "image_id": i, "category_id": self.category_id(label), "bbox": box, "area": area,
+                    "id": n, "image_id": i, "category_id": ids.get(label, label), "bbox": box, "area": area,
                     "iscrowd": int(crowd),
                 }
                 for n, (i, label, box, area, crowd) in enumerate(rows, 1)
             ],
-            "categories": [{"id": self.category_id(label), "name": name} for label, name in sorted(o.names.items())],
+            "categories": [{"id": ids.get(label, label), "name": name} for label, name in sorted(o.names.items())],
         }  # fmt: skip
 
     def _fill(self, sources: dict[str, list[Path]], build: Callable[[], Content], images: str) -> None:
@@ -127,6 +130,9 @@ class Detection(Dataset):
             self.transform = TrainTransform(self.data)
         self.facts.update(images=len(objects), boxes=len(objects.labels), crowd=int(objects.crowd.sum()))
         self.facts["images without objects"] = int((np.diff(objects.starts) == 0).sum())
+        if self.by_order:
+            counts = np.bincount(objects.labels, minlength=len(self.config.classes)).tolist()
+            self.facts["boxes by class"] = dict(zip(self.config.classes, counts))
         if len(objects) and self.has_targets and not objects.targets():
             file = printable(self.facts.get("file", self.task.title), 400)
             why = f"{len(objects.labels):,} boxes, {int(objects.crowd.sum()):,} of them crowd regions"

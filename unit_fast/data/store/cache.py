@@ -40,8 +40,9 @@ _ABANDONED_S = 24 * 3600
 """Age after which a temporary folder is the rest of a process that died."""
 _MODULES = (
     "errors", "readers/by_hash", "readers/categories", "readers/coco", "readers/coco_folder", "readers/detection",
-    "readers/glue", "readers/objects", "readers/snli_ve", "readers/sources", "readers/visual_genome", "readers/vqa2",
-    "store/cache", "store/content", "store/files", "store/pickles", "text/tokens", "text/wordpieces",
+    "readers/glue", "readers/objects", "readers/own", "readers/own_columns", "readers/own_rows", "readers/snli_ve",
+    "readers/sources", "readers/tables", "readers/visual_genome", "readers/vqa2", "store/cache", "store/content",
+    "store/files", "store/pickles", "text/tokens", "text/wordpieces",
 )  # fmt: skip
 _NOT_AS_WRITTEN = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _MAPPED = 64 * 2**10
