@@ -130,7 +130,7 @@ def _counts(facts) -> str:
     if "why" in facts:
         return printable(facts["why"], 400)
     parts = [f"{name} {value:,}" for name, value in facts.items() if type(value) is int]
-    if by_class := facts.get("boxes by class"):
+    if by_class := facts.get("boxes by class") or facts.get("rows by class"):
         more = f" and {len(by_class) - CLASSES} more" if len(by_class) > CLASSES else ""
         parts.append(f"of them {', '.join(f'{n:,} {name}' for name, n in list(by_class.items())[:CLASSES])}{more}")
     return printable(", ".join(parts), 400)

@@ -63,8 +63,8 @@ def evaluate(
     find_scorer(coco_scorer)
     split = split or config.eval_split
     limit = config.eval_limit if limit is None else limit
-    if limit < 0 or config.eval_batch < 1:
-        raise UserError(f"limit is {limit} and eval_batch {config.eval_batch}; give at least 0 and 1")
+    if limit < 0:
+        raise UserError(f"limit is {limit}; give at least 0")
     opened = open_splits(model, config, tasks, split, datasets)
     out = None if out is None else Path(out)
     results, examples = {}, {}

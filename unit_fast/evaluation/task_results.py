@@ -210,7 +210,9 @@ class Classes(_Scored):
 
     def __init__(self, dataset, task: Task, attributes: bool = False):
         super().__init__(dataset, task)
-        self.metric, self.names = Accuracy(), dataset.class_names
+        self.metric = Accuracy()
+        # a data set that is not one of ours may have no names
+        self.names = getattr(dataset, "class_names", None) or dict(enumerate(task.labels))
 
     def labelled(self, sample: dict) -> bool:
         # test files carry -1

@@ -106,6 +106,7 @@ def _content(run: Run, published: dict[str, float]) -> dict:
         "rows": rows,
         "published": bool(published),
         "detections": [d for task in run.tasks if task.is_detection and (d := _detections(run, task))],
+        "by_class": [d for task in run.tasks if task.is_detection and (d := _by_class(run, task))],
         "questions": [d for task in run.tasks if task.kind == "vl" and (d := _questions(run, task))],
         "texts": [d for task in run.tasks if task.kind == "glue" and (d := _questions(run, task))],
         "throughput": _throughput(run),
@@ -240,6 +241,16 @@ def _above(threshold: dict) -> str:
     if number(threshold.get("f1")):
         text += f" ({threshold['f1']:.2f} at IoU {threshold.get('iou', 0.5):g})"
     return f"{text} on the validation split."
+
+
+def _by_class(run: Run, task: Task) -> dict | None:
+    """The newest average precision of each class; classes without an object in the split are left out."""
+    scored = run.scored(task)
+    rows = scored[-1]["metrics"].get("by_class") if scored else None
+    keys = ("AP", "AP50", "objects")
+    rows = rows if isinstance(rows, list) else []
+    rows = [r for r in rows if isinstance(r, dict) and "name" in r and all(number(r.get(key)) for key in keys)]
+    return {"title": task.title, "step": scored[-1]["step"], "rows": rows} if rows else None
 
 
 def _questions(run: Run, task: Task) -> dict | None:
