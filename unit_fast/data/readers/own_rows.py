@@ -92,6 +92,24 @@ def has_tables(layout: Layout, task: Task) -> bool:
         return False
 
 
+def unclear_tables(layout: Layout) -> list[str]:
+    """A line for each table in the data root whose columns are those of no task."""
+    lines = []
+    for path in sorted(path for suffix in SUFFIXES[:-1] for path in layout.root.glob(f"*{suffix}")):
+        try:
+            columns = open_table(path).columns
+        except UserError as error:
+            lines.append(str(error))
+            continue
+        if kind_of(columns, layout.columns) is None:
+            lines.append(
+                f"{printable(path, 400)}: its columns {printable(', '.join(columns))} are not called as those of a "
+                f"task (answer: image, question, answer; entail: image, text, label; classify: text, label); name them with "
+                f"--columns, e.g. classify.text={printable(columns[0], 40)} classify.label={printable(columns[-1], 40)}"
+            )
+    return lines
+
+
 def columns_of(table: Table, task: Task, data: DataConfig, labelled: bool) -> dict[str, str | None]:
     """Role -> column. ``UserError`` naming the file where one is missing.
 
