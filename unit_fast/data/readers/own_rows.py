@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,8 +105,8 @@ def unclear_tables(layout: Layout) -> list[str]:
         if kind_of(columns, layout.columns) is None:
             lines.append(
                 f"{printable(path, 400)}: its columns {printable(', '.join(columns))} are not called as those of a "
-                f"task (answer: image, question, answer; entail: image, text, label; classify: text, label); name them with "
-                f"--columns, e.g. classify.text={printable(columns[0], 40)} classify.label={printable(columns[-1], 40)}"
+                f"task (answer: image, question, answer; entail: image, text, label; classify: text, label); name them "
+                f"with --columns, e.g. classify.text={printable(columns[0], 40)} classify.label={printable(columns[-1], 40)}"
             )
     return lines
 
@@ -216,7 +217,8 @@ def _listed(text: str):
     """A list written in a cell, as JSON or as Python has it; the text itself where it is none."""
     for read in (json.loads, ast.literal_eval):  # the latter takes literals alone
         try:
-            found = read(text)
+            with warnings.catch_warnings(action="ignore"):  # of backslashes in a text that is no list
+                found = read(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
         if isinstance(found, list):
