@@ -19,7 +19,7 @@ class Options:
     run: tyro.conf.Positional[str]
     """Run folder, checkpoint folder or model.safetensors."""
     task: str
-    """coco, vg, vqa2, snli_ve, qnli, mnli, qqp or sst2."""
+    """coco, vg, vqa2, snli_ve, qnli, mnli, qqp or sst2; of your own data detect, answer, entail or classify."""
     image: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A JPEG or PNG file, a folder of them, or a pattern in quotes ('in/*.jpg'); again for more."""
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

@@ -106,7 +106,8 @@ def unclear_tables(layout: Layout) -> list[str]:
             lines.append(
                 f"{printable(path, 400)}: its columns {printable(', '.join(columns))} are not called as those of a "
                 f"task (answer: image, question, answer; entail: image, text, label; classify: text, label); name them "
-                f"with --columns, e.g. classify.text={printable(columns[0], 40)} classify.label={printable(columns[-1], 40)}"
+                f"with --columns, e.g. classify.text={printable(columns[0], 40)} "
+                f"classify.label={printable(columns[-1], 40)}"
             )
     return lines
 
