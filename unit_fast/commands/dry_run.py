@@ -23,10 +23,12 @@ _GIB = 2**30
 def run(config: RunConfig, out: Path, resume: str | None, allow_changed: Sequence[str], measured: bool) -> int:
     """Print the resolved configuration and what it needs; then start the run in a folder that goes away, which refuses
     what a run would. ``measured``: train some seconds too."""
-    device = device_of(config)
-    source, asked = find(Path(out) / "checkpoints", resume), config
+    device, given = device_of(config), config
+    source = find(Path(out) / "checkpoints", resume)
     config, _ = completed(config, source)
     config, how = with_batch(config, device, checkpoint.config_of(source) if source else None)
+    batch = {"batch_per_process": config.batch_per_process, "accumulate": config.accumulate}
+    given = dataclasses.replace(given, target_batch=config.target_batch, **batch)
     found = estimate(config, device)
     print(to_json(config), end="")
     print(f"parameters       {found.parameters:,}, {found.trainable:,} trained")
@@ -44,8 +46,7 @@ def run(config: RunConfig, out: Path, resume: str | None, allow_changed: Sequenc
     check_data(config)
     print("\nthe run would say:", flush=True)
     # the run itself finds out what follows from the data, and keeps it in its folder
-    as_asked = dataclasses.replace(config, model=asked.model)
-    with rehearsal(as_asked, out, resume, allow_changed) as parts:
+    with rehearsal(given, out, resume, allow_changed) as parts:
         starts = ", ".join(f"{part} {source}" for part, source in parts.config.started_from.items())
         print(f"\nstarts from      {source or starts}")
         sizes = ", ".join(f"{get_task(n).short} {len(data)}" for (n, _), data in parts.evaluator.datasets.items())
