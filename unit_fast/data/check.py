@@ -16,6 +16,7 @@ from unit_fast.data.images.decode import image_size
 from unit_fast.data.layout import PLACES, Layout
 from unit_fast.data.outputs import resolved_task
 from unit_fast.data.readers.dataset import SPLITS
+from unit_fast.data.readers.own_rows import unclear_tables
 from unit_fast.data.readers.sources import existing
 from unit_fast.data.readers.vqa2 import read_answers
 from unit_fast.data.shards.member import NOT_IN_SHARDS
@@ -94,8 +95,8 @@ class CheckReport:
         if not any(s.samples for s in self.splits):
             return (
                 f"{printable(self.root, 400)}: no usable data found: no published data set in its layout and no file "
-                "of your own (train/_annotations.coco.json, annotations/instances_*.json and the like; a YOLO or VOC "
-                "folder is converted by unit-fast data prepare)"
+                "of your own (train/_annotations.coco.json, annotations/instances_*.json and the like; train.csv; a "
+                "YOLO or VOC folder is converted by unit-fast data prepare)"
             )
         return f"{'clean' if self.ok else 'NOT usable as it is'}: {errors:,} errors, {notes:,} notes ({what})"
 
@@ -200,6 +201,8 @@ def check(
             splits.append(_check_split(name, split, data, config, checked, examples, seen))
     if checked:
         checked.close()
+    if not any(split.samples for split in splits):
+        lines += unclear_tables(layout)
     return CheckReport(str(root), splits, decode, lines)
 
 
