@@ -3,7 +3,8 @@
 An operator on a CPU is split into equal parts, one a thread, and ends with the slowest part. Where another job takes
 the core of one thread, the others wait for it, by default in a busy loop that takes the cores from the work: a small
 model falls to a tenth of its speed. So a command lets threads fall asleep soon, and takes no more threads than there
-are free cores where the number is left to it. Nothing here imports torch: OpenMP reads its settings when torch loads it.
+are free cores where the number is left to it. Nothing here imports torch: OpenMP reads its settings when torch loads
+it.
 """
 
 import math
