@@ -15,7 +15,7 @@ from unit_fast.tasks import get_task
 
 COMMON = (
     "recipe", "data_root", "tasks", "batch", "steps", "optim.lr", "init_from", "out", "resume", "eval_every", "device",
-    "threads", "seed", "config_file", "dry_run",
+    "threads", "seed", "config_file", "data.columns", "dry_run",
 )  # fmt: skip
 """What most runs need."""
 
