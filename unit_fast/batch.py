@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unit_fast.errors import UserError
 
-@dataclass(kw_only=True)
+
+@dataclass(kw_only=True, repr=False)
 class Batch:
     """Samples of one task. A field that the task does not have is None."""
 
@@ -50,6 +52,9 @@ class Batch:
     """Host only: field -> largest number in it, of the fields that point into the model's tables
     (``tasks.index_limits``); so the model refuses what it has no place for without reading the device."""
 
+    def __repr__(self) -> str:
+        return f"Batch({self.task}, {len(self)} samples: {_shapes(self.tensors())})"
+
     def __len__(self) -> int:
         for value in (self.image, self.input_ids):
             if value is not None:
@@ -74,7 +79,7 @@ class Batch:
         return dataclasses.replace(self, **pinned)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Output:
     """What the model computes for a batch."""
 
@@ -90,6 +95,29 @@ class Output:
     """[B,K] classifier logits of the last layer (VQA, SNLI-VE, GLUE)."""
     layer_scores: Tensor | None = None
     """[L,B,K] the same of every layer, only with losses on all hidden states."""
+
+    def __repr__(self) -> str:
+        return f"Output({_shapes(vars(self))})"
+
+
+def check_targets(where: str, batch: Batch, *names: str) -> None:
+    """``UserError`` beginning with ``where`` where one of the fields ``names`` of ``batch`` is no tensor."""
+    for name in names:
+        value = getattr(batch, name)
+        if not isinstance(value, Tensor):
+            found = f"has no {name}" if value is None else f"has {name} of type {type(value).__name__}"
+            raise UserError(
+                f"{where}: the batch of {batch.task} {found}; give every sample its targets, and make the batch with "
+                "unit_fast.collate"
+            )
+
+
+def _shapes(fields: dict) -> str:
+    """Shapes, dtypes and the device of those that are tensors."""
+    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+    parts = [f"{name} {str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for name, x in tensors.items()]
+    places = sorted({str(x.device) for x in tensors.values()})
+    return ", ".join(parts) + (f" on {', '.join(places)}" if places else "")
 
 
 def real_places(batch: Batch) -> int:

@@ -57,6 +57,16 @@ class Checked:
                 object.__setattr__(self, name, accepted)  # frozen
         self.check_together()
 
+    def __repr__(self) -> str:
+        """What differs from the defaults."""
+        changed = []
+        for field in dataclasses.fields(self):
+            made = field.default_factory is not dataclasses.MISSING
+            default = field.default_factory() if made else field.default
+            if (value := getattr(self, field.name)) != default:
+                changed.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(changed)})"
+
     def check_together(self) -> None:
         """Refuse fields that do not go together."""
 

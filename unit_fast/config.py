@@ -26,7 +26,7 @@ from unit_fast.tasks import OWN, TASKS, Task, get_task
 from unit_fast.typed_json import from_dict
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class BackboneConfig(Checked):
     """Convolutional backbone (SPEC 1.3). The defaults are ResNet-50-DC5 with frozen batch norm."""
 
@@ -57,7 +57,7 @@ class BackboneConfig(Checked):
         return self.width * (8 if self.depth in (18, 34) else 32)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EncoderConfig(Checked):
     """Image encoder (SPEC 1.5)."""
 
@@ -84,7 +84,7 @@ class EncoderConfig(Checked):
         _check_heads(self)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TextConfig(Checked):
     """BERT text encoder (SPEC 1.6). The defaults are bert-base-uncased."""
 
@@ -115,7 +115,7 @@ class TextConfig(Checked):
         _check_heads(self)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DecoderConfig(Checked):
     """Decoder (SPEC 1.8) and the classifier behind it (SPEC 1.9)."""
 
@@ -147,7 +147,7 @@ def _check_heads(config) -> None:
         config.refuse("heads", f"a divisor of {config.dotted('width')} = {config.width}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LossConfig(Checked):
     """Matching costs and loss weights (SPEC 2)."""
 
@@ -190,7 +190,7 @@ class LossConfig(Checked):
     """Hidden width of the attribute head."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TaskConfig(Checked):
     """What a model has for one data set."""
 
@@ -230,7 +230,7 @@ def default_tasks(*names: str, **changes) -> dict[str, TaskConfig]:
 ALL_TASKS = ("coco", "vg", "vqa2", "snli_ve", "qnli", "mnli", "qqp", "sst2")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ModelConfig(Checked):
     """The whole UniT model. The defaults are the published 8-dataset model with a shared decoder."""
 
@@ -275,7 +275,7 @@ class ModelConfig(Checked):
             object.__setattr__(self, "tasks", tasks)  # frozen
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class OptimConfig(Checked):
     """AdamW, clipping and schedule (SPEC 3)."""
 
@@ -301,7 +301,7 @@ class OptimConfig(Checked):
     """Linear warm-up from 0; step 0 runs with learning rate 0."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DataConfig(Checked):
     """Where the data sets are and how samples are made (SPEC 4)."""
 
@@ -376,7 +376,7 @@ class DataConfig(Checked):
                 self.refuse(name, "at least one length in pixels")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class BucketConfig(Checked):
     """Static shapes that batches are padded to where whole steps are captured (``buckets.Buckets``)."""
 
@@ -392,7 +392,7 @@ class BucketConfig(Checked):
     """Fewest places for objects; each next bucket has twice as many."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RunConfig(Checked):
     """A whole run: what ``config.json`` of a run folder holds."""
 

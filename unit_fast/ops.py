@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from unit_fast_kernels.adamw import ADAMW, Tables, prepare
 from unit_fast_kernels.adamw import step as adamw_step
@@ -139,12 +140,35 @@ def fuses(op: str, *arguments) -> bool:
     return _choose(operator, operator.tensor(*arguments).device.type, arguments)[0] == "fused"
 
 
+def _tensor_parameters(operator: Operator) -> dict[str, bool]:
+    """Parameter that takes a tensor -> whether it may be None."""
+    parameters = inspect.signature(operator.validate).parameters.values()
+    return {p.name: p.annotation != Tensor for p in parameters if p.annotation in (Tensor, Tensor | None)}
+
+
+def _check_tensor(op: str, argument: str, value, tensors: dict[str, bool]) -> None:
+    """``ValueError`` on a ``value`` that is no tensor; None is left to parameters that take it."""
+    if value is None and tensors[argument]:
+        return
+    found = "None" if value is None else f"of type {type(value).__module__}.{type(value).__name__}"
+    raise ValueError(f"{op}: {argument} is {found.replace('builtins.', '')}; give a torch.Tensor, see torch.as_tensor")
+
+
 def _door(operator: Operator) -> Callable:
     """The public function of an operator, which is one of OPERATORS then."""
     OPERATORS[operator.name] = operator
 
+    tensors = _tensor_parameters(operator)
+    positions = dict(enumerate(inspect.signature(operator.validate).parameters))
+
     @functools.wraps(operator.validate)
     def run(*arguments, **keywords):
+        for place, value in enumerate(arguments):
+            if not isinstance(value, Tensor) and positions.get(place) in tensors:
+                _check_tensor(operator.name, positions[place], value, tensors)
+        for argument, value in keywords.items():
+            if not isinstance(value, Tensor) and argument in tensors:
+                _check_tensor(operator.name, argument, value, tensors)
         arguments = operator.validate(*arguments, **keywords)
         name, why = _choose(operator, operator.tensor(*arguments).device.type, arguments)
         _say_once(operator.name, name, why)

@@ -48,6 +48,7 @@ COMMANDS = {
     "data shard": Command("data_shard", "write folders of images into WebDataset tar shards", leaves_files=True),
     "recipes": Command("recipes", "list the recipes, or print one as JSON"),
     "convert": Command("convert", "weights of MMF, DETR, torchvision and BERT to ours and back", leaves_files=True),
+    "export": Command("export", "a task of a trained model as an ONNX file or torch.export archive", leaves_files=True),
     "kernels": Command("kernels", "assemble the Triton kernels without a GPU: registers, spills, bounds"),
     "completion": Command("completion", "a script that completes commands and options in bash, zsh or fish"),
     "env": Command("env", "versions and machine, to paste into an issue"),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unit_fast import ops
-from unit_fast.batch import Batch
+from unit_fast.batch import Batch, check_targets
 from unit_fast.config import LossConfig
 
 
@@ -95,6 +95,7 @@ def detection_losses(
     any attribute, a term is exactly zero and still connected to the graph, with gradients that are exactly zero.
     ``ValueError``: balanced class loss together with attributes (not defined), attributes missing in the batch.
     """
+    check_targets("losses", batch, "labels", "boxes", "counts")
     if attribute_head is not None and loss.balanced_class_loss:
         raise ValueError("balanced_class_loss is not defined together with attributes; switch one of them off")
     if attribute_head is not None and batch.attributes is None:

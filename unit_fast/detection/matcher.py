@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from unit_fast import ops
-from unit_fast.batch import Batch
+from unit_fast.batch import Batch, check_targets
 from unit_fast.config import LossConfig
 
 
@@ -13,8 +13,9 @@ def match(logits: Tensor, boxes: Tensor, batch: Batch, loss: LossConfig) -> Tens
     logits [L,B,Q,K], boxes [L,B,Q,4] cxcywh, batch with labels [B,N], boxes [B,N,4] and counts [B]. An object has no
     query when it is padding (at and beyond counts) or was left over because its image has more than Q objects. The cost
     is that of ``ops.match_cost`` with the weights of ``loss``; with ``balanced_class_loss`` its class part is the
-    log-probability. All layers and images are one batched problem.
+    log-probability. All layers and images are one batched problem. ``UserError`` where the batch has no targets.
     """
+    check_targets("match", batch, "labels", "boxes", "counts")
     cost = ops.match_cost(
         logits,
         boxes,

@@ -34,6 +34,9 @@ def frozen_constants(modules: Iterable[nn.Module]) -> Constants:
     norms = [m for m in modules if isinstance(m, FrozenBatchNorm2d)]
     if not norms:
         return {}
+    if torch.compiler.is_exporting():  # other formats have no operators over lists
+        scales = [n.weight * torch.rsqrt(n.running_var + n.eps) for n in norms]
+        return {n: (scale, n.bias - n.running_mean * scale) for n, scale in zip(norms, scales)}
     weights, biases, means, variances = zip(*((n.weight, n.bias, n.running_mean, n.running_var) for n in norms))
     scales = torch._foreach_mul(weights, torch._foreach_rsqrt(torch._foreach_add(variances, norms[0].eps)))
     shifts = torch._foreach_sub(biases, torch._foreach_mul(means, scales))
@@ -139,6 +142,10 @@ class Backbone(nn.Module):
         """How images and weights lie in memory: channels last, but for group norm, which torch's CPU kernel does
         several times faster channel by channel."""
         return torch.channels_last if self.config.norm == "frozen" else torch.contiguous_format
+
+    def __repr__(self) -> str:
+        config = self.config
+        return f"ResNet-{config.depth} of width {config.width}, {config.norm} norm, stride {config.stride}"
 
     def _freeze(self) -> None:
         """Stages before ``first_trained_stage`` never get gradients; stage 0 is the stem."""

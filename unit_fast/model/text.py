@@ -139,6 +139,9 @@ class TextEncoder(nn.Module):
         if self.task_embedding is not None:
             nn.init.normal_(self.task_embedding.weight)
 
+    def __repr__(self) -> str:
+        return f"TextEncoder({len(self.layers)} layers of width {self.word_embeddings.embedding_dim})"
+
     def forward(self, input_ids, attention_mask, token_type_ids, task_index: int, seeds, cls_only=False) -> Tensor:
         length = input_ids.shape[1]
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
@@ -148,7 +151,7 @@ class TextEncoder(nn.Module):
         x = ops.dropout(x, self.dropout if self.training else 0.0, seeds.next())
         mask, first = attention_mask != 1, 0
         if self.task_embedding is not None:  # after the embedding block: no position, segment, norm or dropout
-            token = self.task_embedding.weight[task_index].to(x.dtype).expand(len(x), 1, -1)
+            token = self.task_embedding.weight[task_index].to(x.dtype).expand(x.shape[0], 1, -1)
             x = torch.cat((token, x), dim=1)
             mask, first = F.pad(mask, (1, 0), value=False), 1
         packing = packing_of(mask)

@@ -122,10 +122,13 @@ class ImageEncoder(nn.Module):
         self.task_embedding = nn.Embedding(task_rows, config.width) if task_rows else None
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
 
+    def __repr__(self) -> str:
+        return f"ImageEncoder({len(self.layers)} layers of width {self.layers[0].self_attn.out_proj.in_features})"
+
     def forward(self, x_BSC: Tensor, pos_BSC: Tensor, mask_BS: Tensor, task_index: int, seeds) -> Tensor:
         x, pos, mask = x_BSC, pos_BSC, mask_BS
         if self.task_embedding is not None:  # at position zero, visible to all
-            token = self.task_embedding.weight[task_index].to(x.dtype).expand(len(x), 1, -1)
+            token = self.task_embedding.weight[task_index].to(x.dtype).expand(x.shape[0], 1, -1)
             x = torch.cat((token, x), dim=1)
             pos = F.pad(pos, (0, 0, 1, 0))
             mask = F.pad(mask, (1, 0), value=False)
@@ -163,9 +166,12 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
 
+    def __repr__(self) -> str:
+        return f"Decoder({len(self.layers)} layers of width {self.norm.normalized_shape[0]})"
+
     def forward(self, query_QC: Tensor, memory_BSC: Tensor, pos_BSC: Tensor | None, mask_BS: Tensor | None, seeds):
         """Hidden states [L,B,Q,C]. ``pos`` None: the memory is one token that is never masked (GLUE)."""
-        batch, queries = len(memory_BSC), len(query_QC)
+        batch, queries = memory_BSC.shape[0], query_QC.shape[0]
         exact = all(layer.p == 0.0 for layer in self.layers)
         single_key = pos_BSC is None
         cross = self._single_key(memory_BSC) if single_key else self._many_keys(memory_BSC, pos_BSC, mask_BS)

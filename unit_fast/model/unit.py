@@ -9,11 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from unit_fast.batch import Batch, Output
+from unit_fast.batch import Batch, Output, check_targets
 from unit_fast.config import ModelConfig, RunConfig
 from unit_fast.detection import criterion, matcher
 from unit_fast.errors import UserError, nearest
 from unit_fast.model.backbone import Backbone
+from unit_fast.model.folder import Folder
 from unit_fast.model.heads import AttributeHead, BoxHead, Classifier
 from unit_fast.model.positions import feature_mask, sine_positions
 from unit_fast.model.text import TextEncoder
@@ -24,7 +25,7 @@ TASK_ROWS = 256
 """Rows of the task-embedding tables; only the rows of ``Task.index`` are ever read."""
 
 
-class UniT(nn.Module):
+class UniT(Folder, nn.Module):
     """One transformer for all data sets of ``config.tasks``.
 
     ``out = model(batch)``; ``query = model.match(out, batch)``; ``sum(model.losses(out, batch, query).values())`` is
@@ -131,7 +132,7 @@ class UniT(nn.Module):
         features = self.input_proj(self.backbone(batch.image))
         height, width = features.shape[-2:]
         if batch.pixel_mask is None:
-            mask_Bhw = torch.zeros(len(features), height, width, dtype=torch.bool, device=features.device)
+            mask_Bhw = torch.zeros(features.shape[0], height, width, dtype=torch.bool, device=features.device)
         else:
             mask_Bhw = feature_mask(batch.pixel_mask, height, width)
         mask_BP = mask_Bhw.flatten(1)
@@ -152,7 +153,7 @@ class UniT(nn.Module):
         # The positions are the raw rows of BERT's own table: a second gradient path into it.
         positions = self.bert_pos_projection(self.text_encoder.position_embeddings.weight[:length])
         memory = self.bert_projection(tokens)
-        return memory, positions.expand(len(memory), -1, -1), (batch.attention_mask != 1)[:, :length]
+        return memory, positions.expand(memory.shape[0], -1, -1), (batch.attention_mask != 1)[:, :length]
 
     def _detect(self, name: str, hidden_LBQC: Tensor) -> Output:
         logits, boxes = self.class_embeds[name](hidden_LBQC), self.bbox_embeds[name](hidden_LBQC)
@@ -176,6 +177,10 @@ class UniT(nn.Module):
 
     def match(self, out: Output, batch: Batch) -> Tensor:
         """Query of every target, int64 [L,B,N]; -1 for padding and for targets that got none."""
+        if out.logits is None:
+            raise UserError(
+                f"match: {batch.task} has no boxes to match; only detection has, its losses need no matching"
+            )
         layers = slice(None) if self.config.loss.auxiliary else slice(-1, None)
         return matcher.match(out.logits[layers], out.boxes[layers], batch, self.config.loss)
 
@@ -201,6 +206,8 @@ class UniT(nn.Module):
         its samples by those of all.
         """
         name, loss = batch.task, self.config.loss
+        if name not in self.tasks:
+            raise UserError(f"losses: the model has no task {name!r}; {nearest(name, self.tasks)}")
         check_indices(f"losses of {name}", batch.largest or {}, index_limits(self.tasks[name], self.config))
         if self.tasks[name].is_detection:
             matching = self.match(out, batch) if matching is None else matching
@@ -215,6 +222,7 @@ class UniT(nn.Module):
         return {f"{split}/{name}/{key}": value for key, value in terms.items()}
 
     def _classification_loss(self, name: str, scores_BK: Tensor, batch: Batch) -> Tensor:
+        check_targets("losses", batch, "answer_scores" if self.tasks[name].loss == "bce" else "label")
         if self.tasks[name].loss == "bce":
             return criterion.vqa_loss(scores_BK, batch.answer_scores)
         return criterion.class_loss(scores_BK, batch.label)
@@ -260,7 +268,17 @@ class UniT(nn.Module):
         encoder, text, decoder = self.config.encoder, self.config.text, self.config.decoder
         return any((encoder.dropout, text.dropout, decoder.dropout, decoder.classifier_dropout))
 
+    def __repr__(self) -> str:
+        encoder, text, decoder = self.config.encoder, self.config.text, self.config.decoder
+        return (
+            f"UniT({sum(p.numel() for p in self.parameters()):,} parameters; tasks {', '.join(self.config.tasks)}; "
+            f"{self.backbone!r}; image encoder {encoder.layers} x {encoder.width}, text encoder {text.layers} x "
+            f"{text.width}, decoder {decoder.layers} x {decoder.width})"
+        )
+
     def _task(self, batch: Batch) -> Task:
+        if not isinstance(batch, Batch):
+            raise UserError(f"UniT: expected a unit_fast.Batch, found {type(batch).__name__}; make it with collate")
         task = self.tasks.get(batch.task)
         if task is None:
             raise UserError(f"the model has no task {batch.task!r}; {nearest(batch.task, self.tasks)}")

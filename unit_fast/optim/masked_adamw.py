@@ -5,7 +5,7 @@ per parameter and moves the subset; what happens to the others is the policy ``u
 ``ops.adamw``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -115,21 +115,50 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(
-        self, used: Tensor | None = None, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
-    ) -> StepStats:
-        """One update. ``used`` uint8 or bool [n], in the order of the parameters over all groups; None: has a gradient.
+        self,
+        closure: Callable[[], Tensor] | None = None,
+        used: Tensor | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ):
+        """One update; ``StepStats``, or with a ``closure`` its loss, as ``torch.optim``'s optimisers.
 
+        ``closure`` computes the gradients first (with gradients enabled) and returns the loss. ``used`` uint8 or bool
+        [n], in the order of the parameters over all groups; None: has a gradient. It may stand first too.
         ``grad_scale``, one number: what the gradients were multiplied with; they count, and are left, divided by it.
         ``found_inf``, one number: not zero changes nothing. Both are taken from the attributes of these names, which a
-        ``GradScaler`` sets, where they are not given. ``ValueError`` on another shape or dtype and on sparse gradients.
+        ``GradScaler`` sets, where they are not given. ``ValueError`` on another type, shape or dtype and on sparse
+        gradients.
         """
+        if isinstance(closure, Tensor) and used is None:
+            closure, used = None, closure
+        if closure is not None and not callable(closure):
+            raise ValueError(f"MaskedAdamW: closure is of type {type(closure).__name__}; give a function, or used=")
         count = len(self._params())
+        if used is not None and not isinstance(used, Tensor):
+            raise ValueError(
+                f"MaskedAdamW: used is of type {type(used).__name__}; give a uint8 or bool tensor [{count}]"
+            )
         if used is not None and (used.dtype not in (torch.uint8, torch.bool) or used.shape != (count,)):
             raise ValueError(
                 f"MaskedAdamW: used is {used.dtype} {list(used.shape)}; it must be uint8 or bool [{count}]"
             )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         step = self._step_of(used, grad_scale, found_inf)
-        return StepStats(*ops.adamw(step, lambda: self._tables_for(step)))
+        stats = StepStats(*ops.adamw(step, lambda: self._tables_for(step)))
+        return stats if closure is None else loss
+
+    def __repr__(self) -> str:
+        groups = [
+            f"{group.get('name', i)}: {len(group['params'])} parameters at lr {group['lr']:g}"
+            for i, group in enumerate(self.param_groups)
+        ]
+        settings = f"rule={self.rule!r}, unused={self.unused!r}, max_norm={self.max_norm}"
+        return f"MaskedAdamW({settings}; {'; '.join(groups)})"
 
     def _step_of(
         self, used: Tensor | None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None

@@ -29,9 +29,10 @@ from torch import Tensor
 from unit_fast import faults
 from unit_fast.config import RunConfig, load_config, to_json
 from unit_fast.data.store.files import sync_folder
+from unit_fast.digest import DIGEST, digest
 from unit_fast.errors import UserError, printable
 from unit_fast.model import UniT
-from unit_fast.weights.files import DIGEST, digest, has_digest, load_weights, read_json
+from unit_fast.weights.files import has_digest, load_weights, read_json
 
 WEIGHTS, EMA, CONFIG = "model.safetensors", "ema.safetensors", "config.json"
 STATE, STATE_JSON, MANIFEST = "state.safetensors", "state.json", "manifest.json"

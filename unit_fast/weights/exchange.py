@@ -10,7 +10,10 @@ from unit_fast.config import RunConfig
 from unit_fast.errors import UserError
 from unit_fast.model import UniT
 from unit_fast.weights import checkpoint, convert, pretrained
+from unit_fast.weights.detr import detr_config
 from unit_fast.weights.files import load_weights, read_json
+from unit_fast.weights.foreign import recognise
+from unit_fast.weights.loading import load_foreign
 
 _PARTS = {
     "detr": pretrained.load_detr_backbone,
@@ -45,6 +48,32 @@ def import_file(
         config = dataclasses.replace(config, seed=seed, started_from={part: str(source)})
     checkpoint.save_weights(out, model, config)
     return report
+
+
+def import_detr(source: Path, out: Path, *, stride: int | None = None) -> tuple[str, Path | None]:
+    """Write checkpoint folder ``out`` with the whole DETR in ``source``, facebookresearch's or Hugging Face's, a file
+    or the folder it is in. Returns what was loaded, and the config.json beside it if there is one.
+
+    stride: see ``detr.detr_config``. ``UserError`` where the file is no whole DETR.
+    """
+    if out.exists():
+        raise UserError(f"{out}: is there already; give a new folder")
+    if source.is_dir():
+        names = ("model.safetensors", "pytorch_model.bin")
+        source = next((source / name for name in names if (source / name).is_file()), source / names[0])
+    foreign = recognise(load_weights(source))
+    if foreign is None:
+        raise UserError(f"{source}: no DETR; give facebookresearch/detr's .pth or Hugging Face's model.safetensors")
+    beside = source.parent / "config.json"
+    settings = read_json(beside) if beside.is_file() else {}
+    settings = settings if isinstance(settings, dict) else {}
+    model = UniT(detr_config(foreign, settings, source, stride))
+    report = load_foreign(model, foreign, source=str(source))
+    if report.left:
+        raise UserError(f"{source}: {'; '.join(report.left)}")
+    checkpoint.save_weights(out, model, RunConfig(model=model.config, started_from={"model": str(source)}))
+    cells = model.config.backbone.stride
+    return f"{report.counts()}\na feature cell has {cells} pixels", beside if beside.is_file() else None
 
 
 def export_file(source: Path, out: Path, kind: str) -> list[str]:

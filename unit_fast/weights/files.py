@@ -1,6 +1,5 @@
 """Reading weights files of any origin without executing code from them."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,14 +8,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from unit_fast.digest import DIGEST, digest
 from unit_fast.errors import UserError, printable
 
 MAX_HEADER = 4 * 2**20
 """Bytes of a safetensors header that we read; the full model's is 0.2 MB."""
 MAX_TENSORS = 10_000
 MAX_JSON = 64 * 2**20
-DIGEST = "unit_fast.sha256"
-"""Entry of a safetensors file's own metadata: ``digest`` of its tensors. It travels with the file."""
 
 
 def read_json(path: Path):
@@ -31,16 +29,6 @@ def read_json(path: Path):
         raise UserError(f"{path}: cannot be read ({error.strerror}); take another checkpoint") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); take another checkpoint") from None
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the tensors (on the host), whatever their order and strides."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].detach().contiguous()
-        found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        found.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
-    return found.hexdigest()
 
 
 def has_digest(path: str | Path) -> bool | None:
