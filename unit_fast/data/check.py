@@ -12,7 +12,7 @@ from unit_fast.config import DataConfig, TaskConfig, default_tasks
 from unit_fast.data import open_dataset, reader_of
 from unit_fast.data.errors import BadImage, EmptySplit, Finding, Findings, MissingSplit
 from unit_fast.data.images.checked import CheckedImages
-from unit_fast.data.images.decode import image_size
+from unit_fast.data.images.decode import header
 from unit_fast.data.layout import PLACES, Layout
 from unit_fast.data.outputs import resolved_task
 from unit_fast.data.readers.dataset import SPLITS
@@ -278,19 +278,26 @@ def _check_images(dataset, data, checked, seen, findings):
                 if checked:
                     checked.forget(path)
                     facts = checked.facts(path)
-                    seen[key] = (facts.height, facts.width)
+                    seen[key] = facts.height, facts.width, facts.turned
                 else:
-                    seen[key] = image_size(path, data.max_pixels)
+                    seen[key] = header(path, data.max_pixels)
             except BadImage as error:
                 seen[key] = error
         found = seen[key]
         if isinstance(found, BadImage):
             missing = found.reason in ("no such file", NOT_IN_SHARDS)
             findings.error("image missing" if missing else "image unreadable", str(found))
-        elif stated is not None and found != stated:
+            continue
+        height, width, turned = found
+        if turned:
+            findings.note(
+                "image that viewers turn",
+                f"{printable(key, 400)}: its EXIF orientation turns it; training takes it, and its boxes, as stored",
+            )
+        if stated is not None and (height, width) != stated:
             findings.error(
                 "image of another size than stated",
-                f"{printable(key, 400)}: {found[1]} x {found[0]} pixels, its annotation says {stated[1]} x {stated[0]}",
+                f"{printable(key, 400)}: {width} x {height} pixels, its annotation says {stated[1]} x {stated[0]}",
             )
     if images:
         dataset.facts["image files"] = images
