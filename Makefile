@@ -28,7 +28,7 @@ EXTRAS := $(if $(filter yes,$(GPU)),[gpu])
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(TORCH)
+	@echo "installing torch"; $(TORCH)
 	$(PIP) --editable ".$(EXTRAS)"
 	touch $@
 

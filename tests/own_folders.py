@@ -2,10 +2,7 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
-
-from PIL import Image
 
 from tests.data_roots import write
 from unit_fast.data.generated.world import generate
@@ -36,7 +33,7 @@ def content(images: list[dict], ids=IDS, names=NAMES, *, extra=(), first=1, **ch
     rows = []
     for n, image in enumerate(images, first):
         for label, x, y, w, h in image["boxes"]:
-            row = {"id": len(rows), "image_id": n, "category_id": ids[label], "bbox": [x, y, w, h], "area": w * h}
+            row = {"id": len(rows) + 1, "image_id": n, "category_id": ids[label], "bbox": [x, y, w, h], "area": w * h}
             row |= {"iscrowd": 0} | {k: v(len(rows)) if callable(v) else v for k, v in changes.items()}
             rows.append({k: v for k, v in row.items() if v != "absent"})
     return {
@@ -119,16 +116,3 @@ def voc(root: Path, found: dict) -> Path:
 
 
 FORMS = {"plain": plain, "roboflow": roboflow, "cvat": cvat}
-
-
-def rotated(path: Path) -> Path:
-    """A copy of an image with an EXIF orientation, as phones write it."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.open(path).save(path, exif=exif)
-    return path
-
-
-def emptied(root: Path) -> Path:
-    shutil.rmtree(root, ignore_errors=True)
-    return root

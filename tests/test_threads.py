@@ -54,14 +54,14 @@ def test_the_quota_of_a_control_group_counts(groups, files, cores, tmp_path):
         (tmp_path / "mounted" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mounted" / name).write_text(text)
     (tmp_path / "cgroup").write_text(groups)
-    assert threads._quota(tmp_path / "cgroup", tmp_path / "mounted") == cores
-    assert threads._quota(tmp_path / "absent", tmp_path / "mounted") == float("inf")
+    assert threads.group_quota(tmp_path / "cgroup", tmp_path / "mounted") == cores
+    assert threads.group_quota(tmp_path / "absent", tmp_path / "mounted") == float("inf")
 
 
 def test_no_more_cores_are_usable_than_affinity_and_quota_give(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 4, 7}, raising=False)
     for quota, cores in ((float("inf"), 4), (2.5, 2), (0.5, 1), (16.0, 4), (3.0, 3)):
-        monkeypatch.setattr(threads, "_quota", lambda *_, quota=quota: quota)
+        monkeypatch.setattr(threads, "group_quota", lambda *_, quota=quota: quota)
         assert usable_cores() == cores
 
 

@@ -39,11 +39,11 @@ def wait_asleep(environment: MutableMapping[str, str] = os.environ) -> bool:
 def usable_cores() -> int:
     """Cores this process may use: its affinity, and the CPU quota of its control group, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    quota = group_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     return max(1, min(cores, math.floor(quota + 0.01))) if quota < math.inf else cores
 
 
-def _quota(groups: Path, mounted: Path) -> float:
+def group_quota(groups: Path, mounted: Path) -> float:
     """Cores' worth of CPU time that the control groups (version 2 or 1) of a process allow; inf without a limit."""
     least = math.inf
     try:

@@ -110,14 +110,13 @@ def test_texts_from_a_file(capsys, run, folder, tmp_path):
 def test_the_runs_own_threshold_is_taken_and_said(capsys, run, folder):
     (run / "thresholds.json").write_text(json.dumps({"detection_coco": {"threshold": 0.0}}))
     try:
-        code, said, errors = predict(capsys, run, "--task", "coco", "--image", folder / "1.jpg", "--json")
+        code, said, errors = predict(capsys, run, "--task", "coco", "--image", folder / "1.jpg")
         assert "boxes of at least 0, as the run chose on its validation split" in errors
-        assert json.loads(said)["predictions"]
-        code, said, errors = predict(
-            capsys, run, "--task", "coco", "--image", folder / "1.jpg", "--json", "--threshold", 1
-        )
+        assert said.startswith("label ")
+        code, said, errors = predict(capsys, run, "--task", "coco", "--image", folder / "1.jpg", "--threshold", 1)
         assert "boxes of at least" not in errors
-        assert json.loads(said)["predictions"] == []
+        assert said == "no object above the threshold\n"
+        assert "the likeliest box has 0." in errors
     finally:
         (run / "thresholds.json").unlink()
 

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from PIL import Image
 
 from tests.data_roots import REAL, box, coco_file, coco_root, needs_real, picture, whole_root, write
 from unit_fast.data.check import check
@@ -85,6 +86,17 @@ def test_every_oddity_is_counted_with_examples(tmp_path):
     # the file that is cut off is found only by decoding it
     found = {kind: n for (task, _, _, kind), n in kinds(check(root, decode=True)).items() if task == "coco"}
     assert found["image unreadable"] == 2
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_photographs_that_viewers_turn_are_counted(tmp_path, decode):
+    root = whole_root(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(root / "coco/images/train2017/000000000009.jpg", exif=exif)
+    report = check(root, decode=decode)
+    assert report.ok
+    assert kinds(report)["coco", "train", "note", "image that viewers turn"] == 1
 
 
 def test_the_summary_prints_and_is_safe_for_a_terminal(tmp_path):

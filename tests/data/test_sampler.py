@@ -111,8 +111,9 @@ def test_bad_ratios_are_refused(ratios, tasks, text):
 
 
 def _requests(start=0, counts=None, stop=40, **changes):
-    config = RunConfig(ratios=RATIOS, seed=4, batch_per_process=3, task_batch={"b": 2}, accumulate=2, **changes)
-    return list(sampler.requests(config, {"a": 5, "b": 11, "c": 1}, start, counts or {}, stop))
+    ratios = {"vqa2": 0.2, "glue_qqp": 0.5, "glue_sst2": 0.3}
+    config = RunConfig(ratios=ratios, seed=4, batch_per_process=3, task_batch={"glue_qqp": 2}, accumulate=2, **changes)
+    return list(sampler.requests(config, {"vqa2": 5, "glue_qqp": 11, "glue_sst2": 1}, start, counts or {}, stop))
 
 
 def test_requests_continue_from_the_counts():
@@ -125,7 +126,7 @@ def test_requests_continue_from_the_counts():
 
 def test_requests_have_the_task_batch_and_the_accumulation():
     for request in _requests():
-        assert [len(m) for m in request.micro] == [2 if request.task == "b" else 3] * 2
+        assert [len(m) for m in request.micro] == [2 if request.task == "glue_qqp" else 3] * 2
 
 
 def test_the_same_in_another_process():

@@ -49,7 +49,7 @@ def ids(tmp_path, names, annotations=None) -> list:
 
 
 def test_image_ids_are_numbers_in_the_names_or_a_count_or_a_files(tmp_path, caplog):
-    assert ids(tmp_path, ["7.jpg", "0012.jpg"]) == [7, 12]
+    assert ids(tmp_path, ["7.jpg", "COCO_val2014_000000000012.jpg"]) == [7, 12]
     assert not caplog.records
     for names in (["7.jpg", "b.jpg"], ["7.jpg", "07.jpg"], ["²7.jpg", "8.jpg"]):
         assert ids(tmp_path, names) == [1, 2]

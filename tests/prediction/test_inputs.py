@@ -8,7 +8,6 @@ from PIL import Image
 from tests.data_roots import picture, write
 from unit_fast.errors import UserError
 from unit_fast.prediction.inputs import read_texts, sources
-from unit_fast.tasks import get_task
 
 LIMIT = 10_000
 

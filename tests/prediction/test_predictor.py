@@ -63,6 +63,7 @@ def test_the_threshold_leaves_boxes_out(predictor, image):
     assert predictor.predict("coco", image=image, threshold=middle).items == [i for i in every if i["score"] >= middle]
     nothing = predictor.predict("coco", image=image, threshold=1.0)
     assert str(nothing) == "no object above the threshold"
+    assert nothing.likeliest == every[0]["score"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import pytest
 
 from tests.data_roots import write
 from unit_fast.errors import UserError
-from unit_fast.prediction.thresholds import FILE, read_thresholds
+from unit_fast.evaluation.thresholds import FILE, write_thresholds
+from unit_fast.prediction.thresholds import read_thresholds
 
 
 def test_a_run_without_one_has_none(tmp_path):
@@ -12,7 +13,7 @@ def test_a_run_without_one_has_none(tmp_path):
 
 
 def test_the_threshold_of_each_data_set_is_read(tmp_path):
-    write(tmp_path / FILE, {"detection_coco": {"threshold": 0.25, "f1": 0.6}})
+    write_thresholds(tmp_path, {"coco": {"threshold": 0.25, "f1": 0.6}}, split="val")
     assert read_thresholds(tmp_path) == {"detection_coco": 0.25}
 
 

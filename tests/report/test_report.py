@@ -11,8 +11,8 @@ from PIL import Image
 
 from unit_fast.config import RunConfig, to_json
 from unit_fast.errors import UserError
-from unit_fast.report import write_report, write_samples
-from unit_fast.report.curves import draw_curves
+from unit_fast.report import curves, write_report, write_samples
+from unit_fast.report.curves import draw_curves, running_mean
 from unit_fast.report.html import PUBLISHED, published_values
 from unit_fast.report.predictions import chosen, draw_boxes, matched
 from unit_fast.report.run import read_run
@@ -116,10 +116,10 @@ def test_a_whole_run_shows_every_task_with_its_figures(tmp_path):
     assert "0.600 step 50" in page.text, "and the best"
     assert "AP50 0.800" in page.text
     assert "1 min 15 s" in page.text
-    assert "1 of 1 objects found, 1 wrong boxes" in page.text
+    assert "1 of 1 objects found, 1 wrong box" in page.text
     assert "✓ right" in page.text
     assert "✗ wrong" in page.text
-    assert "bad_images.read" in page.text
+    assert "bad images, read" in page.text
     assert "30 samples/s, 10.0 % of the time waiting" in page.text
     # seed is 7, the default 0
     assert re.search(r"seed 7 0 ", page.text)
@@ -268,6 +268,54 @@ def test_images_outside_the_run_folder_are_not_shown(tmp_path):
     assert "2 images are absent" in page_of(folder).text
 
 
+def test_a_running_mean_does_not_lag():
+    ramp = [float(i) for i in range(200)]
+    assert running_mean(ramp) == pytest.approx(ramp)
+    step = running_mean([0.0] * 100 + [1.0] * 100)
+    assert step[99] == pytest.approx(1 - step[100])
+    assert running_mean([3.0]) == [3.0]
+    assert running_mean([]) == []
+    spikes = running_mean([float(i % 2) for i in range(400)])
+    assert max(abs(x - 0.5) for x in spikes[30:-30]) < 0.05
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_curves_of_short_runs_stay_in_the_frame(tmp_path, count, monkeypatch):
+    folder = make_run(tmp_path / "run", tasks=("glue_sst2",))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    train, last = [row for row in rows if row["kind"] == "train"][:count], [r for r in rows if r["kind"] == "eval"][-1:]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train + last))
+    frames = []
+    monkeypatch.setattr(curves, "_few_ticks", lambda axis: frames.append(axis))
+    draw_curves(read_run(folder))
+    axis = frames[0]
+    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+    drawn = [point for line in axis.lines for point in zip(*line.get_data())]
+    assert len(drawn) > count
+    for x, y in drawn:
+        assert left <= x < right, "the last marker is whole"
+        assert low <= y <= high
+
+
+def test_pictures_are_enlarged_without_a_script(tmp_path):
+    page = page_of(make_run(tmp_path / "run"))
+    pictures = page.tags.count("img")
+    assert page.tags.count("label") == pictures, "every picture is in a label"
+    assert sum((tag, name) == ("input", "aria-label") for tag, name, _ in page.attributes) == pictures
+
+
+def test_people_read_titles_where_files_have_keys(tmp_path):
+    folder = make_run(tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    config["ratios"] = dict.fromkeys(TASKS, 0.5)
+    (folder / "config.json").write_text(json.dumps(config))
+    text = write_report(folder).read_text(encoding="utf-8")
+    read = Page(re.sub(r"<details>.*?</details>", "", text, flags=re.S)).text
+    assert "ratios: COCO detection" in read
+    for name in TASKS:
+        assert name not in read or name == "vqa2", name
+
+
 def test_long_curves_stay_small(tmp_path):
     folder = make_run(tmp_path / "run", tasks=("glue_sst2",))
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
@@ -302,9 +350,47 @@ def test_matching_wants_class_and_overlap_and_meets_a_box_once():
 
 
 def test_the_likeliest_boxes_are_drawn_where_none_is_likely():
-    boxes = [{"score": s} for s in (0.1, 0.4, 0.3, 0.2)]
-    assert chosen(boxes) == [{"score": 0.4}, {"score": 0.3}, {"score": 0.2}]
-    assert chosen([*boxes, {"score": 0.6}]) == [{"score": 0.6}]
+    assert scores_of(chosen(apart(0.1, 0.4, 0.3, 0.2))) == [0.4, 0.3, 0.2]
+    assert scores_of(chosen(apart(0.1, 0.4, 0.3, 0.2, 0.6))) == [0.6]
+
+
+def apart(*scores):
+    """Boxes that do not touch each other."""
+    return [{"label": "cat", "bbox": [20 * i, 0, 10, 10], "score": score} for i, score in enumerate(scores)]
+
+
+def scores_of(boxes):
+    return [box["score"] for box in boxes]
+
+
+def test_boxes_are_drawn_from_the_chosen_threshold_on():
+    assert scores_of(chosen(apart(0.1, 0.4, 0.3, 0.2), 0.3)) == [0.4, 0.3]
+    assert scores_of(chosen(apart(0.6, 0.7), 0.65)) == [0.7]
+    assert chosen(apart(0.6, 0.7), 0.8) == [], "nothing is likely enough, and nothing is drawn"
+
+
+def test_an_object_is_drawn_once():
+    box = {"label": "cat", "bbox": [0, 0, 10, 10], "score": 0.8}
+    again, beside = {**box, "bbox": [1, 0, 10, 10], "score": 0.7}, {**box, "bbox": [5, 0, 10, 10], "score": 0.6}
+    assert chosen([again, box, beside]) == [box, beside]
+    assert chosen([{**again, "label": "dog"}, box]) == [box, {**again, "label": "dog"}]
+
+
+def test_the_threshold_of_a_run_is_said_and_used(tmp_path):
+    folder = make_run(tmp_path / "run", tasks=("detection_coco", "detection_visual_genome"))
+    before = page_of(folder).text
+    assert before.count("score of at least 0.5, or the likeliest") == 2
+    (folder / "thresholds.json").write_text(
+        json.dumps({"detection_coco": {"threshold": 0.8, "f1": 0.61}, "detection_visual_genome": {"threshold": "x"}})
+    )
+    after = page_of(folder).text
+    assert "score of at least 0.80, the threshold with the best F1 (0.61 at IoU 0.5) on the validation split" in after
+    assert after.count("score of at least 0.5, or the likeliest") == 1, "what is no number is no threshold"
+    assert before.count("1 of 1 objects found, 1 wrong box") == 4
+    assert after.count("1 of 1 objects found, 0 wrong boxes") == 2, "the box of score 0.7 is not drawn"
+    write_samples(folder, 1)
+    (folder / "thresholds.json").write_text("{")
+    assert page_of(folder).text.count("score of at least 0.5, or the likeliest") == 2
 
 
 def test_boxes_beyond_the_image_are_drawn_to_its_border():

@@ -138,11 +138,11 @@ def test_a_first_evaluation_that_is_not_there_is_made_up_for(root, tmp_path, sco
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"eval_every": 0}, "early_stop: needs evaluations while training, eval_every is 0"),
+        ({"eval_every": 0}, "early_stop: is 2; give 0, or an eval_every of at least 1"),
         ({"early_stop": -1}, "early_stop: is -1; give at least 0"),
         (
             {"early_stop": 0, "eval_first": True, "eval_every": -1},
-            "eval_first: eval_every is -1, which never evaluates",
+            "eval_first: is True; give False, or an eval_every of at least 0",
         ),
     ],
 )

@@ -1,20 +1,18 @@
 """``unit-fast train --dry-run``: what a run would be."""
 
-import sys
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from unit_fast.commands.train import check_data
 from unit_fast.config import RunConfig, to_json
-from unit_fast.data.outputs import resolved
-from unit_fast.data.vocabulary import with_vocabulary
 from unit_fast.recipes import batch_note
 from unit_fast.run.batch_size import device_memory, with_batch
 from unit_fast.run.checkpoints import find
 from unit_fast.run.estimate import estimate
 from unit_fast.run.rehearsal import mean_seconds, peak_gib, rehearsal, seconds_per_update
 from unit_fast.run.setup import device_of
-from unit_fast.run.start import Parts
+from unit_fast.run.start import Parts, completed
 from unit_fast.run.status import duration
 from unit_fast.tasks import get_task
 from unit_fast.weights import checkpoint
@@ -25,13 +23,12 @@ _GIB = 2**30
 def run(config: RunConfig, out: Path, resume: str | None, allow_changed: Sequence[str], measured: bool) -> int:
     """Print the resolved configuration and what it needs; then start the run in a folder that goes away, which refuses
     what a run would. ``measured``: train some seconds too."""
-    device = device_of(config)
-    config, lines = resolved(config)
-    config, more = with_vocabulary(config)
-    for line in lines + more:
-        print(line, file=sys.stderr)
+    device, given = device_of(config), config
     source = find(Path(out) / "checkpoints", resume)
+    config, _ = completed(config, source)
     config, how = with_batch(config, device, checkpoint.config_of(source) if source else None)
+    batch = {"batch_per_process": config.batch_per_process, "accumulate": config.accumulate}
+    given = dataclasses.replace(given, target_batch=config.target_batch, **batch)
     found = estimate(config, device)
     print(to_json(config), end="")
     print(f"parameters       {found.parameters:,}, {found.trainable:,} trained")
@@ -48,7 +45,8 @@ def run(config: RunConfig, out: Path, resume: str | None, allow_changed: Sequenc
     )
     check_data(config)
     print("\nthe run would say:", flush=True)
-    with rehearsal(config, out, resume, allow_changed) as parts:
+    # the run itself finds out what follows from the data, and keeps it in its folder
+    with rehearsal(given, out, resume, allow_changed) as parts:
         starts = ", ".join(f"{part} {source}" for part, source in parts.config.started_from.items())
         print(f"\nstarts from      {source or starts}")
         sizes = ", ".join(f"{get_task(n).short} {len(data)}" for (n, _), data in parts.evaluator.datasets.items())

@@ -58,6 +58,7 @@ def _evaluate(options: Options) -> int:
     from unit_fast.data.vocabulary import VOCABULARY, with_kept_vocabulary
     from unit_fast.evaluation.evaluate import evaluate, open_splits
     from unit_fast.evaluation.labels import check_labels, find_labels
+    from unit_fast.evaluation.thresholds import write_thresholds
     from unit_fast.files import replace
     from unit_fast.run.setup import device_of
     from unit_fast.weights import checkpoint
@@ -100,6 +101,7 @@ def _evaluate(options: Options) -> int:
         "metrics": metrics,
     }  # fmt: skip
     if out is not None:
+        write_thresholds(out, metrics, split=options.split)
         replace(out / "evaluation.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     if options.json:
         print(json.dumps(result, indent=2, allow_nan=False))

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import tyro
 
-from unit_fast.commands.shown import errors_as_json
+from unit_fast.commands.shown import errors_as_json, take_threads
 from unit_fast.config import RunConfig
 from unit_fast.errors import UserError, printable
+
+COMMON = ("task", "image", "text", "texts", "threshold", "save", "json", "coco", "device")
+"""What most people need."""
 
 
 @dataclass(kw_only=True)
@@ -19,7 +22,7 @@ class Options:
     run: tyro.conf.Positional[str]
     """Run folder, checkpoint folder or model.safetensors."""
     task: str
-    """coco, vg, vqa2, snli_ve, qnli, mnli, qqp or sst2."""
+    """coco, vg, vqa2, snli_ve, qnli, mnli, qqp, sst2, or a task of one's own: detect, answer, entail, classify."""
     image: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A JPEG or PNG file, a folder of them, or a pattern in quotes ('in/*.jpg'); again for more."""
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -47,7 +50,7 @@ class Options:
     device: str = "auto"
     """auto takes CUDA where there is one."""
     threads: int = 0
-    """CPU threads; 0 keeps the default."""
+    """CPU threads; 0 takes OMP_NUM_THREADS, else the cores that are free."""
     json: bool = False
     """Print JSON, also of an error."""
 
@@ -58,10 +61,8 @@ def run(options: Options) -> int:
 
 
 def _predict(options: Options) -> int:
-    import torch
-
     from unit_fast.evaluation.labels import TaskLabels
-    from unit_fast.prediction.files import read_image_ids
+    from unit_fast.prediction.files import Pictures, read_image_ids
     from unit_fast.prediction.predictor import load
     from unit_fast.run.setup import device_of
     from unit_fast.tasks import get_task
@@ -75,18 +76,28 @@ def _predict(options: Options) -> int:
         if path and not Path(path).parent.is_dir():
             raise UserError(f"{name} {printable(path, 400)}: there is no such folder; make it, or give another path")
     ids = read_image_ids(options.annotations) if options.annotations else None
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    take_threads(options.device, options.threads)
     model = load(options.run, device=device_of(RunConfig(device=options.device)), ema=options.ema)
     text = _text(options, task, model.labels.get(task.name, TaskLabels()))
     image = options.image[0] if len(options.image) == 1 else list(options.image) or None
     found = model.stream(
         options.task, image, text, threshold=options.threshold, top=options.top, batch_size=options.batch
     )
-    if options.threshold is None and task.name in model.thresholds:
+    if options.threshold is None and task.name in model.thresholds and not options.json:
         chosen = model.threshold(options.task)
         print(f"unit-fast: boxes of at least {chosen:.3g}, as the run chose on its validation split", file=sys.stderr)
-    return _write(options, found, ids)
+    several = not found.single
+    pictures = Pictures(options.save) if options.save and several and not options.save.endswith(".json") else None
+    answers = _shown(options, found, pictures)
+    for path in _written(options, answers if several else answers[0], pictures, ids):
+        print(f"written: {path}", file=sys.stderr)
+    likeliest = [answer.likeliest for answer in answers if answer.likeliest is not None]
+    if likeliest and not any(answer.items for answer in answers) and not options.json:
+        print(f"unit-fast: the likeliest box has {max(likeliest):.3g}; a lower --threshold shows it", file=sys.stderr)
+    failed = sum(answer.error is not None for answer in answers)
+    if failed:
+        print(f"unit-fast: {failed} of {len(answers)} have no answer, see above", file=sys.stderr)
+    return int(failed > 0)
 
 
 def _text(options: Options, task, labels):
@@ -104,45 +115,41 @@ def _text(options: Options, task, labels):
     return list(given)
 
 
-def _write(options: Options, found, ids) -> int:
-    """Show and write the predictions as they come; 1 where some have no answer."""
+def _shown(options: Options, found, pictures) -> list:
+    """The predictions, each shown and drawn as it comes."""
     from unit_fast.data.progress import progress_bar
-    from unit_fast.prediction.files import Pictures, write_coco, write_json
 
-    several, kept, failed = not found.single, [], 0
-    pictures = Pictures(options.save) if options.save and several and not options.save.endswith(".json") else None
-    output = sys.stdout
-    with progress_bar(
-        "predict", len(found), several and (options.json or not output.isatty()) and sys.stderr.isatty(), stderr=True
-    ) as advance:
-        for number, prediction in enumerate(found, 1):
-            failed += prediction.error is not None
-            if options.json or options.json_file or options.coco or (options.save and pictures is None):
-                kept.append(prediction)
+    answers, output = [], sys.stdout
+    bar = not found.single and (options.json or not output.isatty()) and sys.stderr.isatty()
+    with progress_bar("predict", len(found), bar, stderr=True) as advance:
+        for number, answer in enumerate(found, 1):
+            answers.append(answer)
             if not options.json:
-                if several:
-                    named = printable(prediction.name or _short(prediction.text), 200)
+                if not found.single:
+                    named = printable(answer.name or _short(answer.text), 200)
                     print(f"[{number}/{len(found)}] {named}", file=output)
-                print(prediction, file=output)
-            if pictures is not None and prediction.error is None:
-                pictures.add(prediction, number)
+                print(answer, file=output)
+            if pictures is not None and answer.error is None:
+                pictures.add(answer, number)
             advance(1)
-    result = kept if several else kept[:1]
     if options.json:
-        values = [prediction.to_dict() for prediction in result]
-        print(json.dumps(values if several else values[0], indent=2, allow_nan=False))
+        values = [answer.to_dict() for answer in answers]
+        print(json.dumps(values[0] if found.single else values, indent=2, allow_nan=False))
+    return answers
+
+
+def _written(options: Options, found, pictures, ids) -> list[Path]:
+    """What is asked for is written; where."""
+    from unit_fast.prediction.files import write_coco, write_json
+
     written = [pictures.folder] if pictures is not None else []
     if options.save and pictures is None:
-        written.append(write_json(result, options.save) if several else result[0].save(options.save))
+        written.append(write_json(found, options.save) if isinstance(found, list) else found.save(options.save))
     if options.json_file:
-        written.append(write_json(result if several else result[0], options.json_file))
+        written.append(write_json(found, options.json_file))
     if options.coco:
-        written.append(write_coco(result, options.coco, ids))
-    for path in written:
-        print(f"written: {path}", file=sys.stderr)
-    if failed:
-        print(f"unit-fast: {failed} of {len(found)} have no answer, see above", file=sys.stderr)
-    return int(failed > 0)
+        written.append(write_coco(found, options.coco, ids))
+    return written
 
 
 def _short(text) -> str:

@@ -15,7 +15,7 @@ from unit_fast.tasks import get_task
 
 COMMON = (
     "recipe", "data_root", "tasks", "batch", "steps", "optim.lr", "init_from", "out", "resume", "eval_every", "device",
-    "threads", "seed", "config_file", "dry_run",
+    "threads", "seed", "config_file", "data.columns", "dry_run",
 )  # fmt: skip
 """What most runs need."""
 
@@ -56,6 +56,7 @@ def run(options: Options) -> int:
     if options.measure and not options.dry_run:
         raise UserError("--measure: give it with --dry-run")
     if options.dry_run:
+        take_threads(config.device, config.threads, keep=options.resume is not None)
         from unit_fast.commands import dry_run
 
         return dry_run.run(config, _out(options, config), options.resume, options.allow_changed, options.measure)
@@ -119,14 +120,14 @@ def default(arguments: list[str]) -> Options:
 def _to_follow(config: RunConfig, arguments: list[str]) -> RunConfig:
     """``config`` without the batch or the accumulation where only the other is given: it follows then."""
     batch, accumulate = given(arguments, "--batch", "--batch-per-process"), given(arguments, "--accumulate")
-    target = given(arguments, "--target-batch")
+    target = value_of(arguments, "--target-batch")
     if batch and accumulate and target:
         raise UserError("--target-batch: follows from --batch and --accumulate; give at most two of the three")
-    if accumulate and not batch and (target or config.target_batch):
-        return dataclasses.replace(config, batch_per_process=0)
-    if target or batch and not accumulate and config.target_batch:
-        return dataclasses.replace(config, accumulate=0)
-    return config
+    if target and target.isdecimal():  # the parser refuses what is no number
+        config = dataclasses.replace(config, target_batch=int(target))
+    if not config.target_batch or batch and accumulate or not (batch or accumulate or target):
+        return config
+    return dataclasses.replace(config, **{"batch_per_process" if accumulate and not batch else "accumulate": 0})
 
 
 def _folder_to_resume(arguments: list[str]) -> Path | None:

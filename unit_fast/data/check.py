@@ -12,10 +12,11 @@ from unit_fast.config import DataConfig, TaskConfig, default_tasks
 from unit_fast.data import open_dataset, reader_of
 from unit_fast.data.errors import BadImage, EmptySplit, Finding, Findings, MissingSplit
 from unit_fast.data.images.checked import CheckedImages
-from unit_fast.data.images.decode import image_size
+from unit_fast.data.images.decode import header
 from unit_fast.data.layout import PLACES, Layout
 from unit_fast.data.outputs import resolved_task
 from unit_fast.data.readers.dataset import SPLITS
+from unit_fast.data.readers.own_rows import unclear_tables
 from unit_fast.data.readers.sources import existing
 from unit_fast.data.readers.vqa2 import read_answers
 from unit_fast.data.shards.member import NOT_IN_SHARDS
@@ -94,8 +95,8 @@ class CheckReport:
         if not any(s.samples for s in self.splits):
             return (
                 f"{printable(self.root, 400)}: no usable data found: no published data set in its layout and no file "
-                "of your own (train/_annotations.coco.json, annotations/instances_*.json and the like; a YOLO or VOC "
-                "folder is converted by unit-fast data prepare)"
+                "of your own (train/_annotations.coco.json, annotations/instances_*.json and the like; train.csv; a "
+                "YOLO or VOC folder is converted by unit-fast data prepare)"
             )
         return f"{'clean' if self.ok else 'NOT usable as it is'}: {errors:,} errors, {notes:,} notes ({what})"
 
@@ -130,7 +131,7 @@ def _counts(facts) -> str:
     if "why" in facts:
         return printable(facts["why"], 400)
     parts = [f"{name} {value:,}" for name, value in facts.items() if type(value) is int]
-    if by_class := facts.get("boxes by class"):
+    if by_class := facts.get("boxes by class") or facts.get("rows by class"):
         more = f" and {len(by_class) - CLASSES} more" if len(by_class) > CLASSES else ""
         parts.append(f"of them {', '.join(f'{n:,} {name}' for name, n in list(by_class.items())[:CLASSES])}{more}")
     return printable(", ".join(parts), 400)
@@ -200,6 +201,8 @@ def check(
             splits.append(_check_split(name, split, data, config, checked, examples, seen))
     if checked:
         checked.close()
+    if not any(split.samples for split in splits):
+        lines += unclear_tables(layout)
     return CheckReport(str(root), splits, decode, lines)
 
 
@@ -275,19 +278,26 @@ def _check_images(dataset, data, checked, seen, findings):
                 if checked:
                     checked.forget(path)
                     facts = checked.facts(path)
-                    seen[key] = (facts.height, facts.width)
+                    seen[key] = facts.height, facts.width, facts.turned
                 else:
-                    seen[key] = image_size(path, data.max_pixels)
+                    seen[key] = header(path, data.max_pixels)
             except BadImage as error:
                 seen[key] = error
         found = seen[key]
         if isinstance(found, BadImage):
             missing = found.reason in ("no such file", NOT_IN_SHARDS)
             findings.error("image missing" if missing else "image unreadable", str(found))
-        elif stated is not None and found != stated:
+            continue
+        height, width, turned = found
+        if turned:
+            findings.note(
+                "image that viewers turn",
+                f"{printable(key, 400)}: its EXIF orientation turns it; training takes it, and its boxes, as stored",
+            )
+        if stated is not None and (height, width) != stated:
             findings.error(
                 "image of another size than stated",
-                f"{printable(key, 400)}: {found[1]} x {found[0]} pixels, its annotation says {stated[1]} x {stated[0]}",
+                f"{printable(key, 400)}: {width} x {height} pixels, its annotation says {stated[1]} x {stated[0]}",
             )
     if images:
         dataset.facts["image files"] = images

@@ -176,18 +176,22 @@ class Layout:
             UserError: an overridden path that does not exist.
         """
         for place in self.places(key):
-            found = []
-            for part in place.split(","):
-                part = os.path.expanduser(part)
-                if (self.root / part).exists():
-                    found.append(self.root / part)
-                elif glob.has_magic(part):
-                    found += map(Path, sorted(glob.glob(os.path.join(glob.escape(str(self.root)), part))))
-            if found:
+            if found := self.at(place):
                 return found
         if key in self.overrides:
             raise UserError(f"data.paths {key}: {printable(self.overrides[key], 400)} does not exist; correct the path")
         return []
+
+    def at(self, place: str) -> list[Path]:
+        """The existing files or folders of one place, sorted by name within a pattern."""
+        found = []
+        for part in place.split(","):
+            part = os.path.expanduser(part)
+            if (self.root / part).exists():
+                found.append(self.root / part)
+            elif glob.has_magic(part):
+                found += map(Path, sorted(glob.glob(os.path.join(glob.escape(str(self.root)), part))))
+        return found
 
     def find(self, key: str) -> Path | None:
         """The one file or folder of ``key``, or None."""

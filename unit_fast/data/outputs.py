@@ -26,7 +26,7 @@ def resolved(config: RunConfig) -> tuple[RunConfig, list[str]]:
         except MissingSplit as error:
             if len(config.model.tasks) == 1:
                 raise
-            raise MissingSplit(f"{error}; or leave the task out with --ratios.{name} 0") from None
+            raise MissingSplit(f"{error}; or leave the task out, with a share of 0: --ratios.{name} 0") from None
         told += lines
     if tasks == config.model.tasks:
         return config, told

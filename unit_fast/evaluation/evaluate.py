@@ -46,10 +46,11 @@ def evaluate(
     caller can keep them for the next time.
 
     Figures: the task's metric under its key and, for detection, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl`` where
-    defined; ``chance``, what the best constant prediction reaches; ``count``, the samples with labels (detection: the
-    images); ``loss``, the mean over samples of the training loss; ``unreadable``, images that could not be read, where
-    there were any; ``seconds``. Samples without labels are predicted but not counted: a split without any has ``count``
-    0 and no metric. A task whose split is missing is left out with one log line.
+    defined, ``threshold`` and ``f1``, the score from which on boxes give the best F1 at IoU 0.5; ``chance``, what the
+    best constant prediction reaches; ``count``, the samples with labels (detection: the images); ``loss``, the mean
+    over samples of the training loss; ``unreadable``, images that could not be read, where there were any; ``seconds``.
+    Samples without labels are predicted but not counted: a split without any has ``count`` 0 and no metric. A task
+    whose split is missing is left out with one log line.
 
     On a CPU the reference engine reads; on a GPU ``config.data.engine`` does, as in training. Batches of
     ``config.eval_batch`` samples are grouped by size; the device is read once in ``READ_EVERY`` of them.
@@ -62,8 +63,8 @@ def evaluate(
     find_scorer(coco_scorer)
     split = split or config.eval_split
     limit = config.eval_limit if limit is None else limit
-    if limit < 0 or config.eval_batch < 1:
-        raise UserError(f"limit is {limit} and eval_batch {config.eval_batch}; give at least 0 and 1")
+    if limit < 0:
+        raise UserError(f"limit is {limit}; give at least 0")
     opened = open_splits(model, config, tasks, split, datasets)
     out = None if out is None else Path(out)
     results, examples = {}, {}

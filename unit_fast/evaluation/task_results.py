@@ -18,6 +18,7 @@ from unit_fast.batch import Batch, Output
 from unit_fast.detection.boxes import cxcywh_to_xywh, image_scale
 from unit_fast.errors import UserError, printable
 from unit_fast.evaluation.metrics import Accuracy, VqaAccuracy, best_answer, coco_average_precision
+from unit_fast.evaluation.thresholds import best_threshold
 from unit_fast.files import replace
 from unit_fast.numerics import full_precision
 from unit_fast.tasks import Task
@@ -106,11 +107,14 @@ class Detection:
         known = [image["id"] for image in truth["images"]]
         seen = {image_id for image_id, _ in self.found.values()}
         ids = [i for i in known if i in seen] if limited else known
-        figures = coco_average_precision(truth, self.results(), ids, scorer, by_class=True)
+        results = self.results()
+        figures = coco_average_precision(truth, results, ids, scorer, by_class=True)
         rows, titles = figures.pop("by_class"), self.titles
         self.by_class = [{"name": titles[i], "category_id": i, **row} for i, row in rows.items() if i in titles]
         if self.ids:
             figures["by_class"] = self.by_class
+        if (best := best_threshold(truth, results, ids)) is not None:
+            figures |= {"threshold": round(best.score, 6), "f1": best.f1}
         if self.task.metric not in figures:
             _log.warning(
                 "%s: no object in the %d images: their average precision is undefined", self.task.short, len(ids)
@@ -206,7 +210,9 @@ class Classes(_Scored):
 
     def __init__(self, dataset, task: Task, attributes: bool = False):
         super().__init__(dataset, task)
-        self.metric, self.names = Accuracy(), dataset.class_names
+        self.metric = Accuracy()
+        # a data set that is not one of ours may have no names
+        self.names = getattr(dataset, "class_names", None) or dict(enumerate(task.labels))
 
     def labelled(self, sample: dict) -> bool:
         # test files carry -1

@@ -2,12 +2,16 @@
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from unit_fast.data.store.files import read_json
 from unit_fast.errors import UserError, printable
 from unit_fast.prediction.prediction import KINDS, Prediction, write
+
+_NUMBER = re.compile(r"(?:COCO_[a-z]+20[0-9]{2}_)?([0-9]+)")
+"""How COCO calls its images."""
 
 _log = logging.getLogger("unit_fast.predict")
 
@@ -68,8 +72,9 @@ def read_image_ids(path: str | Path) -> dict:
 def _image_ids(names: list[str], annotations: str | Path | dict | None) -> list:
     stems = [Path(name).stem for name in names]
     if annotations is None:
-        if all(stem.isascii() and stem.isdecimal() for stem in stems) and len(set(map(int, stems))) == len(stems):
-            return [int(stem) for stem in stems]
+        numbers = [int(found[1]) for stem in stems if (found := _NUMBER.fullmatch(stem))]
+        if len(set(numbers)) == len(stems):
+            return numbers
         _log.warning(
             "COCO results: the files are not called by numbers, so that image_id counts them from 1; give "
             "annotations= (--annotations FILE) to take the ids of an annotation file"

@@ -187,8 +187,8 @@ def is_pair(task: Task, labels: TaskLabels) -> bool:
 def texts(task: Task, text, pair: bool) -> Text | list[Text] | None:
     """The text of a task, checked; of a list those of each prediction. None for a task without.
 
-    pair: the task is about two sentences. One sentence is a string, a pair two strings; a list of strings (of pairs) is several. ``UserError`` naming what is
-    missing.
+    pair: the task is about two sentences. One sentence is a string, a pair two strings; a list of strings (of pairs) is
+    several. ``UserError`` naming what is missing.
     """
     if not task.has_text:
         if text is not None and text != "":
@@ -206,9 +206,10 @@ def _one_text(task: Task, pair: bool, text, where: str) -> Text:
     if len(parts) != wanted or not all(isinstance(part, str) and part.strip() for part in parts):
         how = 'text=("...", "...") (--text twice)' if pair else 'text="..." (--text)'
         empty = " (empty)" if any(not str(part).strip() for part in parts) else ""
+        needed = TEXT_OF.get(task.short, "two texts" if pair else "a text")
         raise UserError(
-            f"{where}{task.short} needs {TEXT_OF.get(task.short, 'two texts' if pair else 'a text')}, found {len(parts)} "
-            f"text{'' if len(parts) == 1 else 's'}{empty}; give {how}"
+            f"{where}{task.short} needs {needed}, found {len(parts)} text{'' if len(parts) == 1 else 's'}{empty}; "
+            f"give {how}"
         )
     return tuple(parts) if pair else parts[0]
 

@@ -33,6 +33,7 @@ class Prediction:
         path: the file of the image, where it came from one.
         size: (height, width) of the image as its viewers show it, which the boxes refer to; None without one.
         unknown: words of the text that the model's vocabulary does not have.
+        likeliest: the score of the likeliest box, also where it is below the threshold; None without boxes.
         error: why there is no answer; None where there is one. Only among several predictions: a single one raises.
     """
 
@@ -48,10 +49,11 @@ class Prediction:
         path: str | None = None,
         unknown: Sequence[str] = (),
         error: str | None = None,
+        likeliest: float | None = None,
     ):
         self.task, self.items, self.text = task, items, text
         self._image, self.size, self.name, self.path = image, size, name, path
-        self.unknown, self.error = list(unknown), error
+        self.unknown, self.error, self.likeliest = list(unknown), error, likeliest
 
     @property
     def image(self) -> Image.Image | None:

@@ -68,6 +68,7 @@ class _Asked:
     sample: dict = field(default_factory=dict)
     error: str | None = None
     items: list[dict] = field(default_factory=list)
+    likeliest: float | None = None
 
     @property
     def group(self) -> tuple | None:
@@ -302,17 +303,20 @@ class Predictor:
             if nonfinite_weights(self.model):  # nothing else will come
                 raise UserError(why)
         if task.is_detection:
-            found = self._boxes(output, batch, names, threshold)
+            found = self._boxes(output, batch, names)
         else:
             found = self._answers(task, output, names, top)
         for one, is_fine, items in zip(members, fine, found):
             if is_fine:
                 one.items = items
+                if task.is_detection:
+                    one.likeliest = max((item["score"] for item in items), default=None)
+                    one.items = [item for item in items if item["score"] >= threshold]
             else:
                 one.error = why if one.source is None else f"{printable(one.source.name, 400)}: {why}"
 
-    def _boxes(self, output, batch, names: TaskLabels, threshold: float) -> Iterator[list[dict]]:
-        """The boxes of each image, the likeliest first."""
+    def _boxes(self, output, batch, names: TaskLabels) -> Iterator[list[dict]]:
+        """All boxes of each image, the likeliest first."""
         scores, classes, boxes = (x.tolist() for x in detections(output, batch.orig_size.to(self.device)))
         attributes = [[None] * len(row) for row in scores]
         if output.attribute_logits is not None and names.attributes:
@@ -322,15 +326,13 @@ class Predictor:
                 [names.attributes.get(i) if v > 0 else None for v, i in zip(*row)]
                 for row in zip(best.values.tolist(), best.indices.tolist())
             ]
-        ids = getattr(names, "category_ids", {})
         for (height, width), *row in zip(batch.orig_size.tolist(), scores, classes, boxes, attributes):
             items = []
             for score, label, (x, y, w, h), attribute in zip(*row):
-                if score >= threshold:
-                    corners = [min(max(v, 0.0), limit) for v, limit in zip((x, y, x + w, y + h), (width, height) * 2)]
-                    item = {"label": names.classes.get(label, f"class {label}"), "score": score, "box": corners}
-                    item["category_id"] = ids.get(label, label)
-                    items.append(item | ({"attribute": attribute} if attribute else {}))
+                corners = [min(max(v, 0.0), limit) for v, limit in zip((x, y, x + w, y + h), (width, height) * 2)]
+                item = {"label": names.classes.get(label, f"class {label}"), "score": score, "box": corners}
+                item["category_id"] = names.category_ids.get(label, label)
+                items.append(item | ({"attribute": attribute} if attribute else {}))
             yield sorted(items, key=lambda item: -item["score"])
 
     @staticmethod
@@ -352,7 +354,7 @@ class Predictor:
         return Prediction(
             task=task.short, items=one.items, text=one.text, image=image, size=one.sample.get("orig_size"),
             name=None if source is None else source.name, path=None if source is None else source.path,
-            unknown=unknown, error=one.error,
+            unknown=unknown, error=one.error, likeliest=one.likeliest,
         )  # fmt: skip
 
 

@@ -4,9 +4,8 @@ from pathlib import Path
 
 from unit_fast.data.store.files import read_json
 from unit_fast.errors import UserError, printable
+from unit_fast.evaluation.thresholds import FILE
 
-FILE = "thresholds.json"
-"""Data set key -> ``{"threshold": 0..1, ...}``."""
 THRESHOLD = 0.5
 """Where a run chose none."""
 

@@ -60,8 +60,8 @@ def demo() -> RunConfig:
     outputs = {"vqa2": len(text.ANSWERS), "detection_visual_genome": len(world.VG_OBJECT_IDS) + 2}
     tasks = {name: dataclasses.replace(task, outputs=outputs.get(name, task.outputs)) for name, task in tasks.items()}
     return RunConfig(
-        steps=5200,
-        batch_per_process=20,
+        steps=3200,
+        batch_per_process=32,
         ratios={
             get_task(name).name: ratio
             for name, ratio in {
@@ -69,7 +69,7 @@ def demo() -> RunConfig:
                 "sst2": 0.03,
             }.items()
         },
-        eval_every=1300,
+        eval_every=800,
         eval_batch=50,
         save_every=0,
         log_every=50,

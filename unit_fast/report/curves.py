@@ -19,6 +19,9 @@ METRIC_NAMES = {"detection_mean_ap": "AP", "vqa_accuracy": "accuracy", "accuracy
 _POINTS = 300
 """Points drawn of one curve; more are averaged."""
 
+_RIM = 1.03
+"""Ends of the axes of steps, in steps of the run: the last marker is drawn whole."""
+
 _THEME = (
     "<style>:root{--ink:#1c2430;--grid:#d4d9e1}"
     "@media (prefers-color-scheme:dark){:root{--ink:#d7dce5;--grid:#3a4353}}</style>"
@@ -120,10 +123,10 @@ def _task(axes, run: Run, task: Task, published: float | None, end: int) -> None
         steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
         x, y = _reduced(steps, losses, _POINTS)
         bottom.plot(x, y, color=LOSS, linewidth=0.7, alpha=0.55)
-        x, y = _reduced(steps, _smooth(losses), _POINTS)
+        x, y = _reduced(steps, running_mean(losses), _POINTS)
         bottom.plot(x, y, color=INK, linewidth=1.2)
         # the first steps of a run may be far above all others
-        low, high = min(losses), sorted(losses)[int(0.98 * (len(losses) - 1))]
+        low, high = min(losses), sorted(losses)[math.ceil(0.98 * (len(losses) - 1))]
         if high > low:
             bottom.set_ylim(max(0.0, low - 0.1 * (high - low)), high + 0.15 * (high - low))
     else:
@@ -135,7 +138,7 @@ def _task(axes, run: Run, task: Task, published: float | None, end: int) -> None
         if rows:
             _widen(bottom, [y for _, y in points])
     bottom.set_ylabel("loss")
-    bottom.set_xlim(0, end)
+    bottom.set_xlim(0, _RIM * end)
     _few_ticks(bottom)
 
 
@@ -177,7 +180,7 @@ def _rates(axes, run: Run, tasks: list[Task], end: int) -> None:
             low += height
         share.set_ylim(0, 1)
     for axis in axes:
-        axis.set_xlim(0, end)
+        axis.set_xlim(0, end if axis is share else _RIM * end)
         axis.set_xlabel("step")
         _few_ticks(axis)
 
@@ -198,14 +201,18 @@ def _widen(axis, values) -> None:
     axis.set_ylim(min(low, min(values) * 0.95), max(high, max(values) * 1.05))
 
 
-def _smooth(values: list[float]) -> list[float]:
-    """Bias-corrected exponential mean over about a tenth of the curve, at most 50 values."""
-    decay = 1 - 1 / max(1.0, min(50.0, len(values) / 10))
-    mean, weight, out = 0.0, 0.0, []
+def running_mean(values: list[float]) -> list[float]:
+    """Running mean over about a tenth of the curve, at most 50 values, each in the middle of its own: it does not lag.
+    Towards the ends the window shrinks to what is there on both sides."""
+    half = max(1, min(25, len(values) // 20)) if len(values) > 2 else 0
+    sums = [0.0]
     for value in values:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        out.append(mean / weight)
-    return out
+        sums.append(sums[-1] + value)
+    means = []
+    for i in range(len(values)):
+        reach = min(half, i, len(values) - 1 - i)
+        means.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
+    return means
 
 
 def _reduced(x, y, points: int) -> tuple[list, list]:

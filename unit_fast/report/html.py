@@ -17,9 +17,9 @@ from PIL import Image
 from unit_fast.config import RunConfig, to_dict
 from unit_fast.errors import printable
 from unit_fast.report.curves import METRIC_NAMES, write_curves
-from unit_fast.report.predictions import draw_example, example_image, scaled
+from unit_fast.report.predictions import THRESHOLD, draw_example, example_image, scaled
 from unit_fast.report.run import Run, number, read_run, updates
-from unit_fast.tasks import Task
+from unit_fast.tasks import TASKS, Task
 
 PUBLISHED = {
     "all8_shared": {
@@ -106,13 +106,14 @@ def _content(run: Run, published: dict[str, float]) -> dict:
         "rows": rows,
         "published": bool(published),
         "detections": [d for task in run.tasks if task.is_detection and (d := _detections(run, task))],
+        "by_class": [d for task in run.tasks if task.is_detection and (d := _by_class(run, task))],
         "questions": [d for task in run.tasks if task.kind == "vl" and (d := _questions(run, task))],
         "texts": [d for task in run.tasks if task.kind == "glue" and (d := _questions(run, task))],
         "throughput": _throughput(run),
         "changed": _changed(run.config),
         "config_lines": json.dumps(run.config, indent=2).split("\n") if run.config else [],
-        "environment": _flat(run.env),
-        "summary": _flat(summary),
+        "environment": [(_in_words(key), value) for key, value in _flat(run.env)],
+        "summary": [(_in_words(key), value) for key, value in _flat(summary)],
         "command": run.command,
         "notes": run.notes,
     }
@@ -214,19 +215,42 @@ def _samples(run: Run, task: Task) -> tuple[str, list[dict]]:
 
 def _detections(run: Run, task: Task) -> dict | None:
     split, samples = _samples(run, task)
+    threshold = run.thresholds.get(task.name, {})
     shown, absent = [], 0
     for sample in samples:
         image = example_image(run.folder, sample)
         if image is None:
             absent += 1
             continue
-        truth, prediction, caption = draw_example(image, sample)
+        truth, prediction, caption = draw_example(image, sample, threshold=threshold.get("threshold"))
         shown.append(
             {"id": sample.get("id"), "truth": _jpeg(truth), "prediction": _jpeg(prediction), "caption": caption}
         )
     if not samples:
         return None
-    return {"title": task.title, "split": split, "samples": shown, "absent": absent}
+    return {
+        "title": task.title, "split": split, "samples": shown, "absent": absent, "above": _above(threshold)
+    }  # fmt: skip
+
+
+def _above(threshold: dict) -> str:
+    """Which boxes are drawn, as a sentence."""
+    if not threshold:
+        return f"Drawn are boxes with a score of at least {THRESHOLD}, or the likeliest where there is none."
+    text = f"Drawn are boxes with a score of at least {threshold['threshold']:.2f}, the threshold with the best F1"
+    if number(threshold.get("f1")):
+        text += f" ({threshold['f1']:.2f} at IoU {threshold.get('iou', 0.5):g})"
+    return f"{text} on the validation split."
+
+
+def _by_class(run: Run, task: Task) -> dict | None:
+    """The newest average precision of each class; classes without an object in the split are left out."""
+    scored = run.scored(task)
+    rows = scored[-1]["metrics"].get("by_class") if scored else None
+    keys = ("AP", "AP50", "objects")
+    rows = rows if isinstance(rows, list) else []
+    rows = [r for r in rows if isinstance(r, dict) and "name" in r and all(number(r.get(key)) for key in keys)]
+    return {"title": task.title, "step": scored[-1]["step"], "rows": rows} if rows else None
 
 
 def _questions(run: Run, task: Task) -> dict | None:
@@ -301,8 +325,25 @@ def _changed(config: dict) -> list[tuple]:
     for key, value in _flat(config):
         default = defaults.get(key, absent)
         if default is absent or _plain(default) != _plain(value):
-            rows.append((key, _plain(value), "" if default is absent else _plain(default)))
+            rows.append((_titled(key), _plain(value), "" if default is absent else _plain(default)))
     return rows
+
+
+def _titled(key: str) -> str:
+    """A setting by its name, data sets by their titles: ``ratios: COCO detection``."""
+    parts = key.split(".")
+    if not any(part in TASKS for part in parts):
+        return key
+    text = ""
+    for part in parts:
+        text += f": {TASKS[part].title}: " if part in TASKS else f"{'.' if text and text[-1] != ' ' else ''}{part}"
+    return text.removesuffix(": ").removeprefix(": ")
+
+
+def _in_words(key: str) -> str:
+    """``bad_images.read`` as ``bad images, read``; data sets and tasks by their titles."""
+    titles = {task.name: task.title for task in TASKS.values()} | {task.short: task.title for task in TASKS.values()}
+    return ", ".join(titles.get(part, part.replace("_", " ")) for part in key.split("."))
 
 
 def _plain(value) -> str:

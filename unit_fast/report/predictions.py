@@ -6,55 +6,59 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from unit_fast.errors import UserError, printable
+from unit_fast.overlap import iou
 from unit_fast.report.boxes import draw_boxes, drawable, font
+from unit_fast.report.run import read_thresholds
+from unit_fast.tasks import get_task
 
 TRUTH, RIGHT, WRONG = "#2f6fde", "#1f9d63", "#e0641a"
 """Colours of true boxes, of predictions that meet one, and of the others."""
 
 THRESHOLD = 0.5
-"""Predictions below this score are not drawn, unless no prediction of the image reaches it."""
+"""Predictions below this score are not drawn where a run has chosen no other threshold."""
 
 FALLBACK = 3
-"""Most likely predictions that are drawn where none reaches the threshold."""
+"""Most likely predictions that are drawn where no threshold was chosen and none reaches ``THRESHOLD``."""
+
+DUPLICATE = 0.6
+"""Overlap with a likelier box of its class from which on a box is not drawn."""
 
 _PAPER, _INK = "#ffffff", "#1c2430"
 
 
-def chosen(predictions: list[dict], threshold: float = THRESHOLD) -> list[dict]:
-    """The predictions to draw, most likely first: those of at least ``threshold``, else the ``FALLBACK`` likeliest.
+def chosen(predictions: list[dict], threshold: float | None = None) -> list[dict]:
+    """The predictions to draw, most likely first, each object once.
 
+    Those of at least ``threshold``, the run's; without one those of ``THRESHOLD``, else the ``FALLBACK`` likeliest.
     What is no number is left out.
     """
-    ranked = sorted(filter(drawable, predictions), key=lambda p: -p.get("score", 1.0))
-    return [p for p in ranked if p.get("score", 1.0) >= threshold] or ranked[:FALLBACK]
+    ranked = []
+    for p in sorted(filter(drawable, predictions), key=lambda p: -p.get("score", 1.0)):
+        if not any(p["label"] == r["label"] and iou(p["bbox"], r["bbox"]) >= DUPLICATE for r in ranked):
+            ranked.append(p)
+    least = THRESHOLD if threshold is None else threshold
+    shown = [p for p in ranked if p.get("score", 1.0) >= least]
+    return shown if shown or threshold is not None else ranked[:FALLBACK]
 
 
-def matched(truth: list[dict], predictions: list[dict], iou: float = 0.5) -> tuple[list[bool], list[bool]]:
+def matched(truth: list[dict], predictions: list[dict], least: float = 0.5) -> tuple[list[bool], list[bool]]:
     """(found, right): for every true box whether a prediction met it, for every prediction whether it met one.
 
-    Greedy in the order of ``predictions``, as COCOeval matches: the same class and an overlap of at least ``iou``; a
-    true box is met once. Boxes are xywh.
+    Greedy in the order of ``predictions``, as COCOeval matches: the same class and an overlap of at least ``least``;
+    a true box is met once. Boxes are xywh.
     """
     found, right = [False] * len(truth), []
     for prediction in predictions:
         overlaps = [
-            (_iou(t["bbox"], prediction["bbox"]), i)
+            (iou(t["bbox"], prediction["bbox"]), i)
             for i, t in enumerate(truth)
             if not found[i] and t["label"] == prediction["label"]
         ]
         best, index = max(overlaps, default=(0.0, -1))
-        right.append(best >= iou)
-        if best >= iou:
+        right.append(best >= least)
+        if best >= least:
             found[index] = True
     return found, right
-
-
-def _iou(a, b) -> float:
-    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-    inside = max(width, 0.0) * max(height, 0.0)
-    union = a[2] * a[3] + b[2] * b[3] - inside
-    return inside / union if union > 0 else 0.0
 
 
 def scaled(image: Image.Image, side: int) -> Image.Image:
@@ -64,16 +68,19 @@ def scaled(image: Image.Image, side: int) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS)
 
 
-def draw_example(image: Image.Image, example: dict, side: int = 460) -> tuple[Image.Image, Image.Image, str]:
-    """(truth, prediction, caption) of a detection example of ``examples.json``."""
+def draw_example(
+    image: Image.Image, example: dict, side: int = 460, threshold: float | None = None
+) -> tuple[Image.Image, Image.Image, str]:
+    """(truth, prediction, caption) of a detection example of ``examples.json``; threshold: as for ``chosen``."""
     image = scaled(image, side)
-    objects, shown = example["truth"] or [], chosen(example["prediction"])
+    objects, shown = example["truth"] or [], chosen(example["prediction"], threshold)
     found, right = matched(objects, shown)
     truth = draw_boxes(image, objects, example["size"], TRUTH)
     colours = [RIGHT if r else WRONG for r in right]
     prediction = draw_boxes(image, shown, example["size"], colours)
-    caption = f"{sum(found)} of {len(found)} objects found, {right.count(False)} wrong boxes"
-    if shown and shown[0].get("score", 1.0) < THRESHOLD:
+    wrong = right.count(False)
+    caption = f"{sum(found)} of {len(found)} objects found, {wrong} wrong box{'' if wrong == 1 else 'es'}"
+    if threshold is None and shown and shown[0].get("score", 1.0) < THRESHOLD:
         caption += f"; no box reaches {THRESHOLD}, the {len(shown)} likeliest are drawn"
     return truth, prediction, caption
 
@@ -138,12 +145,13 @@ def write_samples(run_dir: str | Path, step: int, rows: int = 4) -> Path | None:
         examples = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'examples.json'}: cannot be read ({error}); evaluate the run first") from None
-    pairs = []
-    for task in ("coco", "vg"):
-        for example in examples.get(task, {}).get("samples", [])[:rows]:
+    pairs, thresholds = [], read_thresholds(folder)
+    for task in (get_task(name) for name in examples):
+        for example in examples[task.short].get("samples", [])[:rows] if task.is_detection else ():
             image = example_image(folder, example)
             if image is not None:
-                pairs.append(draw_example(image, example, side=320)[:2])
+                threshold = thresholds.get(task.name, {}).get("threshold")
+                pairs.append(draw_example(image, example, side=320, threshold=threshold)[:2])
     if not pairs:
         return None
     # two pairs a line

@@ -20,6 +20,8 @@ class Run:
     env: dict = field(default_factory=dict)
     summary: dict = field(default_factory=dict)
     examples: dict = field(default_factory=dict)
+    thresholds: dict[str, dict] = field(default_factory=dict)
+    """See ``read_thresholds``."""
     train: dict[str, list[dict]] = field(default_factory=dict)
     """Short task name -> training rows in the order of steps."""
     evaluations: dict[str, list[dict]] = field(default_factory=dict)
@@ -66,6 +68,7 @@ def read_run(folder: str | Path) -> Run:
     run = Run(folder=folder)
     for name in ("config", "env", "summary", "examples"):
         setattr(run, name, _read_object(folder / f"{name}.json", run.notes))
+    run.thresholds = read_thresholds(folder)
     path = folder / "metrics.jsonl"
     if path.is_file() and path.stat().st_size <= _LIMIT:
         _read_rows(path, run)
@@ -77,6 +80,19 @@ def read_run(folder: str | Path) -> Run:
     if command.is_file() and command.stat().st_size < 100_000:
         run.command = command.read_text(encoding="utf-8", errors="replace").strip()
     return run
+
+
+def read_thresholds(folder: Path) -> dict[str, dict]:
+    """What the last evaluation chose for each detection task, by data set key: ``threshold``, a score from 0 to 1, and
+    beside it ``f1``, ``iou``, ``split`` and ``step``. Empty where there is no ``thresholds.json``; what is none is left
+    out."""
+    path = folder / "thresholds.json"
+    found = _read_object(path, []) if path.exists() else {}
+    return {
+        name: entry
+        for name, entry in found.items()
+        if isinstance(entry, dict) and number(entry.get("threshold")) and 0 <= entry["threshold"] <= 1
+    }
 
 
 def _task(name) -> Task | None:

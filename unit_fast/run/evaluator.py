@@ -11,6 +11,7 @@ from unit_fast.config import RunConfig
 from unit_fast.data import MissingSplit
 from unit_fast.errors import UserError
 from unit_fast.evaluation.evaluate import evaluate
+from unit_fast.evaluation.thresholds import write_thresholds
 from unit_fast.run.log import RunLog
 from unit_fast.run.rows import rows_at
 from unit_fast.run.setup import open_split
@@ -57,6 +58,7 @@ class Evaluator:
                     self.metrics = self._evaluate(state, state.model, "eval", self.folder)
                     improved = self._keep_best(state, "best", self.metrics)
                     self.evaluated_at = state.step
+                    write_thresholds(self.folder, self.metrics, split=self.config.eval_split, step=state.step)
                     if self.drawn:
                         self.drawn(self.folder, state.step)
                 if self.tasks and state.ema:

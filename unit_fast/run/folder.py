@@ -1,6 +1,7 @@
 """The folder of a run: claimed by one process at a time, and its fixed files."""
 
 import datetime
+import errno
 import fcntl
 import json
 import os
@@ -42,6 +43,8 @@ def check_out(path: str | Path, resume: str | Path | None) -> None:
     path = Path(path)
     there = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
     try:
+        if path.exists() and not path.is_dir():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:

@@ -77,10 +77,8 @@ def start(config: RunConfig, folder: RunFolder, resume, allow_changed: Sequence[
 
 def _start(config, folder: RunFolder, resume, allow_changed, drawn, checkpoints: Checkpoints, log: RunLog) -> Parts:
     source = checkpoints.find(resume)
-    kept = folder.path / VOCABULARY if source else None
-    config, lines = resolved(with_kept_vocabulary(config, kept))
-    config, more = with_vocabulary(config, _vocabularies(config, kept), folder.path)
-    for line in lines + more:
+    config, lines = completed(config, source, folder.path)
+    for line in lines:
         log.line(line)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -134,12 +132,22 @@ def _start(config, folder: RunFolder, resume, allow_changed, drawn, checkpoints:
     )  # fmt: skip
 
 
-def _vocabularies(config: RunConfig, kept: Path | None) -> Iterator[Path]:
+def completed(config: RunConfig, source: Path | None, folder: Path | None = None) -> tuple[RunConfig, list[str]]:
+    """The configuration of a run with what follows from its data, and lines that tell it.
+
+    source: the checkpoint it goes on from. folder: keep the vocabulary there where the data root does not have it.
+    """
+    before = source and find_labels(source)
+    config, lines = resolved(with_kept_vocabulary(config, before and before / VOCABULARY))
+    config, more = with_vocabulary(config, _vocabularies(config, source), folder)
+    return config, lines + more
+
+
+def _vocabularies(config: RunConfig, source: Path | None) -> Iterator[Path]:
     """Vocabularies that the run's weights were trained with, where they have one beside them."""
-    if kept is not None:
-        yield kept
-    if config.init_from and (labels := find_labels(config.init_from)) is not None:
-        yield labels / VOCABULARY
+    for weights in filter(None, (source, config.init_from)):
+        if (labels := find_labels(weights)) is not None:
+            yield labels / VOCABULARY
     if config.weights:
         yield Path(config.weights) / "bert-base-uncased" / VOCABULARY
 

@@ -8,10 +8,12 @@ import pytest
 
 from tests.data_roots import VOCABULARY, data, picture, task_config, write
 from unit_fast.data import BadImage, MissingSplit, open_dataset
+from unit_fast.data.check import check
 from unit_fast.data.errors import Findings
 from unit_fast.data.layout import Layout
 from unit_fast.data.outputs import resolved_task
 from unit_fast.data.readers.own import Answer, Classify, Entail
+from unit_fast.data.readers.own_rows import unclear_tables
 from unit_fast.errors import UserError
 
 REVIEWS = "text,label\n" + "".join(f"film {i},{'good' if i % 3 else 'bad'}\n" for i in range(12))
@@ -262,6 +264,9 @@ def test_what_a_table_is_for_is_seen_by_its_columns(tmp_path, table, task):
     root = own_root(tmp_path, train_csv=table)
     found = [reader for reader in (Answer, Entail, Classify) if reader.present(Layout(data(root)))]
     assert found == ([task] if task else [])
+    told = str(check(root))
+    assert ("a, b are not called as those of a task" in told) == (task is None)
+    assert len(unclear_tables(Layout(data(root)))) == (task is None)
     given = Layout(data(root, columns={"classify.text": "a", "classify.label": "b"}))
     assert Classify.present(given)
 

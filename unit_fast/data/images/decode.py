@@ -86,6 +86,12 @@ def image_size(path, max_pixels: int) -> tuple[int, int]:
         return image.height, image.width
 
 
+def header(path, max_pixels: int) -> tuple[int, int, bool]:
+    """(height, width, ``is_turned``) as ``image_size``; an orientation that stands behind the pixels is not seen."""
+    with _open(path, max_pixels) as image:
+        return image.height, image.width, is_turned(image)
+
+
 def probe(path, max_pixels: int) -> tuple[int, int, bool]:
     """(height, width, whether it is a plain JPEG) from the header.
 
@@ -115,7 +121,7 @@ def load_image(path, max_pixels: int) -> Image.Image:
 def is_turned(image: Image.Image) -> bool:
     """Whether an image as ``load_image`` gives it has an EXIF orientation: viewers turn it, ``load_image`` does not. A
     damaged record tells none."""
-    if not {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"} & image.info.keys():
+    if not {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"} & image.info.keys():  # as for nearly all
         return False
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)

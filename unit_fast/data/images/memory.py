@@ -60,11 +60,13 @@ class KeptImages:
         known, _, image = self._kept.get(str(path), (None, 0, None))
         return image if known == stamp else None
 
-    def put(self, path, image, size: int, stamp: Stamp | None = None) -> None:
-        """Keep ``image`` of ``size`` bytes if there is room; a tensor is copied to the host."""
+    def put(self, path, image, size: int, stamp: Stamp | None = None) -> bool:
+        """Keep ``image`` of ``size`` bytes, a tensor as a copy on the host; False where there is no room."""
         room = self.left + self._kept.get(str(path), (None, 0))[1]
-        if size <= room:
-            # a decoder's own tensor may be part of a whole batch's memory
-            image = image.to("cpu", copy=True) if isinstance(image, Tensor) else image
-            self._kept[str(path)] = stamp, size, image
-            self.left = room - size
+        if size > room:
+            return False
+        # a decoder's own tensor may be part of a whole batch's memory
+        image = image.to("cpu", copy=True) if isinstance(image, Tensor) else image
+        self._kept[str(path)] = stamp, size, image
+        self.left = room - size
+        return True

@@ -113,16 +113,19 @@ def nothing_found(layout: Layout) -> str:
 
 
 def _one(layout: Layout, key: str) -> Path | None:
-    found = [path for path in layout.files(key) if path.is_file()]
-    if key not in layout.overrides:
-        found = [path for path in found if _is_coco(path)]
-    if len(found) > 1:
-        names = printable(", ".join(str(path.relative_to(layout.root)) for path in found[:4]), 400)
-        raise UserError(
-            f"{printable(layout.root, 400)}: {len(found)} files could be {key} ({names}); say which with "
-            f"--data.paths {key}=FILE"
-        )
-    return found[0] if found else None
+    if key in layout.overrides:
+        return layout.find(key)
+    for place in layout.places(key):
+        found = [path for path in layout.at(place) if path.is_file() and _is_coco(path)]
+        if len(found) > 1:
+            names = printable(", ".join(str(path.relative_to(layout.root)) for path in found[:4]), 400)
+            raise UserError(
+                f"{printable(layout.root, 400)}: {len(found)} files could be {key} ({names}); say which with "
+                f"--data.paths {key}=FILE"
+            )
+        if found:
+            return found[0]
+    return None
 
 
 def _is_coco(path: Path) -> bool:

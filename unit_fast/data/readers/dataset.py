@@ -74,6 +74,8 @@ class Dataset:
         self._sizes: dict[str, tuple[int, int]] = {}
         self._lengths: np.ndarray | None = None
         self.kept = KeptImages(data.cache_mib * 2**20)
+        self._kept_paths: dict[int, object] = {}
+        """Index of a sample whose image was kept when it was read -> its path."""
         self.transform = EvalTransform(data, floor=task.has_text)
         # a check of the files reads the files
         self.cache = open_cache(data) if self.findings.strict else Cache(None)
@@ -147,11 +149,14 @@ class Dataset:
         """
         if not self.task.has_image:
             return self._fields(index, None)
-        path = self.image_path(index)
+        path = self._kept_paths.get(index)
+        if path is None:
+            path = self.image_path(index)
         image = self.kept.get(path)
         if image is None:
             image = load_image(path, self.data.max_pixels)
-            self.kept.put(path, image, 3 * image.width * image.height)
+            if self.kept.put(path, image, 3 * image.width * image.height):
+                self._kept_paths[index] = path  # finding it again costs more than the image
         size = image.height, image.width
         return self.sample(
             index, key, path, size, lambda geometry: {"image": to_tensor(geometry.apply_image(image))}, is_turned(image)

@@ -14,6 +14,7 @@ from unit_fast.data.readers.own_images import ImageFinder
 from unit_fast.data.readers.own_outputs import find_outputs
 from unit_fast.data.readers.own_rows import Row, find_tables, has_tables, read_rows
 from unit_fast.data.readers.sources import read_through
+from unit_fast.data.readers.tables import annotations_of
 from unit_fast.data.readers.vqa2 import indices, soft_scores
 from unit_fast.data.shards.member import Member, NoMember
 from unit_fast.data.store.content import Content, hash_of
@@ -53,7 +54,8 @@ class Own(Dataset):
         depends = {
             "classes": list(self.config.classes), "columns": self.data.columns, "one for all": tables.one_for_all,
         }  # fmt: skip
-        self.rows = read_through(self, {"files": paths}, depends, self._content)
+        sources = {"files": paths, "annotations": [found for path in paths if (found := annotations_of(path))]}
+        self.rows = read_through(self, sources, depends, self._content)
         self.labelled = self.rows.values["labelled"]
         self.answers = list(self.config.classes) if self.task.loss == "bce" else []
         self.columns = tuple(self.rows.strings(f"text{i}") for i in range(self.rows.values["texts"]))

@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,25 @@ def has_tables(layout: Layout, task: Task) -> bool:
         return kind_of(open_table(paths[0]).columns, layout.columns) == task.short
     except UserError:
         return False
+
+
+def unclear_tables(layout: Layout) -> list[str]:
+    """A line for each table in the data root whose columns are those of no task."""
+    lines = []
+    for path in sorted(path for suffix in SUFFIXES[:-1] for path in layout.root.glob(f"*{suffix}")):
+        try:
+            columns = open_table(path).columns
+        except UserError as error:
+            lines.append(str(error))
+            continue
+        if kind_of(columns, layout.columns) is None:
+            lines.append(
+                f"{printable(path, 400)}: its columns {printable(', '.join(columns))} are not called as those of a "
+                f"task (answer: image, question, answer; entail: image, text, label; classify: text, label); name them "
+                f"with --columns, e.g. classify.text={printable(columns[0], 40)} "
+                f"classify.label={printable(columns[-1], 40)}"
+            )
+    return lines
 
 
 def columns_of(table: Table, task: Task, data: DataConfig, labelled: bool) -> dict[str, str | None]:
@@ -198,7 +218,8 @@ def _listed(text: str):
     """A list written in a cell, as JSON or as Python has it; the text itself where it is none."""
     for read in (json.loads, ast.literal_eval):  # the latter takes literals alone
         try:
-            found = read(text)
+            with warnings.catch_warnings(action="ignore"):  # of backslashes in a text that is no list
+                found = read(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
         if isinstance(found, list):
