@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 # No name here may be a module's too.
 _HOME = {
     "UniT": "unit_fast.model",
+    "StepLosses": "unit_fast.model.step_losses",
     "Batch": "unit_fast.batch",
     "Output": "unit_fast.batch",
     "collate": "unit_fast.data.collate",

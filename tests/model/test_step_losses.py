@@ -1,0 +1,73 @@
+"""Two processes over gloo train with DistributedDataParallel, task after task, without find_unused_parameters."""
+
+import copy
+import datetime
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models import random_batch, small_config
+from unit_fast import MaskedAdamW, StepLosses, UniT
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 120
+TASKS = ("coco", "sst2", "vg", "coco")
+
+
+def worker(rank: int, folder: str) -> None:
+    """Four steps; each against gradients that are averaged by hand."""
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=TIMEOUT_S / 2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=limit
+    )
+    torch.manual_seed(rank)  # DDP makes the weights equal
+    model = UniT(small_config("coco", "vg", "sst2", dropout=0.0))
+    wrapped = torch.nn.parallel.DistributedDataParallel(StepLosses(model))
+    optimizer = MaskedAdamW(model.parameters(), lr=1e-3, max_norm=0.1)
+    for number, task in enumerate(TASKS):
+        batch = random_batch(task, model.config, seed=10 * number + rank)
+        alone = copy.deepcopy(model)
+        alone.zero_grad()
+        sum(alone.losses(alone(batch), batch).values()).backward()
+        optimizer.zero_grad()
+        sum(wrapped(batch).values()).backward()
+        used = model.used_parameters(batch.task)
+        for (name, parameter), by_hand in zip(model.named_parameters(), alone.parameters()):
+            if by_hand.grad is None:
+                assert not parameter.grad.any(), name
+                continue
+            torch.distributed.all_reduce(by_hand.grad)
+            torch.testing.assert_close(parameter.grad, by_hand.grad / 2, rtol=1e-4, atol=1e-6, msg=name)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        for name, p in model.named_parameters():
+            assert used[name] or torch.equal(p, before[name]), name
+        assert not torch.equal(model.decoder.norm.weight, before["decoder.norm.weight"])
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    both = [torch.empty_like(flat) for _ in range(2)]
+    torch.distributed.all_gather(both, flat)
+    assert torch.equal(*both)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+def test_two_processes_take_the_steps_of_averaged_gradients(tmp_path):
+    code = "import sys; from tests.model.test_step_losses import worker; worker(int(sys.argv[1]), sys.argv[2])"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [child.communicate(timeout=TIMEOUT_S)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    assert [child.returncode for child in children] == [0, 0], "\n".join(said)
