@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unit_fast.errors import UserError
+from unit_fast.shapes import shapes_of
 
 
 @dataclass(kw_only=True, repr=False)
@@ -53,7 +53,7 @@ class Batch:
     (``tasks.index_limits``); so the model refuses what it has no place for without reading the device."""
 
     def __repr__(self) -> str:
-        return f"Batch({self.task}, {len(self)} samples: {_shapes(self.tensors())})"
+        return f"Batch({self.task}, {len(self)} samples: {shapes_of(self.tensors())})"
 
     def __len__(self) -> int:
         for value in (self.image, self.input_ids):
@@ -97,27 +97,7 @@ class Output:
     """[L,B,K] the same of every layer, only with losses on all hidden states."""
 
     def __repr__(self) -> str:
-        return f"Output({_shapes(vars(self))})"
-
-
-def check_targets(where: str, batch: Batch, *names: str) -> None:
-    """``UserError`` beginning with ``where`` where one of the fields ``names`` of ``batch`` is no tensor."""
-    for name in names:
-        value = getattr(batch, name)
-        if not isinstance(value, Tensor):
-            found = f"has no {name}" if value is None else f"has {name} of type {type(value).__name__}"
-            raise UserError(
-                f"{where}: the batch of {batch.task} {found}; give every sample its targets, and make the batch with "
-                "unit_fast.collate"
-            )
-
-
-def _shapes(fields: dict) -> str:
-    """Shapes, dtypes and the device of those that are tensors."""
-    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-    parts = [f"{name} {str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for name, x in tensors.items()]
-    places = sorted({str(x.device) for x in tensors.values()})
-    return ", ".join(parts) + (f" on {', '.join(places)}" if places else "")
+        return f"Output({shapes_of(vars(self))})"
 
 
 def real_places(batch: Batch) -> int:

@@ -1,4 +1,4 @@
-"""The learning-rate schedule (SPEC 3.2), on the host and on the device."""
+"""When things are due: the learning-rate schedule (SPEC 3.2), on the host and on the device, and what is repeated."""
 
 import math
 
@@ -31,6 +31,11 @@ def lr_multiplier_tensor(step: Tensor, warmup_steps: int, total_steps: int) -> T
     progress = ((done - warmup_steps) / max(1, total_steps - warmup_steps)).clamp(max=1.0)
     cosine = (0.5 * (1.0 + torch.cos(math.pi * progress))).clamp(min=0.0)
     return torch.where(done < warmup_steps, done / max(1, warmup_steps), cosine)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every ``every`` updates (0 or less: only at the end) is due after ``step``."""
+    return every > 0 and step % every == 0
 
 
 def _check(function: str, step: int, warmup_steps: int, total_steps: int) -> None:

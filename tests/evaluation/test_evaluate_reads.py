@@ -163,7 +163,7 @@ ON_THE_HOST = ("add", "result", "example", "write", "labelled", "spread", "in_or
 """Methods that get what is on the host already."""
 
 
-HOST_ONLY = ("labels.py", "metrics.py", "predict.py", "prediction.py")
+HOST_ONLY = ("known_labels.py", "labels.py", "metrics.py", "predict.py", "prediction.py")
 """Files of what is not on a device, or waits for it anyway: one prediction."""
 
 

@@ -33,6 +33,11 @@ class BadImages:
             )
         return [f"{printable(message)}; replaced by another sample of {step.task}" for message in new.values()]
 
+    def told(self, step: Step) -> list[str]:
+        """Count ``step``; the lines to log of it."""
+        lines = [f"unreadable image: {message}" for message in self.add(step)]
+        return lines + list(filter(None, [self.turned(step)]))
+
     def turned(self, step: Step) -> str:
         """What to say when ``step`` is the first with an image that viewers turn; empty otherwise."""
         if self._turned_told or not step.turned:

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from unit_fast import ops
-from unit_fast.batch import Batch, check_targets
+from unit_fast.batch import Batch
+from unit_fast.batch_checks import check_targets
 from unit_fast.config import LossConfig
 
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from unit_fast.batch import Batch, Output, check_targets
+from unit_fast.batch import Batch, Output
+from unit_fast.batch_checks import check_targets, checked_task
 from unit_fast.config import ModelConfig, RunConfig
 from unit_fast.detection import criterion, matcher
 from unit_fast.errors import UserError, nearest
@@ -178,9 +179,7 @@ class UniT(Folder, nn.Module):
     def match(self, out: Output, batch: Batch) -> Tensor:
         """Query of every target, int64 [L,B,N]; -1 for padding and for targets that got none."""
         if out.logits is None:
-            raise UserError(
-                f"match: {batch.task} has no boxes to match; only detection has, its losses need no matching"
-            )
+            raise UserError(f"match: {batch.task} has no boxes to match; its losses need no matching")
         layers = slice(None) if self.config.loss.auxiliary else slice(-1, None)
         return matcher.match(out.logits[layers], out.boxes[layers], batch, self.config.loss)
 
@@ -269,23 +268,11 @@ class UniT(Folder, nn.Module):
         return any((encoder.dropout, text.dropout, decoder.dropout, decoder.classifier_dropout))
 
     def __repr__(self) -> str:
-        encoder, text, decoder = self.config.encoder, self.config.text, self.config.decoder
-        return (
-            f"UniT({sum(p.numel() for p in self.parameters()):,} parameters; tasks {', '.join(self.config.tasks)}; "
-            f"{self.backbone!r}; image encoder {encoder.layers} x {encoder.width}, text encoder {text.layers} x "
-            f"{text.width}, decoder {decoder.layers} x {decoder.width})"
-        )
+        count = sum(p.numel() for p in self.parameters())
+        return f"UniT({count:,} parameters; tasks {', '.join(self.config.tasks)}; {self.backbone!r})"
 
     def _task(self, batch: Batch) -> Task:
-        if not isinstance(batch, Batch):
-            raise UserError(f"UniT: expected a unit_fast.Batch, found {type(batch).__name__}; make it with collate")
-        task = self.tasks.get(batch.task)
-        if task is None:
-            raise UserError(f"the model has no task {batch.task!r}; {nearest(batch.task, self.tasks)}")
-        if task.has_image and batch.image is None:
-            raise UserError(f"{batch.task}: the batch has no image; give every sample an `image` [3,H,W]")
-        if task.has_text and batch.input_ids is None:
-            raise UserError(f"{batch.task}: the batch has no text; give every sample `input_ids` [T]")
+        task = checked_task(batch, self.tasks)
         pieces = {k: v for k, v in (batch.largest or {}).items() if k == "input_ids"}
         check_indices(batch.task, pieces, index_limits(task, self.config))
         return task

@@ -17,6 +17,7 @@ from unit_fast.run.rows import rows_at
 from unit_fast.run.setup import open_split
 from unit_fast.run.signals import Interrupted, Stop
 from unit_fast.run.state import State
+from unit_fast.schedule import due
 from unit_fast.tasks import get_task
 
 _log = logging.getLogger("unit_fast.train")
@@ -95,16 +96,27 @@ class Evaluator:
             return None
         value = sum(values.values()) / len(values)
         best = state.best.get(link)
-        better = (
-            best is None or value > best["value"] or best["step"] == state.step
-        )  # broken off later, made up for now
+        # an evaluation of this step may have been broken off later, and is made up for now
+        better = best is None or value > best["value"] or best["step"] == state.step
         if better:
             state.best[link] = {"step": state.step, "value": value, "criterion": self.config.criterion}
         return better
 
+    def is_due_first(self, state: State) -> bool:
+        """Whether an evaluation is due before the first update."""
+        return self.config.eval_first and state.step == 0 and self.evaluated_at is None
+
     def patience_is_over(self, state: State) -> bool:
         """Whether the last ``config.early_stop`` evaluations found nothing better."""
         return 0 < self.config.early_stop <= state.stale
+
+    def why_early(self, state: State) -> str:
+        """What to say of a run that ended since ``patience_is_over``."""
+        config, best = self.config, state.best["best"]
+        return (
+            f"ended after step {state.step} of {config.steps}: {state.stale} evaluations without a better "
+            f"{config.criterion} than {best['value']:.4f} at step {best['step']} (early_stop {config.early_stop})"
+        )
 
     def check_criterion(self) -> None:
         """``UserError`` where no task can be evaluated whose metric would end the run."""
@@ -135,8 +147,7 @@ class Evaluator:
         if run == self.folder.resolve() and whole and not other:
             self.evaluated_at, self.metrics = state.step, rows.get("eval", {})
             self.ema_metrics = rows.get("eval_ema", {})
-        every = saved.eval_every
-        was_due = every > 0 and state.step % every == 0 and 0 < state.step < self.config.steps
+        was_due = due(state.step, saved.eval_every) and 0 < state.step < self.config.steps
         was_due |= saved.eval_first and state.step == 0
         missed = bool(self.tasks and was_due and rows is not None and not whole)
         again = missed or self.evaluated_at is None and state.step == self.config.steps

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from unit_fast.data.images.engine import engine_of
 from unit_fast.data.outputs import resolved
 from unit_fast.data.sampler import normalised, seed_of
 from unit_fast.data.vocabulary import VOCABULARY, with_kept_vocabulary, with_vocabulary
-from unit_fast.errors import UserError
+from unit_fast.errors import UserError, printable
 from unit_fast.evaluation.labels import find_labels, write_labels
 from unit_fast.run import tracking
 from unit_fast.run.batch_size import with_batch
@@ -30,6 +31,7 @@ from unit_fast.run.setup import build, device_of, open_split, parameter_counts, 
 from unit_fast.run.signals import Stop
 from unit_fast.run.state import State
 from unit_fast.tasks import get_task
+from unit_fast.threads import Watch
 from unit_fast.weights import checkpoint
 
 _log = logging.getLogger("unit_fast.train")
@@ -52,6 +54,8 @@ class Parts:
     checkpoints: Checkpoints
     evaluator: Evaluator
     guard: Guard
+    watch: Watch
+    """Looks whether other jobs slow the CPU threads down."""
     missed_evaluation: bool
     """Whether the checkpoint's step was to be evaluated and was not."""
 
@@ -60,6 +64,15 @@ class Parts:
         self.guard.check_weights()
         self.checkpoints.save(self.state, self.config, final=final)
         self.log.restart_clock()
+
+
+def check_one_process() -> None:
+    """``UserError`` under torchrun with more than one process."""
+    size = os.environ.get("WORLD_SIZE", "1").strip()
+    if size not in ("", "0", "1"):
+        raise UserError(
+            f"more than one process is not supported yet: start without torchrun (WORLD_SIZE is {printable(size)})"
+        )
 
 
 def start(config: RunConfig, folder: RunFolder, resume, allow_changed: Sequence[str], progress: str, drawn) -> Parts:
@@ -128,7 +141,7 @@ def _start(config, folder: RunFolder, resume, allow_changed, drawn, checkpoints:
     return Parts(
         config=config, device=device, folder=folder.path, log=log, signals=signals, datasets=datasets,
         masks=used_masks(model, optimizer, datasets), state=state, checkpoints=checkpoints, evaluator=evaluator,
-        guard=guard, missed_evaluation=missed,
+        guard=guard, watch=Watch(torch.get_num_threads() if device.type == "cpu" else 1), missed_evaluation=missed,
     )  # fmt: skip
 
 

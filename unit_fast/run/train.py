@@ -5,28 +5,23 @@ counters (``data/sampler.py``), dropout follows the default generators, whose st
 logging touch none of these, so a run may be cut anywhere and go on to the same bits (at one thread count).
 """
 
-import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from unit_fast.config import RunConfig
 from unit_fast.data.loader import Loader
-from unit_fast.errors import UserError, printable
 from unit_fast.numerics import arithmetic
 from unit_fast.run.ending import Run, finish, save_what_is_good, write_summary
 from unit_fast.run.folder import RunFolder, check_unused
 from unit_fast.run.log import Record
 from unit_fast.run.memory import memory_told
 from unit_fast.run.refusals import NonFinite
-from unit_fast.run.start import Parts, start
-from unit_fast.run.state import State
+from unit_fast.run.start import Parts, check_one_process, start
 from unit_fast.run.step import Step, Update, train_step
 from unit_fast.run.tracking import open_trackers
-from unit_fast.threads import Watch
+from unit_fast.schedule import due
 
 __all__ = ["NonFinite", "Run", "Update", "train", "train_step"]
 
@@ -52,11 +47,7 @@ def train(
     ``NonFinite`` after three updates in a row, of the run or of a task, that are not finite (they change nothing), or
     where an update made weights that are not. ``summary.json`` says how it ended.
     """
-    size = os.environ.get("WORLD_SIZE", "1").strip()
-    if size not in ("", "0", "1"):
-        raise UserError(
-            f"more than one process is not supported yet: start without torchrun (WORLD_SIZE is {printable(size)})"
-        )
+    check_one_process()
     folder = RunFolder(out)
     try:
         check_unused(out, resume)
@@ -75,15 +66,14 @@ def _run(parts: Parts, stop_at: int | None) -> Run:
             log.trackers = open_trackers(config.track, parts.folder, config, state.step)
             if parts.missed_evaluation:  # the best checkpoint may depend on it
                 log.line(f"the evaluation after step {state.step} was not finished: it is made up for")
-                if parts.evaluator.evaluate(state).improved:
-                    parts.save()
-            elif _first(parts) and parts.evaluator.evaluate(state).improved:
+            due_now = parts.missed_evaluation or parts.evaluator.is_due_first(state)
+            if due_now and parts.evaluator.evaluate(state).improved:
                 parts.save()
             if signals.requested is None and not parts.evaluator.patience_is_over(state):
                 loop(parts, min(config.steps, stop_at or config.steps))
             status = finish(parts)
             if status == "finished" and state.step < config.steps:
-                message = _early(state, config)
+                message = parts.evaluator.why_early(state)
                 log.line(message)
         if status == "interrupted":
             message = f"{signals.requested or 'stopped'} after step {state.step}: saved; {go_on}"
@@ -111,7 +101,6 @@ def loop(parts: Parts, stop: int) -> None:
     with Loader(parts.datasets, config, state.step, stop, state.counts, device=parts.device) as batches:
         say(batches.describe())
         log.restart_clock()
-        watch = Watch(torch.get_num_threads() if parts.device.type == "cpu" else 1)
         for _ in range(state.step, stop):
             begun = time.monotonic()
             item = next(batches)  # one task a step
@@ -119,10 +108,8 @@ def loop(parts: Parts, stop: int) -> None:
             with state.updating():
                 update = step(item.task, item.batches)
                 state.count(item.request)
-            for message in state.bad.add(item):
-                log.line(f"unreadable image: {message}")
-            if turned := state.bad.turned(item):
-                log.line(turned)
+            for line in state.bad.told(item):
+                log.line(line)
             lr = step.lr_multiplier(state.step - 1) * config.optim.lr
             log.log(Record.of(item, state.step, lr, wait_s, batches.readers), update)  # not read yet
             last = state.step == config.steps
@@ -130,7 +117,7 @@ def loop(parts: Parts, stop: int) -> None:
             if due(state.step, config.log_every) or evaluating or saving:
                 guard.judge(log.flush())
                 step.check()
-                if found := watch.look():
+                if found := parts.watch.look():
                     log.line(found)
             improved = evaluating and not last and parts.evaluator.evaluate(state).improved
             if improved or (saving and not last):
@@ -142,21 +129,3 @@ def loop(parts: Parts, stop: int) -> None:
     log.to_file(batches.summary())
     if step.graphs:
         log.to_file(step.graphs.summary())
-
-
-def _first(parts: Parts) -> bool:
-    """Whether an evaluation is due before the first update."""
-    return parts.config.eval_first and parts.state.step == 0 and parts.evaluator.evaluated_at is None
-
-
-def _early(state: State, config: RunConfig) -> str:
-    best = state.best["best"]
-    return (
-        f"ended after step {state.step} of {config.steps}: {state.stale} evaluations without a better "
-        f"{config.criterion} than {best['value']:.4f} at step {best['step']} (early_stop {config.early_stop})"
-    )
-
-
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every ``every`` updates (0 or less: only at the end) is due after ``step``."""
-    return every > 0 and step % every == 0
