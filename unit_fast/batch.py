@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unit_fast.errors import UserError
-
 
 @dataclass(kw_only=True, repr=False)
 class Batch:
@@ -98,18 +96,6 @@ class Output:
 
     def __repr__(self) -> str:
         return f"Output({_shapes(vars(self))})"
-
-
-def check_targets(where: str, batch: Batch, *names: str) -> None:
-    """``UserError`` beginning with ``where`` where one of the fields ``names`` of ``batch`` is no tensor."""
-    for name in names:
-        value = getattr(batch, name)
-        if not isinstance(value, Tensor):
-            found = f"has no {name}" if value is None else f"has {name} of type {type(value).__name__}"
-            raise UserError(
-                f"{where}: the batch of {batch.task} {found}; give every sample its targets, and make the batch with "
-                "unit_fast.collate"
-            )
 
 
 def _shapes(fields: dict) -> str:
