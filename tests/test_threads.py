@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from unit_fast import threads
-from unit_fast.threads import Chosen, Others, Watch, choose, usable_cores, wait_asleep
+from unit_fast.threads import Chosen, Others, Watch, choose, usable_cores, wait_briefly
 
 
 @pytest.mark.parametrize(
@@ -17,22 +17,22 @@ from unit_fast.threads import Chosen, Others, Watch, choose, usable_cores, wait_
 def test_how_threads_wait_is_the_users_where_it_is_set(set_by_user, done, monkeypatch):
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     environment = dict(set_by_user)
-    assert wait_asleep(environment) is done
-    assert environment == set_by_user | ({"OMP_WAIT_POLICY": "passive"} if done else {})
+    assert wait_briefly(environment) is done
+    assert environment == set_by_user | ({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"} if done else {})
 
 
 def test_once_torch_is_loaded_the_environment_stays(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", object())
     environment = {}
-    assert not wait_asleep(environment)
+    assert not wait_briefly(environment)
     assert not environment
 
 
 def test_openmp_hears_of_it_from_a_command_and_not_from_the_library():
-    told = "import os, sys; sys.argv = ['unit-fast', '--version']; {}; print(os.environ.get('OMP_WAIT_POLICY'))"
+    told = "import os, sys; sys.argv = ['unit-fast', '--version']; {}; print(os.environ.get('GOMP_SPINCOUNT'))"
     environment = {k: v for k, v in os.environ.items() if k not in threads.WAITING}
     command = "from unit_fast.commands.main import main; main()"
-    for line, expected in ((command, "passive"), ("import unit_fast", "None"), (command.replace("()", "([])"), "None")):
+    for line, expected in ((command, "2000"), ("import unit_fast", "None"), (command.replace("()", "([])"), "None")):
         code = ["-c", told.format(line)]
         found = subprocess.run([sys.executable, *code], env=environment, capture_output=True, text=True, check=True)
         assert found.stdout.split()[-1] == expected, line

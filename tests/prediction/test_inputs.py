@@ -110,6 +110,8 @@ def test_a_batch_is_its_images():
         (CHW.numpy(), r"image: an array of shape \[3, 4, 6\]; give \[H, W, 3\]"),
         (np.zeros((0, 4, 3), np.uint8), "image: 4 x 0 pixels"),
         (np.zeros((2, 3, 4, 5, 3), np.uint8), r"shape \[2, 3, 4, 5, 3\]"),
+        (torch.zeros(3, 0, 4), "image: 4 x 0 pixels"),
+        (torch.zeros(2, 3, 4, 0), "image 1: 0 x 4 pixels"),
         (CHW.float(), "float32 tensor with values outside 0..1"),
         (CHW.float() / 255 - 0.5, "values outside 0..1"),
         (CHW.float() * float("nan"), "values outside 0..1"),

@@ -61,7 +61,7 @@ def test_the_threshold_leaves_boxes_out(predictor, image):
     every = predictor.predict("coco", image=image, threshold=0.0).items
     middle = every[2]["score"]
     assert predictor.predict("coco", image=image, threshold=middle).items == [i for i in every if i["score"] >= middle]
-    nothing = predictor.predict("coco", image=image, threshold=1.0)
+    nothing = predictor.predict("coco", image=image, threshold=np.float32(1.0), top=np.int64(3))
     assert str(nothing) == "no object above the threshold"
     assert nothing.likeliest == every[0]["score"]
 

@@ -178,7 +178,7 @@ def test_a_dry_run_tells_the_classes(found, tmp_path, capsys):
     root = plain(tmp_path / "data", found)
     assert main(["train", *TINY, "--data-root", str(root), "--dry-run"]) == 0
     said = capsys.readouterr()
-    assert "3 classes by their order" in said.err
+    assert "3 classes by their order" in said.out
     assert '"outputs": 4' in said.out
     shutil.rmtree(root)
     root.mkdir()

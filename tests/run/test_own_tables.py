@@ -5,15 +5,19 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from tests.data_roots import box, picture, write
 from tests.small_runs import log_of, rows, run, with_data
 from unit_fast.commands import main as cli
-from unit_fast.config import RunConfig, load_config
+from unit_fast.config import RunConfig, default_tasks, load_config
 from unit_fast.errors import UserError
 from unit_fast.evaluation.labels import read_labels
+from unit_fast.model import UniT
 from unit_fast.recipes import recipe
+from unit_fast.tasks import ANSWER, CLASSIFY, ENTAIL, get_task
 from unit_fast.weights import checkpoint
+from unit_fast.weights.loading import load_matching
 
 SMALL = {
     "short_side": 48, "max_side": 64, "train_short_sides": (40, 48), "crop_short_sides": (48, 56), "crop_min": 32,
@@ -160,3 +164,21 @@ def test_a_dry_run_and_a_check_need_no_options(root, tmp_path, capsys):
     assert "classify train ok" in said
     assert "coco" not in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reviews.tsv"]
+
+
+def test_own_tasks_start_from_the_published_ones_they_are_like(root):
+    def model(**tasks) -> UniT:
+        made = small("answer", root).model
+        text = dataclasses.replace(made.text, vocab_size=40)
+        return UniT(dataclasses.replace(made, text=text, tasks=tasks))
+
+    published = model(**default_tasks("vqa2", "snli_ve", "sst2", queries=4))
+    state = {name: value.clone() for name, value in published.state_dict().items()}
+    own = model(**default_tasks("answer", "entail", "classify", queries=4, outputs=7))
+    report = load_matching(own, state)
+    assert {line.split(":")[0] for line in report.left} == {"answer", "entail", "classify"}
+    for task in (ANSWER, ENTAIL, CLASSIFY):
+        assert torch.equal(own.query_embeds[task.name].weight, state[f"query_embeds.{task.like}.weight"])
+        assert torch.equal(own.classifiers[task.name].dense.weight, state[f"classifiers.{task.like}.dense.weight"])
+        table, row = own.text_encoder.task_embedding.weight, get_task(task.like).index
+        assert torch.equal(table[task.index], state["text_encoder.task_embedding.weight"][row])

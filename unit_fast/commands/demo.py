@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from unit_fast import threads
-from unit_fast.commands.shown import show_metrics, show_report, take_threads
+from unit_fast.commands.shown import check_threads, show_metrics, show_report, take_threads
 from unit_fast.errors import UserError
 
 
@@ -35,13 +35,12 @@ def run(options: Options) -> int:
     from unit_fast.run.folder import default_folder
 
     name = "demo_quick" if options.quick else "demo"
-    if options.threads < 0:
-        raise UserError(f"--threads {options.threads}: give at least 1, or 0 to leave it to us")
     out = Path(options.out or "runs/demo")
     if options.out is None and (out / "metrics.jsonl").exists():
         out = default_folder("demo")
     elif (out / "metrics.jsonl").exists():
         raise UserError(f"--out {out}: holds a run already; give another folder")
+    check_threads(options.threads)
     config = recipe(name)
     count = options.threads or (0 if os.environ.get("OMP_NUM_THREADS", "").strip() else config.threads)
     # a process beside the training one that reads ahead, where it has a core to run on

@@ -65,8 +65,6 @@ def _evaluate(options: Options) -> int:
 
     if options.limit < 0 or (options.batch is not None and options.batch < 1):
         raise UserError("--limit must be at least 0 and --batch at least 1")
-    if options.threads < 0:
-        raise UserError(f"--threads {options.threads}: give at least 1, or 0 to leave it to us")
     take_threads(options.device, options.threads)
     device = device_of(RunConfig(device=options.device))
     folder = checkpoint.find(options.run, ("best_ema", "last") if options.ema else ("best", "last"))

@@ -58,7 +58,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. A user's mistake is one line on standard error (``--debug`` shows the trace)."""
     if arguments is None:  # a process of its own: its environment is ours to complete
-        threads.wait_asleep()
+        threads.wait_briefly()
         arguments = sys.argv[1:]
     arguments = list(arguments)
     debug = "--debug" in arguments

@@ -23,8 +23,15 @@ def errors_as_json(wanted: bool):
         raise
 
 
+def check_threads(asked: int) -> None:
+    """``UserError`` on a number of threads that is none."""
+    if asked < 0:
+        raise UserError(f"--threads {asked}: give at least 1, or 0 to leave it to us")
+
+
 def take_threads(device: str, asked: int = 0, *, keep: bool = False) -> None:
     """Give torch its CPU threads (``threads.choose``), and say on standard error where others are in their way."""
+    check_threads(asked)
     import torch
 
     from unit_fast.config import RunConfig

@@ -63,6 +63,8 @@ def with_vocabulary(
             f"vocabulary: there is no bert/vocab.txt in {printable(layout.root, 200)} and no --vocab: {len(pieces):,} "
             f"word pieces made of {len(texts):,} training texts"
         )
+        if config.init_from:
+            told += "; where the weights of --init-from have read texts, give their vocabulary with --vocab"
     if folder is not None and (other is not None or path is None):
         replace(folder / VOCABULARY, "\n".join(pieces) + "\n")
         data = dataclasses.replace(config.data, vocab=str((folder / VOCABULARY).resolve()))

@@ -145,6 +145,8 @@ def _from_pixels(pixels: np.ndarray | torch.Tensor, name: str) -> Image.Image:
             raise UserError(
                 f"{name}: a tensor of shape {list(pixels.shape)}; give [3, H, W], or [B, 3, H, W] for several"
             )
+        if not pixels.numel():
+            raise UserError(f"{name}: {pixels.shape[2]} x {pixels.shape[1]} pixels; give an image with some")
         if pixels.is_floating_point():
             if not (pixels.isfinite().all() and pixels.min() >= 0 and pixels.max() <= 1):
                 raise UserError(

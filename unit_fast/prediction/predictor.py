@@ -3,6 +3,7 @@
 import concurrent.futures
 import itertools
 import logging
+import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,10 +159,10 @@ class Predictor:
         """``predict`` one prediction after the other, for more than one wants to wait for or keep in memory."""
         known = self._task(task)
         threshold = self.threshold(task) if threshold is None else threshold
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real) or not 0 <= threshold <= 1:
             raise UserError(f"threshold: {threshold} is not between 0 and 1")
         for name, value in (("top", top), ("batch_size", batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
                 raise UserError(f"{name}: expected a whole number, found {type(value).__name__}")
             if value < 1:
                 raise UserError(f"{name}: {value} is below 1")

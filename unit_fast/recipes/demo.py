@@ -60,7 +60,7 @@ def demo() -> RunConfig:
     outputs = {"vqa2": len(text.ANSWERS), "detection_visual_genome": len(world.VG_OBJECT_IDS) + 2}
     tasks = {name: dataclasses.replace(task, outputs=outputs.get(name, task.outputs)) for name, task in tasks.items()}
     return RunConfig(
-        steps=3200,
+        steps=3000,
         batch_per_process=32,
         ratios={
             get_task(name).name: ratio
@@ -69,7 +69,7 @@ def demo() -> RunConfig:
                 "sst2": 0.03,
             }.items()
         },
-        eval_every=800,
+        eval_every=750,
         eval_batch=50,
         save_every=0,
         log_every=50,

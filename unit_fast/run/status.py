@@ -44,10 +44,11 @@ class Pace:
         found = [f"step {self.done}/{self.steps}"]
         if self.recent:
             seconds, samples, wait_s = map(sum, zip(*self.recent))
+            speed = samples / seconds
             per_step = (time.monotonic() - self.began) / (self.done + 1 - self.first)
             found += [
                 f"{duration(per_step * (self.steps - self.done))} left",
-                f"{samples / seconds:.3g} samples/s",
+                f"{speed:,.0f} samples/s" if speed >= 1000 else f"{speed:.3g} samples/s",
                 f"wait {wait_s / seconds:.0%}",
             ]
         return [*found, f"{peak_memory_gib():.1f} GiB"]

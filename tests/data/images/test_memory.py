@@ -145,8 +145,8 @@ def test_buffers_are_used_again_only_when_nothing_refers_to_them():
 def test_images_are_kept_up_to_the_limit():
     cache = KeptImages(3 * 8 * 6 + 3 * 4 * 4)
     made = {name: Image.new("RGB", size) for name, size in (("a", (8, 6)), ("b", (5, 5)), ("c", (4, 4)))}
-    for name, image in made.items():
-        cache.put(name, image, 3 * image.width * image.height)
+    kept = {name: cache.put(name, image, 3 * image.width * image.height) for name, image in made.items()}
+    assert kept == {"a": True, "b": False, "c": True}
     assert cache.get("a") is made["a"]
     assert cache.get("c") is made["c"]
     assert cache.get("b") is None  # did not fit beside a
@@ -161,6 +161,10 @@ def test_a_cache_changes_no_sample_and_each_image_is_read_once(root, monkeypatch
         plain = open_dataset(name, "train", config, task, augment=True)
         cached = open_dataset(name, "train", dataclasses.replace(config, cache_mib=4), task, augment=True)
         reads.clear()
+        names, found = [], cached.image_path
+        monkeypatch.setattr(
+            cached, "image_path", lambda index, names=names, found=found: names.append(index) or found(index)
+        )
         for key in (3, 4):  # the second visit finds the image decoded
             a, b = plain.get(1, key), cached.get(1, key)
             assert torch.equal(a["image"], b["image"])
@@ -168,3 +172,4 @@ def test_a_cache_changes_no_sample_and_each_image_is_read_once(root, monkeypatch
                 k: v for k, v in b.items() if not isinstance(v, torch.Tensor)
             }
         assert len(reads) == 2 + 1
+        assert names == [1], "nor is the file looked for again"

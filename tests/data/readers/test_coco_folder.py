@@ -100,6 +100,43 @@ def test_what_is_not_found_is_told_with_the_remedy(found, tmp_path):
         opened(tmp_path, "test", **given)
 
 
+NAMINGS = {
+    "folders of another machine": "/home/someone/pictures/{}",
+    "of Windows": "C:\\pictures\\{}",
+    "a folder that is not there": "upload/1/{}",
+}
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_images_are_found_by_the_last_part_of_their_names(naming, found, tmp_path):
+    made = content(found["train"][:4])
+    for image in made["images"]:
+        image["file_name"] = NAMINGS[naming].format(image["file_name"])
+    write(tmp_path / "result.json", made)
+    place(found["train"][:4], tmp_path / "images")
+    dataset = opened(tmp_path)
+    assert [dataset.image_path(i).parent.name for i in range(len(dataset))] == ["images"] * len(dataset)
+    assert dataset.findings.count("images found by the last part of their names") == 1
+
+
+def test_ids_of_images_may_be_texts(found, tmp_path):
+    made = content(found["train"])
+    for rows, key in ((made["images"], "id"), (made["annotations"], "image_id")):
+        for row in rows:
+            row[key] = f"image-{row[key]}" if row[key] % 2 else row[key]
+    for split in ("train", "valid"):
+        write(tmp_path / split / "_annotations.coco.json", made)
+        place(found["train"], tmp_path / split)
+    dataset = opened(tmp_path)
+    assert [dataset.sample_id(i) for i in range(3)] == ["image-1", 2, "image-3"]
+    truth = dataset.coco_ground_truth()
+    assert [i["id"] for i in truth["images"]] == [i["id"] for i in made["images"]]
+    assert {(a["image_id"], *a["bbox"]) for a in truth["annotations"]} == {
+        (a["image_id"], *a["bbox"]) for a in made["annotations"]
+    }
+    assert len(truth["annotations"]) == len(made["annotations"])
+
+
 TOP = {"id": 0, "name": "hardware", "supercategory": "none"}
 
 

@@ -90,7 +90,8 @@ def classes_of(paths: Iterable[Path], data: DataConfig, config: TaskConfig) -> O
         known = [(ids[name], name) for name in config.classes]
     if not known:
         raise UserError(f"{where}: has no category and no box: there is no class to train")
-    lines = [f"{len(known)} classes by their order in {printable(next(iter(read)), 400)}: {_shown(known)}"]
+    how = "as given" if config.classes else f"by their order in {printable(next(iter(read)), 400)}"
+    lines = [f"{len(known)} classes {how}: {_shown(known)}"]
     if left:
         names = printable(", ".join(sorted(left)), 200)
         lines.append(f"no class: {names} (no box has it, and it is the super-category of others)")

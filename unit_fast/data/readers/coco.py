@@ -61,7 +61,7 @@ def read_instances(dataset: Detection, path: Path, wanted=None) -> Content:
     if not isinstance(content, dict):
         raise UserError(f"{name}: not a COCO file (expected an object with images, annotations and categories)")
 
-    images: dict[int, tuple[int, str, int, int]] = {}
+    images: dict[int | str, tuple[int | str, str, int, int]] = {}
     elsewhere = set()
     for where, (record, image) in parsed("malformed image record", files.records(content, "images", name), _image):
         image_id = image[0]
@@ -86,7 +86,7 @@ def read_instances(dataset: Detection, path: Path, wanted=None) -> Content:
         number = record.get("id") if isinstance(record, dict) else None  # nothing goes by it
         if number is not None and type(number) is not str:
             number = files.integer(record, "id", where)
-        image_id = files.integer(record, "image_id", where)
+        image_id = _image_id(record, "image_id", where)
         label = files.integer(record, "category_id", where)
         box = files.sequence(record, "bbox", where)
         if len(box) != 4:
@@ -98,8 +98,8 @@ def read_instances(dataset: Detection, path: Path, wanted=None) -> Content:
             crowd = files.integer({"iscrowd": crowd}, "iscrowd", where)
         return number, image_id, label, box, area, crowd, _attributes(dataset, record, where)
 
-    rows: dict[int, list[tuple]] = {}
-    left: dict[int, list[tuple[int, tuple]]] = {}
+    rows: dict[int | str, list[tuple]] = {}
+    left: dict[int | str, list[tuple[int, tuple]]] = {}
     seen = set()
     records = files.records(content, "annotations", name) if "annotations" in content else ()
     for where, found in parsed("malformed annotation", records, annotation):
@@ -136,7 +136,13 @@ def read_instances(dataset: Detection, path: Path, wanted=None) -> Content:
         names = {label: str(label) for label in sorted({row[0] for of_image in rows.values() for row in of_image})}
     if dataset.by_order:
         names = dict(enumerate(dataset.config.classes))
+    texts = list(images) if any(type(i) is str for i in images) else []
+    if texts:  # they are numbered, and kept for whoever asks
+        number = {i: n for n, i in enumerate(images, 1)}
+        images = {number[i]: (number[i], *image[1:]) for i, image in images.items()}
+        rows, left = ({number[i]: found for i, found in of.items()} for of in (rows, left))
     packed = dataset.packed(list(images.values()), rows, names, name, left)
+    packed.values["image_ids"] = texts
     if dataset.by_order:
         packed.values["category_ids"] = dataset.ids_of(class_of)
     return packed
@@ -165,9 +171,14 @@ def _of_no_class(dataset: Detection, label: int, names: dict[int, str], where: s
 
 def _image(record, where):
     """The record itself, and (id, file name, height, width)."""
-    image_id = files.integer(record, "id", where)
+    image_id = _image_id(record, "id", where)
     file_name = files.string(record, "file_name", where)
     return record, (image_id, file_name, files.side(record, "height", where), files.side(record, "width", where))
+
+
+def _image_id(record, key: str, where: str) -> int | str:
+    value = record.get(key) if isinstance(record, dict) else None
+    return value if type(value) is str else files.integer(record, key, where)
 
 
 def _category(record, where):

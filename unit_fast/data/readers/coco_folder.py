@@ -6,7 +6,7 @@ where the names in the annotations are found: beside them, in ``images``, in a f
 """
 
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from unit_fast.config import DataConfig, TaskConfig
 from unit_fast.data.errors import MissingSplit
@@ -28,6 +28,9 @@ _BEGINNING = 2**20
 
 class CocoFolder(Coco):
     """A user's images and boxes."""
+
+    last_part = False
+    """Whether images are found by the last part of their file names alone."""
 
     @classmethod
     def present(cls, layout: Layout) -> bool:
@@ -75,15 +78,30 @@ class CocoFolder(Coco):
         count = len(self.objects)
         names = [self.objects.file_names[i * count // _LOOKED_AT] for i in range(min(count, _LOOKED_AT))]
         folders = self._folders(key)
-        here = {folder: sum((folder / name).is_file() for name in names) for folder in folders}
-        best = max(folders, key=here.__getitem__)  # the first of equals
-        if names and not here[best]:
+        for self.last_part in (False, True):
+            wanted = [self._file_name(name) for name in names]
+            here = {folder: sum((folder / name).is_file() for name in wanted) for folder in folders}
+            best = max(folders, key=here.__getitem__)  # the first of equals
+            if here[best] or not names:
+                break
+        else:
             looked = ", ".join(str(folder) for folder in folders if folder.is_dir())
             raise UserError(
                 f"{printable(self.annotations, 400)}: its images are not found, e.g. {printable(names[0])!r}; looked "
                 f"in {printable(looked, 600)}; give --data.paths {key}=FOLDER"
             )
+        if self.last_part:
+            self.findings.note(
+                "images found by the last part of their names", f"{printable(names[0])} as {wanted[0]} in {best}"
+            )
         return self._opened(best)
+
+    def image_path(self, index: int) -> Path:
+        return self._inside(self.folder, self._file_name(self.objects.file_names[index]))
+
+    def _file_name(self, name: str) -> str:
+        """The name as looked for: exporters write paths of the machine that they ran on."""
+        return PureWindowsPath(name).name if self.last_part else name
 
     def _folders(self, key: str) -> list[Path]:
         """Where the images may be, the likeliest first: beside the annotations, then the places of the layout."""

@@ -26,8 +26,8 @@ class Detection(Dataset):
     def __len__(self) -> int:
         return len(self.objects)
 
-    def sample_id(self, index: int) -> int:
-        return int(self.objects.ids[index])
+    def sample_id(self, index: int) -> int | str:
+        return self.objects.image_ids[index] if self.objects.image_ids else int(self.objects.ids[index])
 
     def meaning(self) -> dict[str, str]:
         return super().meaning() | {"categories": hash_of(sorted(self.class_names.items()))}
@@ -98,18 +98,18 @@ class Detection(Dataset):
             "images": np.repeat(o.ids, np.diff(o.starts)), "labels": o.labels, "xywh": o.xywh, "area": o.area,
             "crowd": o.crowd,
         }  # fmt: skip
-        ids = self.category_ids
+        ids, image_ids = self.category_ids, dict(zip(o.ids.tolist(), o.image_ids or o.ids.tolist()))
         merged = [np.insert(array, o.left["at"], o.left[name], axis=0) for name, array in targets.items()]
         rows = zip(*(array.tolist() for array in merged))
         return {
             "info": {"description": f"{self.task.title} {self.split}"},
             "images": [
-                {"id": i, "file_name": name, "height": h, "width": w}
+                {"id": image_ids[i], "file_name": name, "height": h, "width": w}
                 for i, name, (h, w) in zip(o.ids.tolist(), o.file_names, o.sizes.tolist())
             ],
             "annotations": [
                 {
-                    "id": n, "image_id": i, "category_id": ids.get(label, label), "bbox": box, "area": area,
+                    "id": n, "image_id": image_ids[i], "category_id": ids.get(label, label), "bbox": box, "area": area,
                     "iscrowd": int(crowd),
                 }
                 for n, (i, label, box, area, crowd) in enumerate(rows, 1)

@@ -20,6 +20,7 @@ class Objects:
             the row of ``labels`` before which one stands in the file, and ``images`` int64 ids, ``labels``, ``xywh``,
             ``area`` and ``crowd`` as above.
         names: class -> name.
+        image_ids: the images' ids where some are texts, and ``ids`` are numbers given to them.
         category_ids: the category id of each class in the file, where classes are numbered by their order.
     """
 
@@ -33,6 +34,7 @@ class Objects:
         self.attributes = arrays.get("attributes", none)
         self.left = {name: arrays[f"left.{name}"] for name in ("at", "images", "labels", "xywh", "area", "crowd")}
         self.names = {int(label): name for label, name in content.values["names"]}
+        self.image_ids: list[int | str] = content.values.get("image_ids", [])
         self.category_ids: list[int] = content.values.get("category_ids", [])
         self.content = content
 
