@@ -14,8 +14,8 @@ from torch import Tensor
 
 from unit_fast import ops
 from unit_fast.batch import Batch
-from unit_fast.batch_checks import check_targets
 from unit_fast.config import LossConfig
+from unit_fast.detection.targets import check_targets
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from unit_fast import ops
 from unit_fast.config import BackboneConfig
+from unit_fast.model.short import Short
 
 LAYERS = {14: (1, 1, 1, 1), 18: (2, 2, 2, 2), 26: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -103,7 +104,7 @@ def _norm_layer(config: BackboneConfig):
     )
 
 
-class Backbone(nn.Module):
+class Backbone(Short, nn.Module):
     """image [B,3,H,W] -> feature map [B,out_channels,ceil(H/stride),ceil(W/stride)]."""
 
     def __init__(self, config: BackboneConfig):
@@ -142,10 +143,6 @@ class Backbone(nn.Module):
         """How images and weights lie in memory: channels last, but for group norm, which torch's CPU kernel does
         several times faster channel by channel."""
         return torch.channels_last if self.config.norm == "frozen" else torch.contiguous_format
-
-    def __repr__(self) -> str:
-        config = self.config
-        return f"ResNet-{config.depth} of width {config.width}, {config.norm} norm, stride {config.stride}"
 
     def _freeze(self) -> None:
         """Stages before ``first_trained_stage`` never get gradients; stage 0 is the stem."""

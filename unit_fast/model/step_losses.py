@@ -17,7 +17,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+        return grad, *(parameter.new_zeros(()).expand_as(parameter) for parameter in ctx.saved_tensors)
 
 
 class StepLosses(nn.Module):
@@ -35,7 +35,6 @@ class StepLosses(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         losses = self.model.losses(self.model(batch), batch)
-        used = self.model.used_parameters(batch.task)
-        rest = [p for name, p in self.model.named_parameters() if p.requires_grad and not used[name]]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         first = next(iter(losses))
-        return {**losses, first: _Attach.apply(losses[first], *rest)}
+        return {**losses, first: _Attach.apply(losses[first], *trained)}

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from unit_fast import ops
 from unit_fast.config import TextConfig
+from unit_fast.model.short import Short
 from unit_fast.model.transformer import linear_act_dropout
 
 LAYER_NORM_EPS = 1e-12
@@ -113,7 +114,7 @@ class TextLayer(nn.Module):
         return self._residual(self.output_norm, x, self.output(hidden), seeds)
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Short, nn.Module):
     """ids, attention mask (1 = real), segments [B,T] -> token features [B,T,C], or those of the first token [B,1,C]."""
 
     def __init__(self, config: TextConfig, task_rows: int):
@@ -138,9 +139,6 @@ class TextEncoder(nn.Module):
                 nn.init.zeros_(module.bias)
         if self.task_embedding is not None:
             nn.init.normal_(self.task_embedding.weight)
-
-    def __repr__(self) -> str:
-        return f"TextEncoder({len(self.layers)} layers of width {self.word_embeddings.embedding_dim})"
 
     def forward(self, input_ids, attention_mask, token_type_ids, task_index: int, seeds, cls_only=False) -> Tensor:
         length = input_ids.shape[1]

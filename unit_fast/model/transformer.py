@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unit_fast import ops
 from unit_fast.config import DecoderConfig, EncoderConfig
+from unit_fast.model.short import Short
 
 LAYER_NORM_EPS = 1e-5
 
@@ -114,16 +115,13 @@ class EncoderLayer(_Layer):
         return self.residual(self.norm2, x, self.ffn(x, seeds), seeds, pos)
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(Short, nn.Module):
     """Transformer over image tokens with an optional task token in front (SPEC 1.5)."""
 
     def __init__(self, config: EncoderConfig, task_rows: int):
         super().__init__()
         self.task_embedding = nn.Embedding(task_rows, config.width) if task_rows else None
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
-
-    def __repr__(self) -> str:
-        return f"ImageEncoder({len(self.layers)} layers of width {self.layers[0].self_attn.out_proj.in_features})"
 
     def forward(self, x_BSC: Tensor, pos_BSC: Tensor, mask_BS: Tensor, task_index: int, seeds) -> Tensor:
         x, pos, mask = x_BSC, pos_BSC, mask_BS
@@ -158,16 +156,13 @@ class DecoderLayer(_Layer):
         return self.residual(self.norm3, t, self.ffn(t, seeds), seeds, query)
 
 
-class Decoder(nn.Module):
+class Decoder(Short, nn.Module):
     """Six layers over the memory; the final norm is applied to the output of every layer (SPEC 1.8)."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-
-    def __repr__(self) -> str:
-        return f"Decoder({len(self.layers)} layers of width {self.norm.normalized_shape[0]})"
 
     def forward(self, query_QC: Tensor, memory_BSC: Tensor, pos_BSC: Tensor | None, mask_BS: Tensor | None, seeds):
         """Hidden states [L,B,Q,C]. ``pos`` None: the memory is one token that is never masked (GLUE)."""

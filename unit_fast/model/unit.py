@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from unit_fast.batch import Batch, Output
-from unit_fast.batch_checks import check_targets, checked_task
+from unit_fast.batch_checks import checked_task
 from unit_fast.config import ModelConfig, RunConfig
 from unit_fast.detection import criterion, matcher
+from unit_fast.detection.targets import check_targets
 from unit_fast.errors import UserError, nearest
 from unit_fast.model.backbone import Backbone
 from unit_fast.model.folder import Folder
 from unit_fast.model.heads import AttributeHead, BoxHead, Classifier
 from unit_fast.model.positions import feature_mask, sine_positions
+from unit_fast.model.short import Short
 from unit_fast.model.text import TextEncoder
 from unit_fast.model.transformer import Decoder, DropoutSeeds, ImageEncoder
 from unit_fast.tasks import Task, check_indices, get_task, index_limits
@@ -26,7 +28,7 @@ TASK_ROWS = 256
 """Rows of the task-embedding tables; only the rows of ``Task.index`` are ever read."""
 
 
-class UniT(Folder, nn.Module):
+class UniT(Short, Folder, nn.Module):
     """One transformer for all data sets of ``config.tasks``.
 
     ``out = model(batch)``; ``query = model.match(out, batch)``; ``sum(model.losses(out, batch, query).values())`` is
@@ -266,10 +268,6 @@ class UniT(Folder, nn.Module):
     def _has_dropout(self) -> bool:
         encoder, text, decoder = self.config.encoder, self.config.text, self.config.decoder
         return any((encoder.dropout, text.dropout, decoder.dropout, decoder.classifier_dropout))
-
-    def __repr__(self) -> str:
-        count = sum(p.numel() for p in self.parameters())
-        return f"UniT({count:,} parameters; tasks {', '.join(self.config.tasks)}; {self.backbone!r})"
 
     def _task(self, batch: Batch) -> Task:
         task = checked_task(batch, self.tasks)
