@@ -102,6 +102,10 @@ class Evaluator:
             state.best[link] = {"step": state.step, "value": value, "criterion": self.config.criterion}
         return better
 
+    def due_first(self, state: State) -> bool:
+        """Whether an evaluation is due before the first update."""
+        return self.config.eval_first and state.step == 0 and self.evaluated_at is None
+
     def patience_is_over(self, state: State) -> bool:
         """Whether the last ``config.early_stop`` evaluations found nothing better."""
         return 0 < self.config.early_stop <= state.stale

@@ -17,13 +17,12 @@ from unit_fast.config import RunConfig
 from unit_fast.data.loader import Loader
 from unit_fast.errors import UserError, printable
 from unit_fast.numerics import arithmetic
-from unit_fast.run.ending import Run, finish, save_what_is_good, write_summary
+from unit_fast.run.ending import Run, early_end, finish, save_what_is_good, write_summary
 from unit_fast.run.folder import RunFolder, check_unused
 from unit_fast.run.log import Record
 from unit_fast.run.memory import memory_told
 from unit_fast.run.refusals import NonFinite
 from unit_fast.run.start import Parts, start
-from unit_fast.run.state import State
 from unit_fast.run.step import Step, Update, train_step
 from unit_fast.run.tracking import open_trackers
 from unit_fast.threads import Watch
@@ -77,13 +76,13 @@ def _run(parts: Parts, stop_at: int | None) -> Run:
                 log.line(f"the evaluation after step {state.step} was not finished: it is made up for")
                 if parts.evaluator.evaluate(state).improved:
                     parts.save()
-            elif _first(parts) and parts.evaluator.evaluate(state).improved:
+            elif parts.evaluator.due_first(state) and parts.evaluator.evaluate(state).improved:
                 parts.save()
             if signals.requested is None and not parts.evaluator.patience_is_over(state):
                 loop(parts, min(config.steps, stop_at or config.steps))
             status = finish(parts)
             if status == "finished" and state.step < config.steps:
-                message = _early(state, config)
+                message = early_end(state, config)
                 log.line(message)
         if status == "interrupted":
             message = f"{signals.requested or 'stopped'} after step {state.step}: saved; {go_on}"
@@ -142,19 +141,6 @@ def loop(parts: Parts, stop: int) -> None:
     log.to_file(batches.summary())
     if step.graphs:
         log.to_file(step.graphs.summary())
-
-
-def _first(parts: Parts) -> bool:
-    """Whether an evaluation is due before the first update."""
-    return parts.config.eval_first and parts.state.step == 0 and parts.evaluator.evaluated_at is None
-
-
-def _early(state: State, config: RunConfig) -> str:
-    best = state.best["best"]
-    return (
-        f"ended after step {state.step} of {config.steps}: {state.stale} evaluations without a better "
-        f"{config.criterion} than {best['value']:.4f} at step {best['step']} (early_stop {config.early_stop})"
-    )
 
 
 def due(step: int, every: int) -> bool:
