@@ -13,7 +13,7 @@ from unit_fast.commands import main as cli
 from unit_fast.config import to_json
 from unit_fast.errors import UserError
 from unit_fast.run.folder import RunFolder
-from unit_fast.run.rehearsal import mean_seconds, rehearsal, seconds_per_update
+from unit_fast.run.rehearsal import LEAST, mean_seconds, rehearsal, seconds_per_update
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -184,8 +184,8 @@ def test_a_measurement_trains_on_each_task(world, tmp_path, monkeypatch):
     wanted = config(world, ratios={"glue_sst2": 0.75, "detection_coco": 0.25})
     with rehearsal(wanted, tmp_path / "run") as parts:
         found = seconds_per_update(parts)
-        assert parts.state.step == 2 * 4
-        assert all(parts.state.counts[name] == 2 * 4 for name in found)
+        assert parts.state.step == 2 * LEAST
+        assert all(parts.state.counts[name] == 2 * LEAST for name in found)
         mean = mean_seconds(parts, found)
     assert mean == pytest.approx(0.75 * found["glue_sst2"] + 0.25 * found["detection_coco"])
     assert min(found.values()) > 0

@@ -1,10 +1,12 @@
 """The line that says where a run is: its order, what fits, and that it moves with every update."""
 
+import contextlib
 import logging
 import os
 import pty
 import re
 import sys
+import threading
 
 import pytest
 import torch
@@ -84,15 +86,25 @@ def on_a_terminal(monkeypatch, tmp_path, columns: int, work, kind: str = "xterm"
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", kind)
     leader, follower = pty.openpty()
+    said: list[bytes] = []
+    reader = threading.Thread(target=_read, args=(leader, said))
+    reader.start()
     with os.fdopen(follower, "w") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
         log = RunLog(tmp_path, 500_000, "auto")
         work(log)
         log.close()
         terminal.flush()
-        said = os.read(leader, 1_000_000).decode()
+    reader.join(60)
     os.close(leader)
-    return said
+    return b"".join(said).decode()
+
+
+def _read(terminal: int, said: list[bytes]) -> None:
+    """All of it, in whatever pieces it comes."""
+    with contextlib.suppress(OSError):  # the other end was closed
+        while piece := os.read(terminal, 65536):
+            said.append(piece)
 
 
 def lines(said: str) -> list[str]:

@@ -59,11 +59,11 @@ def run(config: RunConfig, out: Path, resume: str | None, allow_changed: Sequenc
 
 def _measure(parts: Parts) -> None:
     seconds = seconds_per_update(parts)
-    mean = mean_seconds(parts, seconds)
+    mean, most = mean_seconds(parts, seconds), "at least " if parts.config.accumulate > 1 else ""
     each = ", ".join(f"{get_task(name).short} {value:.3g}" for name, value in seconds.items())
     print(f"measured         seconds a step, reading included: {each}")
     print(
-        f"                 {3600 / mean:,.0f} steps an hour, {duration(mean * parts.config.steps)} for all "
+        f"                 {most}{3600 / mean:,.0f} steps an hour, {duration(mean * parts.config.steps)} for all "
         f"{parts.config.steps}, evaluations and saves not counted"
     )
     if peak := peak_gib(parts.device):

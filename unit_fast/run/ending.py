@@ -16,6 +16,7 @@ from unit_fast.run.guard import BrokenWeights
 from unit_fast.run.log import finite
 from unit_fast.run.setup import parameter_counts
 from unit_fast.run.start import Parts
+from unit_fast.run.state import State
 from unit_fast.weights.checkpoint import SaveError
 
 _log = logging.getLogger("unit_fast.train")
@@ -53,6 +54,15 @@ def finish(parts: Parts) -> str:
     if done:
         parts.guard.check_trained()
     return "finished" if done and not signals.requested else "interrupted"
+
+
+def early_end(state: State, config: RunConfig) -> str:
+    """What is said where ``config.early_stop`` ended the run."""
+    best = state.best["best"]
+    return (
+        f"ended after step {state.step} of {config.steps}: {state.stale} evaluations without a better "
+        f"{config.criterion} than {best['value']:.4f} at step {best['step']} (early_stop {config.early_stop})"
+    )
 
 
 def save_what_is_good(parts: Parts, error: Exception) -> None:

@@ -102,21 +102,13 @@ class Evaluator:
             state.best[link] = {"step": state.step, "value": value, "criterion": self.config.criterion}
         return better
 
-    def is_due_first(self, state: State) -> bool:
+    def due_first(self, state: State) -> bool:
         """Whether an evaluation is due before the first update."""
         return self.config.eval_first and state.step == 0 and self.evaluated_at is None
 
     def patience_is_over(self, state: State) -> bool:
         """Whether the last ``config.early_stop`` evaluations found nothing better."""
         return 0 < self.config.early_stop <= state.stale
-
-    def why_early(self, state: State) -> str:
-        """What to say of a run that ended since ``patience_is_over``."""
-        config, best = self.config, state.best["best"]
-        return (
-            f"ended after step {state.step} of {config.steps}: {state.stale} evaluations without a better "
-            f"{config.criterion} than {best['value']:.4f} at step {best['step']} (early_stop {config.early_stop})"
-        )
 
     def check_criterion(self) -> None:
         """``UserError`` where no task can be evaluated whose metric would end the run."""

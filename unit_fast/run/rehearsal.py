@@ -19,7 +19,7 @@ from unit_fast.run.folder import RunFolder, check_out
 from unit_fast.run.start import Parts, start
 from unit_fast.run.step import Step
 
-MEASURED_S, LEAST = 5.0, 4
+MEASURED_S, LEAST = 5.0, 3
 """Seconds and updates that are measured of a task: whichever takes longer, the first third of them not counted."""
 
 
@@ -46,12 +46,15 @@ def rehearsal(
 
 
 def seconds_per_update(parts: Parts) -> dict[str, float]:
-    """Data set key -> seconds of an update on it, reading included, measured by training: ``parts`` is used up."""
+    """Data set key -> seconds of an update on it, reading included, measured by training: ``parts`` is used up.
+
+    Of accumulated batches only one is measured, with the optimiser's step, and counted as often: at most so long.
+    """
     config, state, found = parts.config, parts.state, {}
     with arithmetic(config.precision, config.deterministic, parts.device):
         step = Step(state, config, parts.masks, parts.device)
         for name, dataset in parts.datasets.items():
-            only = dataclasses.replace(config, ratios={name: 1.0})
+            only = dataclasses.replace(config, ratios={name: 1.0}, accumulate=1)
             with Loader({name: dataset}, only, 0, config.steps, Counter({name: 0}), device=parts.device) as batches:
                 times, begun = [], time.monotonic()
                 for item in batches:
@@ -62,7 +65,7 @@ def seconds_per_update(parts: Parts) -> dict[str, float]:
                     if sum(times) >= MEASURED_S and len(times) >= LEAST:
                         break
             counted = times[len(times) // 3 :]
-            found[name] = sum(counted) / len(counted)
+            found[name] = config.accumulate * sum(counted) / len(counted)
     return found
 
 

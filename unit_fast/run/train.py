@@ -13,7 +13,7 @@ from pathlib import Path
 from unit_fast.config import RunConfig
 from unit_fast.data.loader import Loader
 from unit_fast.numerics import arithmetic
-from unit_fast.run.ending import Run, finish, save_what_is_good, write_summary
+from unit_fast.run.ending import Run, early_end, finish, save_what_is_good, write_summary
 from unit_fast.run.folder import RunFolder, check_unused
 from unit_fast.run.log import Record
 from unit_fast.run.memory import memory_told
@@ -66,14 +66,14 @@ def _run(parts: Parts, stop_at: int | None) -> Run:
             log.trackers = open_trackers(config.track, parts.folder, config, state.step)
             if parts.missed_evaluation:  # the best checkpoint may depend on it
                 log.line(f"the evaluation after step {state.step} was not finished: it is made up for")
-            due_now = parts.missed_evaluation or parts.evaluator.is_due_first(state)
+            due_now = parts.missed_evaluation or parts.evaluator.due_first(state)
             if due_now and parts.evaluator.evaluate(state).improved:
                 parts.save()
             if signals.requested is None and not parts.evaluator.patience_is_over(state):
                 loop(parts, min(config.steps, stop_at or config.steps))
             status = finish(parts)
             if status == "finished" and state.step < config.steps:
-                message = parts.evaluator.why_early(state)
+                message = early_end(state, config)
                 log.line(message)
         if status == "interrupted":
             message = f"{signals.requested or 'stopped'} after step {state.step}: saved; {go_on}"
