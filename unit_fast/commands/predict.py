@@ -83,12 +83,12 @@ def _predict(options: Options) -> int:
     found = model.stream(
         options.task, image, text, threshold=options.threshold, top=options.top, batch_size=options.batch
     )
-    if options.threshold is None and task.name in model.thresholds and not options.json:
-        chosen = model.threshold(options.task)
-        print(f"unit-fast: boxes of at least {chosen:.3g}, as the run chose on its validation split", file=sys.stderr)
     several = not found.single
     pictures = Pictures(options.save) if options.save and several and not options.save.endswith(".json") else None
     answers = _shown(options, found, pictures)
+    if options.threshold is None and task.name in model.thresholds and not options.json:
+        chosen = model.threshold(options.task)
+        print(f"unit-fast: boxes of at least {chosen:.3g}, as the run chose on its validation split", file=sys.stderr)
     for path in _written(options, answers if several else answers[0], pictures, ids):
         print(f"written: {path}", file=sys.stderr)
     likeliest = [answer.likeliest for answer in answers if answer.likeliest is not None]
