@@ -30,7 +30,7 @@ from unit_fast.run.log import RunLog
 from unit_fast.run.setup import build, device_of, open_split, parameter_counts, used_masks
 from unit_fast.run.signals import Stop
 from unit_fast.run.state import State
-from unit_fast.tasks import get_task
+from unit_fast.tasks import TASKS, get_task
 from unit_fast.threads import Watch
 from unit_fast.weights import checkpoint
 
@@ -172,11 +172,12 @@ def _header(config: RunConfig, device: torch.device, state: State, ratios: dict[
     precision = "bf16" if bf16 else config.precision.replace("auto", "fp32")
     tasks = ", ".join(f"{get_task(n).short} {r:.2f} ({len(datasets[n])})" for n, r in ratios.items() if r)
     batches = "".join(f", {get_task(n).short} {b * config.accumulate}" for n, b in config.task_batch.items())
+    paper = ", the paper's is 64" if TASKS.keys() >= config.model.tasks.keys() else ""
     yield (
         f"{config.recipe or 'run'}: {total:,} parameters, {trainable:,} trained | {device} "
         f"{precision}, {torch.get_num_threads()} threads | seed {config.seed}"
     )
     yield (
         f"effective batch {config.effective_batch} ({config.batch_per_process} x {config.accumulate} accumulated"
-        f"{batches}), the paper's is 64 | ratio and training samples: {tasks}"
+        f"{batches}){paper} | ratio and training samples: {tasks}"
     )
