@@ -229,6 +229,7 @@ ALLOWED = {
     ("kernels/assignment", "assignment_reference"): "the reference: SciPy, on the host",
     ("kernels/set_loss", "make"): "arguments for a benchmark",
     ("unit_fast/buckets", "Buckets._up"): "rounds a number",
+    ("unit_fast/model", "Folder.save_pretrained"): "writes a file, not a step",
     ("unit_fast/model", "Packing.__init__"): "only where tokens are packed, on a CPU",
     ("unit_fast/optim", "MaskedAdamW._possible"): "a mask that lies on the host",
     ("unit_fast/optim", "as_torch_saves"): "a checkpoint, not a step",
