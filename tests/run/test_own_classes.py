@@ -7,6 +7,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from PIL import ExifTags, Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -19,6 +21,7 @@ from unit_fast.data import open_dataset
 from unit_fast.evaluation.evaluate import evaluate
 from unit_fast.evaluation.labels import read_labels
 from unit_fast.evaluation.metrics import coco_average_precision
+from unit_fast.export.write import METADATA
 from unit_fast.run.train import train as train_run
 
 TINY = [
@@ -160,6 +163,27 @@ def test_other_classes_start_from_a_run_without_its_head(found, tmp_path, capsys
     assert train(root, tmp_path / "second", "--eval-every", "-1", "--init-from", str(first)) == 0
     log = (tmp_path / "second/log.txt").read_text()
     assert "the head of 4 outputs is left out, the model has 2" in log
+
+
+def test_own_classes_on_a_photograph_of_a_telephone_and_for_other_programs(found, tmp_path, capsys):
+    root, out, photo = roboflow(tmp_path / "data", found), tmp_path / "run", tmp_path / "phone.jpg"
+    assert train(root, out, "--eval-every", "-1") == 0
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.open(found["val"][1]["path"]).resize((64, 40)).save(photo, exif=turned)
+    capsys.readouterr()
+    assert main(["predict", str(out), "--image", str(photo), "--threshold", "0", "--task", "detect", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["width"], said["height"]) == (40, 64), "upright"
+    assert said["predictions"]
+    for item in said["predictions"]:
+        assert item["box"][2] <= 40
+        assert item["box"][3] <= 64
+    assert main(["export", str(out), "--format", "torch-export", "--out", str(tmp_path / "detect.pt2")]) == 0
+    assert "of detect's validation split" in capsys.readouterr().out
+    extra = {METADATA: ""}
+    torch.export.load(tmp_path / "detect.pt2", extra_files=extra)
+    assert list(json.loads(extra[METADATA])["labels"]["classes"].values()) == list(NAMES)
 
 
 def test_ten_lines_of_python(found, tmp_path):

@@ -130,7 +130,8 @@ def describe(head: TaskHead, task: Task, config: RunConfig, sizes: Sizes, folder
 def _program(head: TaskHead, example, task: Task, config: RunConfig, sizes: Sizes) -> ExportedProgram:
     batch = Dim("batch", min=1) if sizes.batch is None else None
     side = Dim.DYNAMIC if sizes.image is None else None
-    tokens = Dim("tokens", min=2, max=config.model.text.max_positions) if sizes.tokens is None else None
+    any_text = task.has_text and sizes.tokens is None
+    tokens = Dim("tokens", min=2, max=config.model.text.max_positions) if any_text else None
     free = {"image": {0: batch, 2: side, 3: side}, "pixel_mask": {0: batch, 1: side, 2: side}}
     shapes = tuple(free.get(name, {0: batch, 1: tokens}) for name in head.inputs)
     try:
