@@ -25,7 +25,7 @@ class Options:
     """Train a recipe. Every field of the configuration is an option too, by its dotted name."""
 
     data_root: str | None = None
-    """Data root in the canonical layout (the same as --data.root)."""
+    """Data root in the canonical layout, or a folder of your own data (the same as --data.root)."""
     tasks: str | None = None
     """Train only these tasks of the recipe, e.g. coco,vqa2; their ratios are renormalised."""
     batch: int | None = None
