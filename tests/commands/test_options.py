@@ -1,7 +1,6 @@
 """The list of a command's options: it is what tyro takes, and help, suggestions and completion stand on it."""
 
 import contextlib
-import importlib
 import io
 import re
 import shutil
@@ -17,8 +16,8 @@ from unit_fast.recipes import RECIPES
 
 
 def _command(name: str):
-    module = importlib.import_module(f"unit_fast.commands.{cli.COMMANDS[name].module}")
-    return module.Options, module.default([]) if hasattr(module, "default") else None
+    module, default = cli.load(name, [])
+    return module.Options, default
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

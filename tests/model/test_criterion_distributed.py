@@ -1,20 +1,16 @@
 """The losses in two processes over gloo: each normalises its boxes by the mean number of objects of both."""
 
-import datetime
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.model.test_criterion import Head, gradients, make, naive, run
+from tests.model.two_ranks import meet, run_both
 from unit_fast.config import LossConfig
 from unit_fast.detection import criterion
 
-ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 120
 COUNTS = {  # objects of the images of each rank -> the mean number of objects, at least 1
     "uneven": (((3, 5), (1,)), 4.5),
     "one_without": (((0, 0), (7, 2)), 4.5),
@@ -44,14 +40,7 @@ def compare(counts: tuple, mean: float) -> dict[str, float]:
 
 def worker(rank: int, folder: str) -> None:
     """What each process runs: every case, the errors into ``<rank>.json``."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=TIMEOUT_S / 2),
-    )
+    meet(rank, folder)
     found = {name: compare(of_ranks[rank], mean) for name, (of_ranks, mean) in COUNTS.items()}
     Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     torch.distributed.destroy_process_group()
@@ -61,23 +50,7 @@ def worker(rank: int, folder: str) -> None:
 def errors(tmp_path_factory):
     """Case -> errors, a rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    code = (
-        "import sys; from tests.model.test_criterion_distributed import worker; worker(int(sys.argv[1]), sys.argv[2])"
-    )
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(folder)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        said = [child.communicate(timeout=TIMEOUT_S)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-    assert [child.returncode for child in children] == [0, 0], "\n".join(said)
+    run_both(__name__, folder)
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 
 

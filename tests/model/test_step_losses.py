@@ -1,29 +1,20 @@
 """Two processes over gloo train with DistributedDataParallel, task after task, without find_unused_parameters."""
 
 import copy
-import datetime
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.model.two_ranks import meet, run_both
 from tests.models import random_batch, small_config
 from unit_fast import MaskedAdamW, StepLosses, UniT
 
-ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 120
 TASKS = ("coco", "sst2", "vg", "coco")
 
 
 def worker(rank: int, folder: str) -> None:
     """Four steps; each against gradients that are averaged by hand."""
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=TIMEOUT_S / 2)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=limit
-    )
+    meet(rank, folder)
     torch.manual_seed(rank)  # DDP makes the weights equal
     model = UniT(small_config("coco", "vg", "sst2", dropout=0.0))
     wrapped = torch.nn.parallel.DistributedDataParallel(StepLosses(model))
@@ -60,18 +51,4 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 def test_two_processes_take_the_steps_of_averaged_gradients(tmp_path):
-    code = "import sys; from tests.model.test_step_losses import worker; worker(int(sys.argv[1]), sys.argv[2])"
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(tmp_path)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        said = [child.communicate(timeout=TIMEOUT_S)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-    assert [child.returncode for child in children] == [0, 0], "\n".join(said)
+    run_both(__name__, tmp_path)

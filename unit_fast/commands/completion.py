@@ -1,6 +1,5 @@
 """``unit-fast completion``."""
 
-import importlib
 import shlex
 from dataclasses import dataclass
 from typing import Literal
@@ -30,12 +29,11 @@ def run(options: Options) -> int:
 
 def _known() -> dict[str, list[Option]]:
     """Command -> its options."""
-    from unit_fast.commands.main import COMMANDS
+    from unit_fast.commands.main import COMMANDS, load
 
     found = {}
-    for name, command in COMMANDS.items():
-        module = importlib.import_module(f"unit_fast.commands.{command.module}")
-        default = module.default([]) if hasattr(module, "default") else None
+    for name in COMMANDS:
+        module, default = load(name, [])
         found[name] = options_of(module.Options, default)
     return found
 

@@ -52,12 +52,11 @@ def run(options: Options) -> int:
     out, beside = Path(options.out), None
     if options.whole:
         report, beside = import_detr(Path(options.source), out, stride=options.stride)
-        print(report)
-        return _name(options, out, beside)
-    report = import_file(
-        Path(options.source), out, options.format, mmf_config=options.mmf_config,
-        config=None if options.format == "mmf" else recipe(options.recipe), seed=options.seed,
-    )  # fmt: skip
+    else:
+        report = import_file(
+            Path(options.source), out, options.format, mmf_config=options.mmf_config,
+            config=None if options.format == "mmf" else recipe(options.recipe), seed=options.seed,
+        )  # fmt: skip
     print(report)
     return _name(options, out, beside)
 

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 from unit_fast import threads
@@ -107,13 +108,18 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}; {nearest(name, ['data', *COMMANDS])}")
-    module = importlib.import_module(f"unit_fast.commands.{COMMANDS[name].module}")
-    default = module.default(rest) if hasattr(module, "default") else None
+    module, default = load(name, rest)
     if asked:
         common = () if asked == "--help-all" else getattr(module, "COMMON", ())
         print(page(module.Options, f"unit-fast {name}", default, common), end="")
         return 0
     return module.run(parse(module.Options, rest, prog=f"unit-fast {name}", default=default))
+
+
+def load(name: str, arguments: Sequence[str]) -> tuple[ModuleType, object]:
+    """The module of a command, and its options before the arguments change them; None where these are the class's."""
+    module = importlib.import_module(f"unit_fast.commands.{COMMANDS[name].module}")
+    return module, module.default(arguments) if hasattr(module, "default") else None
 
 
 def _list_commands(group: str) -> None:

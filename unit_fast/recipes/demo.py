@@ -15,10 +15,8 @@ from unit_fast.config import (
     default_tasks,
 )
 from unit_fast.recipes.paper import sampling
+from unit_fast.recipes.small import LAYER, small_model, small_optim
 from unit_fast.tasks import get_task
-
-_LAYER = {"width": 96, "heads": 4, "ffn_width": 192, "dropout": 0.0}
-"""Of every encoder and decoder."""
 
 
 def small() -> RunConfig:
@@ -31,15 +29,12 @@ def small() -> RunConfig:
         eval_batch=8,
         save_every=200,
         criterion="mean",
-        model=ModelConfig(
-            backbone=BackboneConfig(depth=14, width=16, norm="group", first_trained_stage=0),
-            encoder=EncoderConfig(layers=2, **_LAYER),
-            text=TextConfig(layers=2, **_LAYER),
-            decoder=DecoderConfig(layers=3, classifier_dropout=0.0, **_LAYER),
-            tasks=default_tasks("coco", "vg", queries=40) | default_tasks("vqa2", "snli_ve", queries=4)
+        model=small_model(
+            default_tasks("coco", "vg", queries=40) | default_tasks("vqa2", "snli_ve", queries=4)
             | default_tasks("qnli", "mnli", "qqp", "sst2", queries=1),
+            TextConfig(layers=2, **LAYER),
         ),
-        optim=OptimConfig(lr=1e-3, lr_backbone=1e-3, max_norm=1.0, warmup_steps=30, unused="skip"),
+        optim=small_optim(),
         data=DataConfig(
             short_side=160, max_side=213, train_short_sides=(144, 160, 176), crop_short_sides=(160, 192, 224),
             crop_min=128, crop_max=213,
@@ -81,11 +76,11 @@ def demo() -> RunConfig:
             backbone=BackboneConfig(
                 depth=14, width=8, norm="group", group_channels=16, stride=8, first_trained_stage=0
             ),
-            encoder=EncoderConfig(layers=2, **_LAYER),
+            encoder=EncoderConfig(layers=2, **LAYER),
             text=TextConfig(
-                layers=2, vocab_size=len(text.VOCABULARY), max_positions=64, init_std=0.1, **_LAYER
+                layers=2, vocab_size=len(text.VOCABULARY), max_positions=64, init_std=0.1, **LAYER
             ),
-            decoder=DecoderConfig(layers=3, classifier_dropout=0.0, **_LAYER),
+            decoder=DecoderConfig(layers=3, classifier_dropout=0.0, **LAYER),
             loss=LossConfig(
                 ce_normalisation="per_process", weight_bbox=2.5, weight_giou=1.0,
                 attribute_outputs=len(world.VG_ATTRIBUTE_IDS) + 1, attribute_embedding=32, attribute_hidden=64,

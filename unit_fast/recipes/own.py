@@ -16,8 +16,8 @@ from unit_fast.config import (
     TextConfig,
     default_tasks,
 )
+from unit_fast.recipes.small import LAYER, small_model, small_optim
 
-_LAYER = {"width": 96, "heads": 4, "ffn_width": 192, "dropout": 0.0}
 _NO_TEXT = {"layers": 1, "vocab_size": 1, "max_positions": 1}
 """The text encoder of a model without texts: as little as may be."""
 
@@ -32,14 +32,8 @@ def detect() -> RunConfig:
         eval_batch=8,
         save_every=500,
         criterion="detect",
-        model=ModelConfig(
-            backbone=BackboneConfig(depth=14, width=16, norm="group", first_trained_stage=0),
-            encoder=EncoderConfig(layers=2, **_LAYER),
-            text=TextConfig(**{**_LAYER, **_NO_TEXT}),
-            decoder=DecoderConfig(layers=3, classifier_dropout=0.0, **_LAYER),
-            tasks=default_tasks("detect", queries=40),
-        ),
-        optim=OptimConfig(lr=1e-3, lr_backbone=1e-3, max_norm=1.0, warmup_steps=30, unused="skip"),
+        model=small_model(default_tasks("detect", queries=40), TextConfig(**LAYER, **_NO_TEXT)),
+        optim=small_optim(),
         data=DataConfig(
             short_side=256, max_side=342, train_short_sides=(224, 256, 288), crop_short_sides=(256, 288, 320),
             crop_min=192, crop_max=342,

@@ -4,10 +4,7 @@ Answers, classes and vocabulary come from the files: their numbers are 0 until a
 """
 
 from unit_fast.config import (
-    BackboneConfig,
     DataConfig,
-    DecoderConfig,
-    EncoderConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -15,8 +12,8 @@ from unit_fast.config import (
     TextConfig,
     default_tasks,
 )
+from unit_fast.recipes.small import LAYER, small_model, small_optim
 
-_LAYER = {"width": 96, "heads": 4, "ffn_width": 192, "dropout": 0.0}
 _DETECTION = "detect"
 
 
@@ -28,14 +25,8 @@ def _small(tasks: dict[str, TaskConfig], **changes) -> RunConfig:
     }  # fmt: skip
     return RunConfig(
         ratios=dict.fromkeys(tasks, 1 / len(tasks)),
-        model=ModelConfig(
-            backbone=BackboneConfig(depth=14, width=16, norm="group", first_trained_stage=0),
-            encoder=EncoderConfig(layers=2, **_LAYER),
-            text=TextConfig(layers=2, vocab_size=0, init_std=0.1, **_LAYER),
-            decoder=DecoderConfig(layers=3, classifier_dropout=0.0, **_LAYER),
-            tasks=tasks,
-        ),
-        optim=OptimConfig(lr=1e-3, lr_backbone=1e-3, max_norm=1.0, warmup_steps=30, unused="skip"),
+        model=small_model(tasks, TextConfig(layers=2, vocab_size=0, init_std=0.1, **LAYER)),
+        optim=small_optim(),
         data=DataConfig(
             short_side=192, max_side=256, train_short_sides=(176, 192, 208), crop_short_sides=(192, 224, 256),
             crop_min=144, crop_max=256,
